@@ -1,0 +1,135 @@
+"""One error tree. Each class says whose fault it is, its wire code, and the HTTP status it becomes.
+
+    HeadraceError
+    ├── RequestError                    the sender's fault: never retried as it stands
+    │   ├── InvalidRequest        400   invalid_request
+    │   ├── ContextLengthExceeded 400   context_length_exceeded
+    │   ├── Unauthorized          401   invalid_api_key
+    │   ├── NotFound              404   not_found (model_not_found)
+    │   ├── Conflict              409   idempotency_conflict
+    │   ├── StreamDiverged        409   stream_diverged
+    │   ├── Expired               410   expired
+    │   └── TooLarge              413   too_large
+    ├── ServiceError                    ours, or the surroundings': may be tried again
+    │   ├── Overloaded            429   overloaded (carries retry_after, seconds)
+    │   ├── EngineFailed          500   engine_failed
+    │   ├── Unavailable           503   unavailable
+    │   └── DeadlineExceeded      504   deadline_exceeded
+    ├── StartError                      a failed start; the message says what to do
+    │   └── ModelRefused                this model cannot be served, with the reason
+    └── Fenced                          the caller has been replaced: by a new leader or a newer incarnation
+
+Messages name the field and the limit and never echo a prompt, a token or a key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class HeadraceError(Exception):
+    """Anything that Headrace raises on purpose."""
+
+
+class RequestError(HeadraceError):
+    """The sender's fault. ``param`` names the field at fault, if there is one."""
+
+    status: ClassVar[int] = 400
+    code: ClassVar[str] = "invalid_request"
+    type: ClassVar[str] = "invalid_request_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.wire_code = code or type(self).code
+
+
+class InvalidRequest(RequestError):
+    pass
+
+
+class ContextLengthExceeded(RequestError):
+    code = "context_length_exceeded"
+
+
+class Unauthorized(RequestError):
+    status, code, type = 401, "invalid_api_key", "authentication_error"
+
+
+class NotFound(RequestError):
+    status, code, type = 404, "not_found", "not_found_error"
+
+
+class Conflict(RequestError):
+    status, code, type = 409, "idempotency_conflict", "conflict_error"
+
+
+class StreamDiverged(RequestError):
+    status, code, type = 409, "stream_diverged", "conflict_error"
+
+
+class Expired(RequestError):
+    status, code, type = 410, "expired", "not_found_error"
+
+
+class TooLarge(RequestError):
+    status, code = 413, "too_large"
+
+
+class ServiceError(HeadraceError):
+    """Not the sender's fault; the same request may succeed later."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str] = "unavailable"
+    type: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param: str | None = None
+        self.retry_after = retry_after
+        self.wire_code = type(self).code
+
+
+class Overloaded(ServiceError):
+    status, code, type = 429, "overloaded", "rate_limit_error"
+
+
+class EngineFailed(ServiceError):
+    status, code = 500, "engine_failed"
+
+
+class Unavailable(ServiceError):
+    pass
+
+
+class DeadlineExceeded(ServiceError):
+    status, code, type = 504, "deadline_exceeded", "timeout_error"
+
+
+class StartError(HeadraceError):
+    """A start that cannot succeed as asked. Printed without a traceback; the process exits non-zero."""
+
+
+class ModelRefused(StartError):
+    pass
+
+
+class Fenced(HeadraceError):
+    """``cause`` is "epoch" (another leader reigns) or "gen" (a newer incarnation of this worker, or none)."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"fenced: {cause}")
+        self.cause = cause
+
+
+def _subclasses(root: type[Any]) -> list[type[Any]]:
+    return [c for sub in root.__subclasses__() for c in (sub, *_subclasses(sub))]
+
+
+def http_status(code: str | None) -> int:
+    """HTTP status of a wire code (as found in an error frame); 500 for a code that nobody here knows."""
+    known = {c.code: c.status for c in (*_subclasses(RequestError), *_subclasses(ServiceError))}
+    known["model_not_found"] = 404
+    return known.get(code or "", 500)

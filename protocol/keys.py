@@ -1,0 +1,63 @@
+"""Every Redis key and channel name, in one place.
+
+One hash tag per model: all keys of a model share one cluster slot, so every script may touch any of
+them. The one exception is the registry of models, which no script touches.
+"""
+
+from __future__ import annotations
+
+import re
+
+from protocol.errors import InvalidRequest
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+REGISTRY = "headrace:models"  # hash: served model name -> ModelCard
+GROUP = "scheduler"  # the one consumer group of the inbox
+
+
+def check_name(value: str, field: str) -> str:
+    """Return ``value`` if it may stand inside a key; raise InvalidRequest naming ``field`` otherwise."""
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise InvalidRequest(f"{field} must match [A-Za-z0-9_-]{{1,64}}", param=field)
+    return value
+
+
+class Keys:
+    """Key names of one model. Strings, built once; the per-request ones are methods."""
+
+    def __init__(self, model: str) -> None:
+        if not MODEL_NAME.fullmatch(model):
+            raise InvalidRequest("model must match [A-Za-z0-9._:/-]{1,128}", param="model")
+        self.model = model
+        self.prefix = prefix = f"headrace:{{{model}}}:"
+        self.jobs = prefix + "jobs"  # stream, group `scheduler`: the inbox
+        self.live = prefix + "live"  # hash: unfinished rid -> reply channel names, space separated
+        self.depth = prefix + "depth"  # hash: waiting requests and tokens, written by the leader
+        self.leader = prefix + "leader"  # hash: epoch, owner, beat, gen counter, wire
+        self.workers = prefix + "workers"  # set: wids that have a `w:` key
+        self.events = prefix + "events"  # stream: hints to the scheduler
+        self.dead = prefix + "dead"  # stream: dead letters
+        self.tokenizer = prefix + "tokenizer"  # string: tokenizer.json, for /tokenize
+
+    def request(self, rid: str) -> str:
+        return f"{self.prefix}r:{rid}"
+
+    def journal(self, rid: str, choice: int) -> str:
+        return f"{self.prefix}j:{rid}:{choice}"
+
+    def idempotency(self, tenant: str, key: str) -> str:
+        return f"{self.prefix}idem:{tenant}:{key}"
+
+    def worker(self, wid: str) -> str:
+        return f"{self.prefix}w:{wid}"
+
+    def plans(self, wid: str) -> str:
+        return f"{self.prefix}plans:{wid}"
+
+    def out(self, name: str) -> str:
+        return f"{self.prefix}out:{name}"
+
+    def results(self, name: str) -> str:
+        return f"{self.prefix}results:{name}"

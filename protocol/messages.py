@@ -1,0 +1,309 @@
+"""Wire structs, one section per direction. MessagePack everywhere.
+
+Structs between our own services are arrays: they grow only at their end, and readers ignore extras.
+What producers write or read (Job, Terminal) are maps, so that a person can write one by hand.
+Token ids and block ids travel as little-endian int32 bytes (``pack_ids`` / ``unpack_ids``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from protocol.sampling import SamplingParams
+
+WIRE = 1  # version of the wire between our services; no plans between different ones
+
+FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
+Priority = Literal["interactive", "standard", "batch"]
+PRIORITIES: tuple[Priority, ...] = ("interactive", "standard", "batch")
+DEFAULT_TENANT = "default"
+
+encode = msgspec.msgpack.Encoder().encode
+
+
+def new_rid() -> str:
+    """128 random bits, 32 hex digits."""
+    return secrets.token_hex(16)
+
+
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Token or block ids as little-endian int32 bytes."""
+    packed = array("i", ids)
+    if _BIG_ENDIAN:
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_ids(raw: bytes) -> array[int]:
+    """The inverse of pack_ids: an array('i')."""
+    ids = array("i")
+    ids.frombytes(raw)
+    if _BIG_ENDIAN:
+        ids.byteswap()
+    return ids
+
+
+_BIG_ENDIAN = array("i", [1]).tobytes()[0] == 0
+
+
+# ---------------------------------------------------------------- producer or gateway -> scheduler
+
+MAX_JOB_BYTES = 1 << 20
+MAX_PROMPTS = 64  # prompts in one request
+MAX_REQUEST_CHOICES = 128  # prompts times n
+MAX_MESSAGES = 1024
+
+
+class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One request as it stands in the inbox and, normalised, under ``body`` of its ``r:`` hash.
+
+    ``prompt`` is a text, token ids, or a list of either; choice i of the request continues prompt
+    i // n. ``view`` is the gateway's own note of how to render the answer (endpoint, created, ...); the
+    scheduler never reads it, but for an `error` it may carry nothing that changes the outcome.
+    """
+
+    v: int = 1
+    id: str | None = None  # the producer's id: makes a push idempotent within its tenant
+    prompt: str | list[int] | list[str] | list[list[int]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    sampling: SamplingParams = SamplingParams()
+    tenant: str = DEFAULT_TENANT
+    priority: Priority = "standard"
+    timeout_s: float | None = None
+    reply_to: str | None = None  # rows arrive live on out:<reply_to>
+    results: str | None = None  # one terminal entry per choice on results:<results>
+    cache_salt: str | None = None  # further salt of the prefix cache, within the tenant's own
+    view: dict[str, Any] | None = None
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts as a list, one per prompt; [] for a chat."""
+        if self.prompt is None:
+            return []
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+    @property
+    def choices(self) -> int:
+        """Number of sequences that this request makes."""
+        return max(1, len(self.prompts())) * self.sampling.n
+
+
+def body_hash(body: bytes) -> str:
+    """What may be kept of a body after it is gone: its SHA-256."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The 64-bit sampling key of one choice; with the token's position it fixes every draw."""
+    digest = hashlib.blake2b(seed.to_bytes(8, "little", signed=True) + choice.to_bytes(4, "little"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+class ModelCard(Struct, kw_only=True, omit_defaults=True):
+    """What the registry says of a served model (a map; written by the leader)."""
+
+    model: str
+    created: int  # Unix seconds
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int] = []
+    wire: int = WIRE
+    chat: bool = True  # whether there is a chat template
+
+
+# ---------------------------------------------------------------- scheduler -> worker
+
+
+class NewSequence(Struct, array_like=True):
+    """A sequence that a worker meets for the first time under this placement.
+
+    ``token_ids`` are all known ids (prompt, then what the journal holds); ``computed`` of them have
+    their KV in the blocks of ``block_table`` already (prefix-cache hits). ``cursor`` is the journal's
+    length in bytes: the next frame is appended there.
+    """
+
+    seat: int
+    rid: str
+    choice: int
+    placement: int
+    token_ids: bytes
+    prompt_len: int  # in tokens; token_ids beyond it are outputs
+    sampling: SamplingParams  # max_tokens resolved to a number
+    seed: int  # the request's; the worker keys draws by choice_seed(seed, choice) and the position
+    cursor: int
+    block_table: bytes
+    computed: int
+    cached_tokens: int = 0  # prefix-cache hits at the first placement, for usage
+    id: str | None = None  # the producer's id, repeated in every row
+    wants_result: bool = False  # a terminal entry is to be written to results:<name>
+
+
+class Plan(Struct, array_like=True):
+    """The token-step batch of one step.
+
+    Rows are parallel arrays: row k computes the next ``counts[k]`` tokens of seat ``seats[k]`` and,
+    where ``samples[k]``, samples one more. Never positions: the worker keeps, by seat, how many tokens
+    are computed and which id came last. Empty ``counts`` means 1 for every row, empty ``samples`` means
+    every row samples (a steady decode step).
+    """
+
+    epoch: int
+    gen: int
+    step: int  # 1, 2, 3, ... within (epoch, gen)
+    seats: bytes = b""  # uint16, little-endian
+    counts: bytes = b""  # int32 per row, or empty
+    samples: bytes = b""  # one byte 0/1 per row, or empty
+    new: list[NewSequence] = []
+    blocks: list[tuple[int, bytes]] = []  # (seat, ids of blocks appended to its table), for known seats
+    ends: list[tuple[int, str]] = []  # (seat, finish reason): write a terminal frame, then empty the seat
+    frees: list[int] = []  # seats that left silently (ended or preempted): forget them. Applied before `new`
+
+
+class PoolCapacity(Struct, array_like=True):
+    kind: str  # "full" now; window KV and recurrent state later
+    unit_tokens: int  # tokens per block
+    units: int  # blocks
+
+
+class Capacity(Struct, array_like=True):
+    """What a worker offers; constant during one gen."""
+
+    model: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    pools: list[PoolCapacity]
+    vocab_size: int
+    engine: str = "torch"
+    dtype: str = ""
+    device: str = ""
+
+
+# ---------------------------------------------------------------- worker -> journal and subscribers
+
+
+class Frame(Struct, array_like=True):
+    """One token's record in a journal. ``token`` is None in a frame that only ends the choice.
+
+    ``extra`` keys: ``held`` (text held back so far: half a character, or what may become a stop string),
+    ``lp`` (the token's logprob), ``tok`` (the token's own bytes), ``top`` ([[id, bytes, logprob], ...]),
+    ``cached`` (prefix-cache tokens, first frame only), ``stop`` (the stop string or id that matched), and for
+    finish reason ``error``: ``code``, ``message``, ``param``.
+    """
+
+    token: int | None
+    text: str
+    finish: str | None = None
+    extra: dict[str, Any] | None = None
+
+
+class Row(Struct, array_like=True):
+    """One row of a publication. ``choice`` -1 is the notice of admission, its frames an Admitted."""
+
+    rid: str
+    choice: int
+    cursor: int  # journal length in bytes before these frames
+    frames: bytes
+    id: str | None = None
+
+
+class Admitted(Struct, array_like=True):
+    """Published once a request is ingested: prompt tokens, in all."""
+
+    prompt_tokens: int
+
+
+class Terminal(Struct, kw_only=True, omit_defaults=True):
+    """The entry of a results stream (field ``result``): one per choice, a map."""
+
+    v: int = 1
+    rid: str
+    id: str | None = None
+    choice: int = 0
+    finish_reason: str
+    text: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    error: dict[str, Any] | None = None  # code, message, param
+
+
+_frame_decoder = msgspec.msgpack.Decoder(Frame)
+_row_decoder = msgspec.msgpack.Decoder(Row)
+_splitter_decoder = msgspec.msgpack.Decoder(Any)
+
+
+def split_stream(raw: bytes) -> Iterator[bytes]:
+    """Split concatenated MessagePack values into the bytes of each.
+
+    msgspec has no streaming reader; the msgpack package's Unpacker tells where each value ends.
+    """
+    import msgpack  # a direct dependency; imported here since only readers of streams need it
+
+    unpacker = msgpack.Unpacker(raw=True, strict_map_key=False, max_buffer_size=len(raw) or 1)
+    unpacker.feed(raw)
+    start = 0
+    while start < len(raw):
+        unpacker.skip()
+        end = unpacker.tell()
+        yield raw[start:end]
+        start = end
+
+
+def decode_frames(raw: bytes) -> list[Frame]:
+    """The frames of a journal or of a row, in order. Raises msgspec.DecodeError on a torn one."""
+    return [_frame_decoder.decode(piece) for piece in split_stream(raw)]
+
+
+def decode_rows(raw: bytes) -> list[Row]:
+    """The rows of one publication."""
+    return [_row_decoder.decode(piece) for piece in split_stream(raw)]
+
+
+def row_edges(rid: str, choice: int, cursor: int, size: int, producer_id: str | None) -> tuple[bytes, bytes]:
+    """The bytes around ``size`` bytes of frames that make them a Row: Lua only concatenates."""
+    head = b"\x95" + encode(rid) + encode(choice) + encode(cursor)
+    if size < 1 << 8:
+        head += b"\xc4" + size.to_bytes(1, "big")
+    elif size < 1 << 16:
+        head += b"\xc5" + size.to_bytes(2, "big")
+    else:
+        head += b"\xc6" + size.to_bytes(4, "big")
+    return head, encode(producer_id)
+
+
+# ---------------------------------------------------------------- worker -> scheduler
+
+
+class HintRow(Struct, array_like=True):
+    """What one row of a commit did. ``tokens`` are int32 bytes of the ids that were journaled."""
+
+    seat: int
+    tokens: bytes
+    cursor: int  # journal length in bytes after the row
+    finish: str | None = None
+
+
+class Hint(Struct, array_like=True):
+    """Steps up to ``step`` are done. Rows in the order of the commit; rows without a token or an end are left out."""
+
+    wid: str
+    gen: int
+    step: int
+    rows: list[HintRow] = []
+    exec_us: int = 0  # device time of these steps
+    idle_us: int = 0  # time the device waited for a plan before them
+
+
+LANDED, CLOSED, STALE = "l", "c", "s"  # verdict on one row of a commit

@@ -1,0 +1,95 @@
+"""SamplingParams: how tokens are drawn and when a sequence ends. One definition for HTTP, queue and wire."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+from protocol.errors import InvalidRequest
+
+MAX_CHOICES = 8
+MAX_STOPS = 4
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIAS = 1024
+MAX_TOP_LOGPROBS = 20
+INT64_MAX = 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Defaults are OpenAI's. ``check`` is the one place where ranges are enforced.
+
+    Greedy is ``temperature == 0``. ``logprobs`` is the number of alternatives to report beside the
+    sampled token's own logprob (None: report nothing; 0: only the sampled one's).
+    """
+
+    max_tokens: int | None = None  # None: as many as the context allows
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    n: int = 1
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalized(self) -> bool:
+        """Whether sampling needs the counts of earlier tokens."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0 or self.repetition_penalty != 1
+
+    def check(self, vocab_size: int | None = None) -> None:
+        """Raise InvalidRequest that names the first field out of range. Types were checked by decoding."""
+        _range("max_tokens", self.max_tokens, 1, INT64_MAX)
+        _range("min_tokens", self.min_tokens, 0, INT64_MAX)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest("min_tokens must not exceed max_tokens", param="min_tokens")
+        _range("temperature", self.temperature, 0.0, 2.0)
+        _range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _range("top_k", self.top_k, -1, INT64_MAX)
+        _range("min_p", self.min_p, 0.0, 1.0)
+        _range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _range("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        _range("seed", self.seed, -INT64_MAX - 1, INT64_MAX)
+        _range("n", self.n, 1, MAX_CHOICES)
+        _range("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if len(self.stop) > MAX_STOPS:
+            raise InvalidRequest(f"stop takes at most {MAX_STOPS} strings", param="stop")
+        for stop in self.stop:
+            if not 1 <= len(stop) <= MAX_STOP_CHARS:
+                raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_CHARS} characters", param="stop")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS} ids", param="stop_token_ids")
+        top = INT64_MAX if vocab_size is None else vocab_size - 1
+        for token in self.stop_token_ids:
+            _range("stop_token_ids", token, 0, top)
+        if self.logit_bias:
+            if len(self.logit_bias) > MAX_LOGIT_BIAS:
+                raise InvalidRequest(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens", param="logit_bias")
+            for token, bias in self.logit_bias.items():
+                _range("logit_bias", token, 0, top)
+                _range("logit_bias", bias, -100.0, 100.0)
+
+
+def _range(field: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
+    if value is None:
+        return
+    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+        bounds = "(" if open_low else "["
+        raise InvalidRequest(f"{field} must lie in {bounds}{low}, {high}]", param=field)
