@@ -1,0 +1,160 @@
+"""What goes into the scheduler's core and what comes out: frozen events and effects, nothing else.
+
+The service turns Redis into events and effects into Redis calls; the simulation in the tests does the
+same without Redis. Times are seconds of one monotonic clock, given by the caller.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from protocol.messages import Capacity, Plan, Priority
+from protocol.sampling import SamplingParams
+
+# ------------------------------------------------------------------ events
+
+
+@dataclass(frozen=True)
+class ChoiceState:
+    """Where one choice's journal stands when the core meets it (again)."""
+
+    output: array[int] = field(default_factory=lambda: array("i"))  # journaled token ids
+    cursor: int = 0  # journal length in bytes
+    placement: int = 0  # last placement recorded; the next one is higher
+    finish: str | None = None
+
+
+@dataclass(frozen=True)
+class Arrive:
+    """A request that was ingested, new or recovered. ``sampling.max_tokens`` may still be None."""
+
+    rid: str
+    tenant: str
+    priority: Priority
+    prompts: list[array[int]]  # choice i continues prompts[i // sampling.n]
+    sampling: SamplingParams
+    seed: int
+    arrived: float  # monotonic seconds; when accept made it durable
+    deadline: float | None = None  # monotonic seconds
+    id: str | None = None
+    wants_result: bool = False
+    cache_salt: str = ""  # within the tenant's own salt
+    attempts: int = 0  # worker deaths that it was present at
+    choices: list[ChoiceState] | None = None  # None: all fresh
+
+
+@dataclass(frozen=True)
+class WorkerServing:
+    """A worker registered (new gen) or became ready. A gen that differs from the known one implies WorkerLost of that."""
+
+    wid: str
+    gen: int
+    capacity: Capacity
+
+
+@dataclass(frozen=True)
+class WorkerDraining:
+    """No new plans for it beyond ending what cannot move; its sequences move to other workers, or finish if it is alone."""
+
+    wid: str
+    gen: int
+
+
+@dataclass(frozen=True)
+class WorkerLost:
+    """The worker was retired. ``journals`` says how far each of its sequences really came; its late hints are void.
+    ``died``: counts as a death of the sequences in its uncommitted plans (False: it left in order)."""
+
+    wid: str
+    gen: int
+    journals: dict[tuple[str, int], ChoiceState] = field(default_factory=dict)
+    died: bool = True
+
+
+@dataclass(frozen=True)
+class RowDone:
+    seat: int
+    tokens: array[int]
+    cursor: int
+    finish: str | None
+    verdict: str  # LANDED, CLOSED, STALE
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """All steps of this worker up to ``step`` are committed."""
+
+    wid: str
+    gen: int
+    step: int
+    rows: list[RowDone]
+    exec_us: int = 0
+    idle_us: int = 0
+
+
+@dataclass(frozen=True)
+class Cancel:
+    rid: str
+    reason: str = "abort"
+
+
+@dataclass(frozen=True)
+class ChoiceEnded:
+    """A FinishChoice effect landed (or found the choice closed already)."""
+
+    rid: str
+    choice: int
+
+
+Event = Arrive | WorkerServing | WorkerDraining | WorkerLost | StepDone | Cancel | ChoiceEnded
+
+# ------------------------------------------------------------------ effects
+
+
+@dataclass(frozen=True)
+class SendPlan:
+    wid: str
+    plan: Plan  # its gen; the service sets the epoch
+
+
+@dataclass(frozen=True)
+class FinishChoice:
+    """End a choice that no worker runs: one terminal frame at ``cursor``."""
+
+    rid: str
+    choice: int
+    placement: int
+    cursor: int
+    reason: str  # abort, deadline, error, length
+    error_code: str | None = None
+    error_message: str | None = None
+    error_param: str | None = None
+    dead: bool = False  # also a dead letter (poison)
+
+
+@dataclass(frozen=True)
+class RequestDone:
+    """All choices ended. Figures for metrics and the log line; times in seconds."""
+
+    rid: str
+    tenant: str
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    finish_reasons: list[str]
+    queued_s: float  # arrival to first plan
+    prefill_s: float  # first plan to first token
+    decode_s: float  # first token to end
+    preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class ReleaseWorker:
+    """A draining worker holds no sequence any more and may leave."""
+
+    wid: str
+    gen: int
+
+
+Effect = SendPlan | FinishChoice | RequestDone | ReleaseWorker

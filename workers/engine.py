@@ -1,0 +1,48 @@
+"""What a worker asks of an engine. The torch engine and the simulated one keep this protocol.
+
+One owner, one thread: all methods are called from the device thread. Steps are executed in the order
+given. `execute` may return before the device is done; `StepOutput.wait` blocks until it is, so that the
+inputs of the next step can be built meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from protocol.messages import Capacity, Plan
+
+Progress = Callable[[str, float], None]  # (stage, fraction 0..1): "load", "warm-up", ...
+
+
+@dataclass
+class Sampled:
+    """What one step drew. Arrays have one entry per row of the plan that samples, in plan order."""
+
+    seats: np.ndarray  # int32 [k]
+    tokens: np.ndarray  # int32 [k]
+    # only rows that asked for logprobs: seat -> (logprob of the drawn token, ids int32 [m], logprobs float32 [m])
+    logprobs: dict[int, tuple[float, np.ndarray, np.ndarray]]
+    exec_us: int = 0  # device time of the step
+
+
+class StepOutput(Protocol):
+    def wait(self) -> Sampled: ...
+
+
+class Engine(Protocol):
+    def load(self, progress: Progress) -> Capacity:
+        """Load the model, size the pool, warm up. StartError / ModelRefused say what to do."""
+
+    def execute(self, plan: Plan) -> StepOutput:
+        """Apply plan.frees, plan.new, plan.blocks, then compute its rows. ``plan.ends`` are the caller's to
+        write; their seats are freed here too, after the step."""
+
+    def reset(self) -> None:
+        """Forget every seat and all KV (a new epoch or gen)."""
+
+    def beat(self) -> int:
+        """A counter that grows with progress inside a step (layers run): read from another thread."""
