@@ -46,7 +46,7 @@ class Arrive:
 
 @dataclass(frozen=True)
 class WorkerServing:
-    """A worker registered (new gen) or became ready. A gen that differs from the known one implies WorkerLost of that."""
+    """A worker registered or became ready. A gen other than the known one implies WorkerLost of that."""
 
     wid: str
     gen: int
@@ -55,7 +55,7 @@ class WorkerServing:
 
 @dataclass(frozen=True)
 class WorkerDraining:
-    """No new plans for it beyond ending what cannot move; its sequences move to other workers, or finish if it is alone."""
+    """Its sequences move to other workers at once, or finish here if it is alone; then ReleaseWorker."""
 
     wid: str
     gen: int
