@@ -1,0 +1,137 @@
+"""What the clients saw, and the judge of it: every check of the promise, against the journals.
+
+A client's view of one choice is a list of (token id, text); its journal is the truth. A view that
+followed a choice to its end must equal the journal, whatever died in between; any other must be a prefix of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+from protocol.bus import Bus
+from protocol.messages import Frame, decode_frames
+
+
+@dataclass
+class View:
+    """What one reader saw of one request."""
+
+    reader: str
+    rid: str
+    choices: int
+    tokens: dict[int, list[tuple[int | None, str]]] = field(default_factory=lambda: defaultdict(list))
+    finish: dict[int, str] = field(default_factory=dict)
+    terminals: Counter[int] = field(default_factory=Counter)
+    after_end: int = 0  # pieces that came after a choice's end
+    whole: bool = False  # followed to the end of every choice
+    usage: dict[str, int] | None = None
+
+    def saw(self, choice: int, ids: list[int], text: str, finish: str | None) -> None:
+        if choice in self.finish and (ids or text or finish):
+            self.after_end += 1
+        if ids or text:
+            self.tokens[choice].append((ids[0] if ids else None, text))
+        if finish is not None:
+            self.finish[choice] = finish
+            self.terminals[choice] += 1
+
+
+@dataclass
+class Results:
+    """Terminal entries that a producer read, per (rid, choice)."""
+
+    entries: dict[tuple[str, int], list[object]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass
+class History:
+    accepted: dict[str, int] = field(default_factory=dict)  # rid -> choices
+    views: list[View] = field(default_factory=list)
+    results: Results = field(default_factory=Results)
+    wants_result: set[str] = field(default_factory=set)
+    epochs: list[int] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)  # requests refused before they were accepted: no violation
+    violations: list[str] = field(default_factory=list)
+
+    def accept(self, rid: str, choices: int) -> None:
+        if self.accepted.setdefault(rid, choices) != choices:
+            self.violations.append(f"{rid}: accepted with two numbers of choices")
+
+    def blame(self, message: str) -> None:
+        self.violations.append(message)
+
+    async def judge(self, bus: Bus) -> None:
+        """Compare everything seen with the journals. Call at rest, before the journals expire."""
+        for before, after in zip(self.epochs, self.epochs[1:], strict=False):
+            if after < before:
+                self.blame(f"epoch fell from {before} to {after}")
+        journals = {rid: await self._journals(bus, rid, n) for rid, n in self.accepted.items()}
+        for view in self.views:
+            self._judge_view(view, journals.get(view.rid) or await self._journals(bus, view.rid, view.choices))
+        for rid in self.wants_result:
+            for choice in range(self.accepted[rid]):
+                count = len(self.results.entries[(rid, choice)])
+                if count != 1:
+                    self.blame(f"{rid}/{choice}: {count} results")
+
+    async def _journals(self, bus: Bus, rid: str, choices: int) -> list[list[Frame]]:
+        record = await bus.read_request(rid)
+        if record is None:
+            self.blame(f"{rid}: accepted, but its record is gone")
+            return []
+        if record.open:
+            self.blame(f"{rid}: not ended ({record.open} choices open)")
+        journals = []
+        for choice in range(choices):
+            frames = decode_frames(await bus.read_journal(rid, choice))
+            ends = [i for i, frame in enumerate(frames) if frame.finish is not None]
+            if ends != [len(frames) - 1]:
+                self.blame(f"{rid}/{choice}: terminal frames at {ends} of {len(frames)}")
+            journals.append(frames)
+        return journals
+
+    def _judge_view(self, view: View, journals: list[list[Frame]]) -> None:
+        where = f"{view.rid} seen by {view.reader}"
+        if view.after_end:
+            self.blame(f"{where}: {view.after_end} pieces after the end")
+        for choice, frames in enumerate(journals):
+            truth = [(f.token, f.text) for f in frames if f.token is not None or f.text]
+            seen = view.tokens[choice]
+            if seen != truth[: len(seen)]:
+                first = next(i for i, (a, b) in enumerate(zip(seen, [*truth, None], strict=False)) if a != b)
+                self.blame(f"{where}/{choice}: differs from the journal at {first} of {len(truth)}")
+            if view.whole and len(seen) != len(truth):
+                self.blame(f"{where}/{choice}: {len(seen)} pieces of {len(truth)}")
+            if view.whole and view.terminals[choice] != 1:
+                self.blame(f"{where}/{choice}: {view.terminals[choice]} terminals")
+        if view.usage is not None:
+            counted = sum(f.token is not None for frames in journals for f in frames)
+            if view.usage["completion_tokens"] != counted:
+                self.blame(f"{where}: usage says {view.usage['completion_tokens']}, the journals {counted}")
+
+
+async def leftovers(bus: Bus, redis_client: object) -> list[str]:
+    """What is not as it should be at rest: names of keys without a TTL that should have one, and the like."""
+    keys, found = bus.keys, []
+    allowed = {keys.jobs, keys.leader, keys.depth, keys.events, keys.dead, keys.workers, keys.tokenizer}
+    workers = await bus.list_workers()
+    for worker in workers:
+        allowed |= {keys.worker(worker.wid), keys.plans(worker.wid)}
+    client = redis_client
+    async for raw in client.scan_iter(match="headrace:*", count=1000):  # type: ignore[attr-defined]
+        name = raw.decode()
+        if name in allowed or name == "headrace:models" or name.startswith(keys.results("")):
+            continue
+        if await client.ttl(raw) == -1:  # type: ignore[attr-defined]
+            found.append(f"no TTL: {name}")
+    if live := await bus.scan_live():
+        found.append(f"live: {len(live)}")
+    pending = await client.xpending(keys.jobs, "scheduler")  # type: ignore[attr-defined]
+    if pending["pending"] or await bus.inbox_length():
+        found.append(f"inbox: {pending['pending']} pending, {await bus.inbox_length()} long")
+    depth = await client.hgetall(keys.depth)  # type: ignore[attr-defined]
+    for name, value in depth.items():
+        if name.decode() != "rate" and float(value) != 0:
+            found.append(f"depth {name.decode()} = {value.decode()}")
+    return found
