@@ -1,0 +1,41 @@
+# Each target works alone, first, on a fresh clone: it makes the virtual environment if it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST ?= $(BIN)/python -m pytest
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv serve test check lint format types sweep
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+venv: $(STAMP) ## make and fill .venv
+
+serve: $(STAMP) ## serve the demo model (ARGS='--model ... --port ...')
+	@exec $(BIN)/headrace serve $(ARGS)
+
+test: $(STAMP) ## run the tests (ARGS='tests/headrace -k cli')
+	$(PYTEST) -m "not sweep" $(ARGS)
+
+check: lint test ## everything that a change must pass: format, lint, types, import rules, tests
+
+lint: $(STAMP) ## format check, ruff, mypy, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+sweep: $(STAMP) ## parity over every causal architecture of the installed transformers
+	$(PYTEST) -m sweep $(ARGS)

@@ -1,0 +1,206 @@
+"""``headrace``: the command line. Services are imported inside their own subcommand, so that ``headrace gateway``
+never loads torch and ``headrace --help`` loads nothing at all.
+
+Exit codes: 0 a clean end; 1 a failure; 2 a wrong command line; 78 (EX_CONFIG) a start that cannot succeed as asked,
+which ``serve`` never repeats; 130 ended by a second Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+from headrace.options import add_options, demo_model, served_name
+from protocol.errors import HeadraceError, RequestError, StartError
+
+EX_CONFIG = 78
+DEFAULT_REDIS = "redis://127.0.0.1:6379/0"
+
+Config = TypeVar("Config")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except StartError as error:
+        print(f"headrace {args.command}: {error}", file=sys.stderr)
+        return EX_CONFIG
+    except (RequestError, HeadraceError) as error:
+        print(f"headrace {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `headrace submit ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+# ------------------------------------------------------------------ commands
+
+COMMANDS: dict[str, tuple[str, str, Callable[[argparse.Namespace], int]]] = {}
+
+
+def command(
+    name: str, summary: str, epilog: str
+) -> Callable[[Callable[[argparse.Namespace], int]], Callable[[argparse.Namespace], int]]:
+    """Register a subcommand: its one-line summary and the examples at the end of its help."""
+
+    def register(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+        COMMANDS[name] = (summary, epilog, run)
+        return run
+
+    return register
+
+
+@command(
+    "serve",
+    "start everything on this machine: server, gateway, scheduler, worker",
+    """
+examples:
+  headrace serve                                  the demo model on http://127.0.0.1:8000
+  headrace serve --model Qwen/Qwen2.5-0.5B-Instruct --port 9000
+  headrace serve --model ./my-model --workers 2 --schedulers 2 --redis-url redis://queue:6379/0
+
+Ctrl-C lets running requests end, then stops; a second Ctrl-C stops at once. What was queued is kept in
+--data-dir and goes on at the next start.
+""",
+)
+def serve(args: argparse.Namespace) -> int:
+    from headrace.serve import serve as run
+
+    return run(vars(args))
+
+
+@command(
+    "gateway",
+    "the HTTP front alone: OpenAI-compatible API over the queue",
+    """
+example:
+  headrace gateway --redis-url redis://queue:6379/0 --host 0.0.0.0 --port 8000
+
+A gateway learns the served models from the queue; it needs no model and no GPU. Run as many as you like.
+""",
+)
+def gateway(args: argparse.Namespace) -> int:
+    _log_to_stderr(args.log_level)
+    from gateway.app import GatewayConfig, run_gateway
+
+    values = vars(args) | {"redis_url": args.redis_url or DEFAULT_REDIS}
+    return _run(run_gateway(config_of(GatewayConfig, values)))
+
+
+@command(
+    "scheduler",
+    "the scheduler alone: tokenizes, queues and plans every step",
+    """
+example:
+  headrace scheduler --model Qwen/Qwen2.5-0.5B-Instruct --redis-url redis://queue:6379/0
+
+Needs the model's tokenizer and config, no weights. Start two for failover: one leads, the other stands by.
+""",
+)
+def scheduler(args: argparse.Namespace) -> int:
+    _log_to_stderr(args.log_level)
+    values = _with_model(vars(args)) | {"redis_url": args.redis_url or DEFAULT_REDIS}
+    from scheduler.service import SchedulerConfig, run_scheduler
+
+    return _run(run_scheduler(config_of(SchedulerConfig, values)))
+
+
+@command(
+    "worker",
+    "one worker alone: loads the model and runs the steps",
+    """
+example:
+  headrace worker --model Qwen/Qwen2.5-0.5B-Instruct --name gpu0 --device cuda:0 --redis-url redis://queue:6379/0
+
+Every worker of a model needs a name of its own. A restarted worker takes its old name again.
+""",
+)
+def worker(args: argparse.Namespace) -> int:
+    _log_to_stderr(args.log_level)
+    values = _with_model(vars(args)) | {"redis_url": args.redis_url or DEFAULT_REDIS}
+    from headrace.progress import reporter
+    from workers.service import WorkerConfig, run_worker
+
+    return _run(run_worker(config_of(WorkerConfig, values), progress=reporter()))
+
+
+@command("version", "print the version and what it runs on", "")
+def version(args: argparse.Namespace) -> int:
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    for package in ("headrace", "torch", "transformers", "redis", "aiohttp"):
+        try:
+            print(package, installed(package))
+        except PackageNotFoundError:
+            print(package, "not installed")
+    print("python", sys.version.split()[0])
+    return 0
+
+
+# ------------------------------------------------------------------ parts
+
+
+def build_parser(environ: Mapping[str, str] = os.environ) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headrace",
+        description="An LLM inference service that loses no accepted request and sends no token twice.",
+        epilog="Start here: `headrace serve`, then open the URL that it prints. "
+        "Each command has its own help: `headrace serve --help`.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, epilog, run) in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=epilog.strip("\n"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_options(sub, name, environ)
+        sub.set_defaults(run=run)
+    return parser
+
+
+def config_of(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Fill a service's config dataclass from the options of the same name; None keeps the service's own default."""
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return cls(**{k: v for k, v in values.items() if k in names and v is not None})
+
+
+def _with_model(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in --model and --served-model-name. StartError if no model is named and there is no demo model."""
+    model = values.get("model") or demo_model()
+    if model is None:
+        raise StartError("no model: pass --model with a local directory or a hub id (the demo model is not here)")
+    name = values.get("served_model_name") or served_name(str(model))
+    return {**values, "model": str(model), "served_model_name": name}
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
+    )
+
+
+def _run(service: Coroutine[Any, Any, int]) -> int:
+    try:
+        import uvloop
+    except ImportError:  # not on every platform
+        return asyncio.run(service)
+    return uvloop.run(service)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
