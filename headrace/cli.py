@@ -129,8 +129,9 @@ Every worker of a model needs a name of its own. A restarted worker takes its ol
 def worker(args: argparse.Namespace) -> int:
     _log_to_stderr(args.log_level)
     values = _with_model(vars(args)) | {"redis_url": args.redis_url or DEFAULT_REDIS}
-    from headrace.progress import reporter
     from workers.service import WorkerConfig, run_worker
+
+    from headrace.progress import reporter
 
     return _run(run_worker(config_of(WorkerConfig, values), progress=reporter()))
 

@@ -207,9 +207,7 @@ def add_options(parser: argparse.ArgumentParser, command: str, environ: Mapping[
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option, environ: Mapping[str, str] = os.environ) -> None:
-    shown = "" if option.default is None or option.switch else f" (default: {option.default:g})"
-    if isinstance(option.default, str):
-        shown = f" (default: {option.default})"
+    shown = "" if option.default is None or option.switch else f" (default: {option.default})"
     text = f"{option.help}{shown} [{option.env}]".replace("%", "%%")
     default = option.default
     if (raw := environ.get(option.env)) is not None and raw != "":

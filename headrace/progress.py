@@ -18,7 +18,7 @@ Progress = Callable[[str, float], None]  # (stage, fraction 0..1)
 def reporter() -> Progress:
     """What fits this process's stderr."""
     if os.environ.get(SUPERVISED):
-        return _lines(f"progress {{}} {{:.3f}}")
+        return _lines("progress {} {:.3f}")
     if sys.stderr.isatty():
         return _bar()
     return _lines("{}: {:.0%}", only_ends=True)
