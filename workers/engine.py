@@ -7,7 +7,7 @@ inputs of the next step can be built meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,9 @@ class StepOutput(Protocol):
 
 
 class Engine(Protocol):
+    overlaps: bool  # execute returns before the device is done: the next step is submitted before this one's wait
+    eos_token_ids: Sequence[int]  # known after load
+
     def load(self, progress: Progress) -> Capacity:
         """Load the model, size the pool, warm up. StartError / ModelRefused say what to do."""
 
