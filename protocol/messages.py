@@ -133,7 +133,7 @@ class NewSequence(Struct, array_like=True):
     length in bytes: the next frame is appended there.
     """
 
-    seat: int
+    seat: int  # below 2 * Capacity.max_num_seqs: a seat is reused only after its last planned step's hint
     rid: str
     choice: int
     placement: int

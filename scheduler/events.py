@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
-from protocol.messages import Capacity, Plan, Priority
+from protocol.messages import Capacity, HintRow, Plan, Priority
 from protocol.sampling import SamplingParams
 
 # ------------------------------------------------------------------ events
@@ -73,24 +73,17 @@ class WorkerLost:
 
 
 @dataclass(frozen=True)
-class RowDone:
-    seat: int
-    tokens: array[int]
-    cursor: int
-    finish: str | None
-    verdict: str  # LANDED, CLOSED, STALE
-
-
-@dataclass(frozen=True)
 class StepDone:
-    """All steps of this worker up to ``step`` are committed."""
+    """All steps of this worker up to ``step`` are committed. ``rows`` are the hint's own, in its order; ``verdicts``
+    has one letter a row (LANDED, CLOSED, STALE), or is empty where all landed."""
 
     wid: str
     gen: int
     step: int
-    rows: list[RowDone]
+    rows: list[HintRow]
     exec_us: int = 0
     idle_us: int = 0
+    verdicts: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,13 +94,23 @@ class Cancel:
 
 @dataclass(frozen=True)
 class ChoiceEnded:
-    """A FinishChoice effect landed (or found the choice closed already)."""
+    """A FinishChoice effect landed (or found the choice closed already). Where it found the journal longer or the
+    placement another, the service answers with Resynced instead and gets a new FinishChoice."""
 
     rid: str
     choice: int
 
 
-Event = Arrive | WorkerServing | WorkerDraining | WorkerLost | StepDone | Cancel | ChoiceEnded
+@dataclass(frozen=True)
+class Resynced:
+    """The answer to a Resync: what journal and request say of this choice now."""
+
+    rid: str
+    choice: int
+    state: ChoiceState
+
+
+Event = Arrive | WorkerServing | WorkerDraining | WorkerLost | StepDone | Cancel | ChoiceEnded | Resynced
 
 # ------------------------------------------------------------------ effects
 
@@ -157,4 +160,13 @@ class ReleaseWorker:
     gen: int
 
 
-Effect = SendPlan | FinishChoice | RequestDone | ReleaseWorker
+@dataclass(frozen=True)
+class Resync:
+    """The core lost track of this choice (a gap in the hints, a stale row): read its journal and request, and answer
+    with Resynced. No worker runs it any more."""
+
+    rid: str
+    choice: int
+
+
+Effect = SendPlan | FinishChoice | RequestDone | ReleaseWorker | Resync
