@@ -130,10 +130,15 @@ OPTIONS: tuple[Option, ...] = (
         "--data-dir",
         "serve",
         "where the embedded server keeps its append-only file; a restart finds its jobs again "
-        "(default: $XDG_STATE_HOME/headrace or ~/.local/state/headrace)",
+        "(default: ~/.local/state/headrace/data)",
         metavar="DIR",
     ),
-    Option("--run-dir", "serve", "logs/, processes.json (default: a new temporary directory)", metavar="DIR"),
+    Option(
+        "--run-dir",
+        "serve",
+        "where logs/ and processes.json go (default: ~/.local/state/headrace/run-PORT)",
+        metavar="DIR",
+    ),
     # how many
     Option("--workers", "serve", "worker processes", count, 1, metavar="N"),
     Option("--schedulers", "serve", "scheduler processes; one leads, the others stand by", count, 1, metavar="N"),
@@ -185,7 +190,12 @@ OPTIONS: tuple[Option, ...] = (
     ),
     # single services
     Option("--name", "gateway scheduler worker", "name of this process among its kind (default: made up)"),
-    Option("--metrics-port", "scheduler worker", "port of /metrics on 127.0.0.1 (default: none)", port),
+    Option(
+        "--metrics-port",
+        "serve scheduler worker",
+        "port of /metrics on 127.0.0.1 (default: none; serve: the first of several, free ones by default)",
+        port,
+    ),
     Option(
         "--log-level",
         "serve gateway scheduler worker",
@@ -252,7 +262,12 @@ def environment(redis_url: str, environ: Mapping[str, str] = os.environ) -> dict
     return kept | {"HEADRACE_REDIS_URL": redis_url}
 
 
-# ------------------------------------------------------------------ the model
+# ------------------------------------------------------------------ places
+
+
+def state_dir() -> Path:
+    """Where a user's programs keep what outlives them (XDG base directories)."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "headrace"
 
 
 def demo_model() -> Path | None:
