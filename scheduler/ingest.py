@@ -1,0 +1,194 @@
+"""From a job to token ids: chat template, tokenizer, limits. The only part of the scheduler that knows transformers.
+
+One idea: whatever can be known to be wrong with a request is found here, before it is admitted, since the gateway
+sends its 200 at admission. And whatever goes wrong with one job ends that job alone, with one error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from array import array
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import ContextLengthExceeded, InvalidRequest, ModelRefused, StartError
+from protocol.messages import Job, ModelCard
+
+log = logging.getLogger("headrace.scheduler")
+
+# What a request's chat_template_kwargs may not set: they steer the rendering itself, not the template.
+RESERVED_TEMPLATE_KWARGS = {
+    "chat_template", "conversation", "messages", "tools", "documents", "tokenize", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "sanitize_control_tokens",
+}  # fmt: skip
+CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+
+
+class Prompts:
+    """Turns the prompts of a job into ids. ``ids`` is called from several threads at once: it only reads.
+
+    Fast tokenizers are used through their Rust object: transformers' own __call__ sets padding and truncation on
+    it at every call, which is not safe across threads.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, max_model_len: int, eos_token_ids: list[int]) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len  # the service lowers it to what the workers really offer
+        self.eos_token_ids = eos_token_ids
+        self.chat = bool(getattr(tokenizer, "chat_template", None))
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend = backend if hasattr(backend, "encode_batch") else None
+        if self._backend is not None:
+            self._backend.no_padding()
+            self._backend.no_truncation()
+
+    @classmethod
+    def load(cls, model: str, max_model_len: int | None = None) -> Prompts:
+        """``model``: a local directory or a hub id. Raises StartError or ModelRefused, whose text says what to do."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        _refuse_remote_code(model)
+        try:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError) as e:
+            raise StartError(_load_failure(model, "configuration", e)) from e
+        if getattr(config, "auto_map", None):
+            raise ModelRefused(REMOTE_CODE.format(model=model))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except Exception as e:  # tokenizer classes raise whatever they like on broken files
+            raise StartError(_load_failure(model, "tokenizer", e)) from e
+        text = config.get_text_config()
+        natural = next((n for f in CONTEXT_FIELDS if isinstance(n := getattr(text, f, None), int) and n > 0), None)
+        if max_model_len is None and natural is None:
+            raise StartError(f"{model}: its configuration names no context length; give --max-model-len")
+        return cls(tokenizer, int(text.vocab_size), max_model_len or natural or 0, _eos_ids(model, text, tokenizer))
+
+    def card(self, name: str, created: int) -> ModelCard:
+        """What the registry will say of this model under the served ``name``."""
+        return ModelCard(
+            model=name, created=created, max_model_len=self.max_model_len, vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids, chat=self.chat,
+        )  # fmt: skip
+
+    def tokenizer_json(self) -> bytes | None:
+        """tokenizer.json for the gateways' /tokenize; None for a tokenizer that has no such form."""
+        return None if self._backend is None else self._backend.to_str().encode()
+
+    def ids(self, job: Job) -> list[array[int]]:
+        """The prompts of ``job`` as token ids, all limits checked. InvalidRequest or ContextLengthExceeded."""
+        job.sampling.check(self.vocab_size)
+        if job.messages is not None:
+            prompts = [self._encode(self._render(job), special=False)]
+        else:
+            prompts = [self._prompt(p) for p in job.prompts()]
+        if not prompts or not all(prompts):
+            field = "prompt" if job.messages is None else "messages"
+            raise InvalidRequest(f"{field} must hold at least one token", param=field)
+        for prompt in prompts:
+            self._check_fit(len(prompt), job)
+        return prompts
+
+    def _prompt(self, prompt: str | list[int]) -> array[int]:
+        """Ids are used as they are; a text gets what the tokenizer adds by default (a bos, often)."""
+        if isinstance(prompt, str):
+            return self._encode(prompt, special=True)
+        if prompt and (min(prompt) < 0 or max(prompt) >= self.vocab_size):
+            raise InvalidRequest(f"prompt: token ids must lie in [0, {self.vocab_size - 1}]", param="prompt")
+        return array("i", prompt)
+
+    def _encode(self, text: str, special: bool) -> array[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest("prompt must be valid Unicode (it holds a lone surrogate)", param="prompt") from None
+        if self._backend is not None:
+            return array("i", self._backend.encode(text, add_special_tokens=special).ids)
+        return array("i", self.tokenizer.encode(text, add_special_tokens=special))
+
+    def _render(self, job: Job) -> str:
+        """The chat as one text, special tokens written by the template."""
+        import jinja2
+
+        if not self.chat:
+            raise InvalidRequest("this model has no chat template: use /v1/completions", param="messages")
+        kwargs = dict(job.chat_template_kwargs or {})
+        for name in sorted(RESERVED_TEMPLATE_KWARGS.intersection(kwargs)):
+            raise InvalidRequest(f"chat_template_kwargs may not set {name}", param="chat_template_kwargs")
+        if not kwargs.get("continue_final_message"):
+            kwargs.setdefault("add_generation_prompt", True)
+        messages = [_text_only(m) for m in job.messages or []]
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:
+            raise InvalidRequest(f"the chat template refuses the messages{self._reason(e)}", param="messages") from None
+
+    def _reason(self, error: Exception) -> str:
+        """A template's own complaint, if it is one of the template's fixed texts: others might quote the prompt."""
+        complaint = str(error)
+        return f": {complaint}" if complaint and complaint in str(self.tokenizer.chat_template) else ""
+
+    def _check_fit(self, tokens: int, job: Job) -> None:
+        wanted, limit = job.sampling.max_tokens, self.max_model_len
+        field = "prompt" if job.messages is None else "messages"
+        if tokens + max(wanted or 1, job.sampling.min_tokens) > limit:
+            asked = "" if wanted is None else f" and max_tokens is {wanted}"
+            raise ContextLengthExceeded(
+                f"the model's context holds {limit} tokens: the prompt has {tokens}{asked}",
+                param=field if wanted is None or tokens >= limit else "max_tokens",
+            )
+
+
+REMOTE_CODE = (
+    "{model}: this model asks for code of its own (auto_map in its configuration), which Headrace never runs. "
+    "Use a version of it that transformers supports by itself."
+)
+
+
+def _refuse_remote_code(model: str) -> None:
+    """Look before transformers does: a local config.json with auto_map is refused by name."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return
+    try:
+        asks = "auto_map" in json.loads(path.read_bytes())
+    except ValueError as e:
+        raise StartError(f"{model}: config.json is not valid JSON ({e})") from None
+    if asks:
+        raise ModelRefused(REMOTE_CODE.format(model=model))
+
+
+def _load_failure(model: str, part: str, error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"cannot load the {part} of {model}: {first}"
+
+
+def _eos_ids(model: str, config: Any, tokenizer: Any) -> list[int]:
+    """generation_config, else config, else tokenizer: the order in which transformers' generate looks."""
+    from transformers import GenerationConfig
+
+    try:
+        eos = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # no such file
+        eos = None
+    for candidate in (eos, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
+        if candidate is not None:
+            return list(candidate) if isinstance(candidate, list) else [int(candidate)]
+    return []
+
+
+def _text_only(message: dict[str, Any]) -> dict[str, Any]:
+    """``content`` given as parts becomes one text; parts that are no text are refused."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise InvalidRequest("messages: only content parts of type text are supported", param="messages")
+        texts.append(text)
+    return {**message, "content": "".join(texts)}
