@@ -1,0 +1,99 @@
+"""Who leads, and who has stopped living: judged by counters that stand still, never by a wall clock or a key's expiry.
+
+A leader or a worker changes a counter (its beat) as it makes progress. An observer that has read the same value
+six times, at least a second apart by its own monotonic clock, takes the observed one for dead. A read that itself
+took longer than a second proves that the server was stalled, and the observed one with it: the count starts anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from protocol.bus import Bus, LeaderRecord
+
+log = logging.getLogger("headrace.scheduler")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds, and a count of reads. The defaults are the promised ones; tests shorten them."""
+
+    beat_s: float = 0.5  # a leader's beat
+    apart_s: float = 1.0  # least time between two reads that count
+    slow_s: float = 1.0  # a read slower than this restarts the count
+    reads: int = 6  # unchanged reads that make a death
+
+
+class Watch:
+    """Counts how often one counter was read unchanged. Pure: the caller brings the times (monotonic seconds)."""
+
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
+        self._value: object = None
+        self._counted = float("-inf")
+        self.unchanged = 0
+
+    def seen(self, value: object, started: float, ended: float) -> bool:
+        """Note a read of ``value`` that began and ended at these times. True: it has stood still for too long."""
+        if value != self._value or ended - started > self._timing.slow_s:
+            self._value, self._counted, self.unchanged = value, ended, 0
+        elif started - self._counted >= self._timing.apart_s:
+            self._counted = ended
+            self.unchanged += 1
+        return self.unchanged >= self._timing.reads
+
+
+class ServerClock:
+    """Maps server milliseconds (deadlines, creation times) to this process's monotonic seconds."""
+
+    def __init__(self) -> None:
+        self._offset = 0.0  # monotonic minus server, in seconds
+        self._known = False
+
+    def observe(self, server_ms: int, sent: float, received: float) -> None:
+        """A server time obtained by a call that ran from ``sent`` to ``received``. Slow calls tell nothing."""
+        if received - sent < 0.25 or not self._known:
+            self._offset = (sent + received) / 2 - server_ms / 1000
+            self._known = True
+
+    def monotonic(self, server_ms: int) -> float:
+        return server_ms / 1000 + self._offset
+
+    def now_ms(self) -> int:
+        """The server's time, estimated."""
+        return int((time.monotonic() - self._offset) * 1000)
+
+
+async def stand_by(bus: Bus, owner: str, timing: Timing, looked: Callable[[], None]) -> tuple[int, LeaderRecord]:
+    """Wait until the lead is ours; the new epoch and the record that it replaced. ``looked`` is called at every read.
+
+    A record that was never written, or was released in order, is taken at once.
+    """
+    watch = Watch(timing)
+    while True:
+        started = time.monotonic()
+        seen = await bus.read_leader()
+        ended = time.monotonic()
+        looked()
+        if not seen.owner or watch.seen((seen.epoch, seen.beat), started, ended):
+            epoch = await bus.lead(owner, seen)
+            if epoch is not None:
+                return epoch, seen
+            log.info("another scheduler took the lead first")
+            watch = Watch(timing)
+        await asyncio.sleep(timing.apart_s)
+
+
+async def keep_lead(
+    bus: Bus, epoch: int, owner: str, timing: Timing, clock: ServerClock, looked: Callable[[], None]
+) -> None:
+    """Beat until cancelled. Raises Fenced("epoch") once another scheduler leads."""
+    while True:
+        sent = time.monotonic()
+        clock.observe(await bus.beat(epoch, owner), sent, time.monotonic())
+        looked()
+        await asyncio.sleep(timing.beat_s)
