@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 from protocol.bus import Bus
-from protocol.messages import Frame, decode_frames
+from protocol.messages import Frame, Terminal, decode_frames
 
 
 @dataclass
@@ -41,13 +42,15 @@ class View:
 class Results:
     """Terminal entries that a producer read, per (rid, choice)."""
 
-    entries: dict[tuple[str, int], list[object]] = field(default_factory=lambda: defaultdict(list))
+    entries: dict[tuple[str, int], list[Terminal]] = field(default_factory=lambda: defaultdict(list))
+    rids: dict[str, str] = field(default_factory=dict)  # producer's id -> rid
 
 
 @dataclass
 class History:
     accepted: dict[str, int] = field(default_factory=dict)  # rid -> choices
     views: list[View] = field(default_factory=list)
+    answers: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (rid, body) of those not streamed
     results: Results = field(default_factory=Results)
     wants_result: set[str] = field(default_factory=set)
     epochs: list[int] = field(default_factory=list)
@@ -69,11 +72,17 @@ class History:
         journals = {rid: await self._journals(bus, rid, n) for rid, n in self.accepted.items()}
         for view in self.views:
             self._judge_view(view, journals.get(view.rid) or await self._journals(bus, view.rid, view.choices))
+        for rid, answer in self.answers:
+            for choice, frames in zip(answer["choices"], journals[rid], strict=True):
+                if choice["text"] != "".join(f.text for f in frames) or choice["token_ids"] != _tokens(frames):
+                    self.blame(f"{rid}/{choice['index']}: the answer differs from the journal")
         for rid in self.wants_result:
-            for choice in range(self.accepted[rid]):
-                count = len(self.results.entries[(rid, choice)])
-                if count != 1:
-                    self.blame(f"{rid}/{choice}: {count} results")
+            for choice, frames in enumerate(journals[rid]):
+                entries = self.results.entries[(rid, choice)]
+                if len(entries) != 1:
+                    self.blame(f"{rid}/{choice}: {len(entries)} results")
+                elif entries[0].text != "".join(f.text for f in frames):
+                    self.blame(f"{rid}/{choice}: the result differs from the journal")
 
     async def _journals(self, bus: Bus, rid: str, choices: int) -> list[list[Frame]]:
         record = await bus.read_request(rid)
@@ -109,6 +118,10 @@ class History:
             counted = sum(f.token is not None for frames in journals for f in frames)
             if view.usage["completion_tokens"] != counted:
                 self.blame(f"{where}: usage says {view.usage['completion_tokens']}, the journals {counted}")
+
+
+def _tokens(frames: list[Frame]) -> list[int]:
+    return [f.token for f in frames if f.token is not None]
 
 
 async def leftovers(bus: Bus, redis_client: object) -> list[str]:

@@ -1,0 +1,230 @@
+"""Real processes, a real load, random faults: the promise under fire.
+
+Headrace runs as `headrace serve` starts it, with two of each role and the simulated engine drawing truly random
+tokens, so that a token made twice is a token made differently. Redis stands behind a proxy that can cut a
+process off. Faults are drawn from a seed; at the end the history is judged against the journals.
+
+    python -m tests.chaos.driver --minutes 60 --every 20 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import redis.asyncio
+
+from headrace.embedded import server_command
+from protocol.bus import Bus
+from tests.chaos.history import History, leftovers
+from tests.chaos.load import Load
+from tests.chaos.proxy import Proxy
+from tests.stack import Stack, free_port
+
+MODEL = "chaos"
+RECOVERY_S = 8.0  # the promise: tokens flow again within this, plus the prefill
+
+
+@dataclass
+class Fault:
+    kind: str
+    at: float
+    until: float
+    recovery: float = 0.0
+
+
+@dataclass
+class Chaos:
+    """One run. ``args`` are further options of `headrace serve`; ``env`` goes to its processes."""
+
+    folder: Path
+    seed: int
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    history: History = field(default_factory=History)
+    server: subprocess.Popen[bytes] | None = None
+
+    async def run(self, seconds: float, every: float, kinds: list[str] | None = None) -> None:
+        """Load for ``seconds``, a fault every ``every``; then rest, judge, and stop."""
+        self.rng = random.Random(self.seed)
+        self.redis_port = free_port()
+        self._start_server()
+        self.proxy = Proxy(self.redis_port)
+        await self.proxy.start()
+        direct, proxied = (f"redis://127.0.0.1:{port}/0" for port in (self.redis_port, self.proxy.port))
+        self.stack = Stack(
+            self.folder / "stack", "--redis-url", proxied, "--engine", "simulated", "--served-model-name", MODEL,
+            "--workers", "2", "--schedulers", "2", "--gateways", "2", *self.args, env=self.env,
+        )  # fmt: skip
+        bus = Bus(direct, MODEL)
+        try:
+            await asyncio.to_thread(self.stack.__enter__)
+            await bus.connect()
+            urls = [f"http://127.0.0.1:{self.stack.port + i}" for i in range(2)]
+            self.load = Load(urls, MODEL, self.history, random.Random(self.seed + 1), bus)
+            loading = asyncio.create_task(self.load.run(streams=8, detached=2, wholes=2, producers=2))
+            watching = asyncio.create_task(self._watch_epoch(bus))
+            await self._inject(seconds, every, kinds or list(self._table()), loading)
+            self.load.stop.set()
+            await asyncio.wait_for(loading, 300)
+            watching.cancel()
+            await self._rest(bus, direct)
+            await self.history.judge(bus)
+            self._measure()
+        except BaseException:
+            print(self.stack.output(), file=sys.stderr)
+            raise
+        finally:
+            with suppress(Exception):
+                await bus.close()
+            code = await asyncio.to_thread(self.stack.stop, None)
+            await self.proxy.stop()
+            self._stop_server()
+        if code:
+            self.history.blame(f"serve ended with {code}")
+
+    # -------------------------------------------------------------- the server
+
+    def _start_server(self) -> None:
+        data = self.folder / "redis"
+        data.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "redis.log").open("ab") as log:
+            self.server = subprocess.Popen(
+                server_command(data, port=self.redis_port), stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def _stop_server(self) -> None:
+        if self.server is not None:
+            self.server.kill()
+            self.server.wait()
+
+    # -------------------------------------------------------------- faults
+
+    def _table(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        table: dict[str, Callable[[], Awaitable[None]]] = {}
+        for role in ("gateway", "scheduler", "worker"):
+            table[f"kill {role}"] = lambda role=role: self._kill(role)
+            table[f"freeze {role}"] = lambda role=role: self._freeze(self._pid(role))
+            table[f"cut {role}"] = lambda role=role: self._cut(role)
+            table[f"lose reply {role}"] = lambda role=role: self._lose_reply(role)
+            table[f"term {role}"] = lambda role=role: self._kill(role, signal.SIGTERM)
+        table["restart redis"] = self._restart_redis
+        table["freeze redis"] = lambda: self._freeze(self.server.pid if self.server else 0)
+        return table
+
+    def _pid(self, role: str) -> int:
+        pids = self.stack.pids(role)
+        return self.rng.choice(sorted(pids.values()))
+
+    async def _kill(self, role: str, sig: int = signal.SIGKILL) -> None:
+        os.kill(self._pid(role), sig)
+
+    async def _freeze(self, pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(15)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    async def _cut(self, role: str) -> None:
+        self.proxy.cut(self._pid(role), 10)
+        await asyncio.sleep(10)
+
+    async def _lose_reply(self, role: str) -> None:
+        self.proxy.lose_reply(self._pid(role))
+
+    async def _restart_redis(self) -> None:
+        assert self.server is not None
+        self.server.kill()
+        await asyncio.to_thread(self.server.wait)
+        await asyncio.sleep(self.rng.uniform(0.1, 3))
+        self._start_server()
+
+    async def _inject(self, seconds: float, every: float, kinds: list[str], loading: asyncio.Task[None]) -> None:
+        begun, deck = time.monotonic(), []
+        table = self._table()
+        await asyncio.sleep(min(3, every))
+        while time.monotonic() - begun < seconds:
+            if loading.done():
+                loading.result()
+            deck = deck or self.rng.sample(kinds, len(kinds))  # every kind comes before one comes twice
+            kind, at = deck.pop(), time.monotonic()
+            with suppress(IndexError, ProcessLookupError):  # none of the role is up at this moment
+                await table[kind]()
+                self.faults.append(Fault(kind, at, time.monotonic()))
+                print(f"{at - begun:7.1f} s  {kind:24} done {self.load.done}, resumed {self.load.resumed}", flush=True)
+            await asyncio.sleep(every * self.rng.uniform(0.6, 1.4))
+
+    # -------------------------------------------------------------- judging
+
+    async def _watch_epoch(self, bus: Bus) -> None:
+        while True:
+            with suppress(Exception):  # the server may be down: that is the point
+                self.history.epochs.append((await bus.read_leader()).epoch)
+            await asyncio.sleep(0.5)
+
+    async def _rest(self, bus: Bus, url: str) -> None:
+        """Wait until nothing is under way; what is left over after half a minute is a violation."""
+        client = redis.asyncio.Redis.from_url(url)
+        try:
+            for _ in range(60):
+                left = await leftovers(bus, client)
+                if not left:
+                    return
+                await asyncio.sleep(0.5)
+            for item in left:
+                self.history.blame(f"left over: {item}")
+        finally:
+            await client.aclose()
+
+    def _measure(self) -> None:
+        """A fault's recovery: the longest silence of any stream that began while it lasted or ended soon after."""
+        for fault in self.faults:
+            inside = [gap for end, gap in self.load.gaps if fault.at <= end <= fault.until + 20]
+            fault.recovery = max(inside, default=0.0)
+
+    def report(self) -> str:
+        by_kind = defaultdict(list)
+        for fault in self.faults:
+            by_kind[fault.kind].append(fault.recovery)
+        lines = [f"{'fault':26}{'times':>6}{'longest silence p50':>22}{'max':>8}"]
+        for kind, values in sorted(by_kind.items()):
+            lines.append(f"{kind:26}{len(values):6}{statistics.median(values):20.1f} s{max(values):6.1f} s")
+        tokens = sum(len(t) for view in self.history.views for t in view.tokens.values())
+        lines.append(
+            f"requests {len(self.history.accepted)}, tokens seen {tokens}, resumed {self.load.resumed} times, "
+            f"refused or failed attempts {dict(self.history.failures)}, violations {len(self.history.violations)}"
+        )
+        return "\n".join(lines + [f"VIOLATION {v}" for v in self.history.violations[:50]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--every", type=float, default=20, help="seconds between two faults")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--kinds", nargs="*", help="only these kinds of fault")
+    options = parser.parse_args()
+    print(f"seed {options.seed}")
+    with tempfile.TemporaryDirectory(prefix="headrace-chaos-") as folder:
+        chaos = Chaos(Path(folder), options.seed, env={"HEADRACE_SIMULATED_RANDOM": "1"})
+        asyncio.run(chaos.run(options.minutes * 60, options.every, options.kinds))
+    print(chaos.report())
+    return 1 if chaos.history.violations else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
