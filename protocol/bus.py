@@ -1,105 +1,63 @@
-"""The only module that talks to Redis: connections, the atomic operations, the reads.
+"""The only module that talks to Redis: the atomic operations, the reads and the live tail of one model.
 
-STUB OF THE CONTRACT: signatures and meaning are final, bodies are being written.
+Each operation of the design is one method here and one Lua file in protocol/lua. What holds them together: every
+script is safe to repeat, so a lost reply is answered by asking again (protocol/connection.py).
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import random
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
-from protocol.keys import Keys
-from protocol.messages import Capacity, Frame, Hint, Job, ModelCard, Plan, Row, Terminal
+import msgspec
 
-# ------------------------------------------------------------------ what goes in and comes out
+from protocol import records
+from protocol.connection import Argument, Link, OutOfMemory
+from protocol.errors import Conflict, Fenced, NotFound, Overloaded, ServiceError, StartError, StoreFailed
+from protocol.keys import GROUP, REGISTRY, Keys, check_name
+from protocol.messages import (
+    WIRE,
+    Admitted,
+    Capacity,
+    Frame,
+    Hint,
+    Job,
+    ModelCard,
+    Plan,
+    Row,
+    Terminal,
+    body_hash,
+    decode_rows,
+    encode,
+    row_edges,
+)
+from protocol.records import (
+    Accepted,
+    CommitRow,
+    Event,
+    InboxEntry,
+    LeaderRecord,
+    Limits,
+    RequestRecord,
+    WorkerRecord,
+)
+from protocol.scripts import load
 
+__all__ = [
+    "Accepted", "Bus", "CommitRow", "Event", "Fenced", "InboxEntry", "LeaderRecord", "Limits", "RequestRecord",
+    "Subscription", "WorkerRecord", "commit_arguments",
+]  # fmt: skip
 
-@dataclass(frozen=True)
-class Limits:
-    """Bounds that accept enforces against `depth` + the inbox. None: unbounded."""
+MOST_COMMIT_ROWS = 256  # rows in one script call
+OLDEST_SERVER = (6, 2)
+PING_EVERY_S = 5.0  # a silent subscription is asked whether it still lives
 
-    requests: int | None = None
-    tokens: int | None = None  # waiting prompt tokens
-    tenant_requests: int | None = None
-    tenant_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Accepted:
-    rid: str
-    joined: bool  # an idempotency key named a request that exists already
-
-
-@dataclass
-class RequestRecord:
-    """`r:<rid>` decoded. ``prompts`` is empty until ingest. Lists have one entry per choice."""
-
-    rid: str
-    job: Job
-    tenant: str
-    seed: int | None
-    prompts: list[bytes]  # int32 bytes, one per prompt
-    created_ms: int  # server time
-    deadline_ms: int  # server time; 0: none
-    attempts: int
-    cancel: str | None  # finish reason asked for
-    open: int  # choices not ended; 0: the request has ended
-    attached: int  # attach count
-    placements: list[int]
-    ends: list[str | None]  # finish reasons
-
-
-@dataclass
-class InboxEntry:
-    """One entry of `jobs`: ``rid`` if it went through accept, else ``payload``."""
-
-    entry_id: str
-    rid: str | None
-    payload: bytes | None
-
-
-@dataclass
-class Event:
-    """One entry of `events`. kind: "hint", "worker" (registered or changed state), "cancel", "attach"."""
-
-    event_id: str
-    kind: str
-    hint: Hint | None = None
-    verdicts: str = ""  # per hint row LANDED / CLOSED / STALE; "" = all landed
-    wid: str | None = None
-    gen: int = 0
-    rid: str | None = None
-
-
-@dataclass(frozen=True)
-class CommitRow:
-    """One row to journal: ``frames`` end to end, appended if the journal is ``cursor`` bytes long."""
-
-    rid: str
-    choice: int
-    placement: int
-    cursor: int
-    frames: bytes
-    finish: str | None = None
-    result: bytes | None = None  # encoded Terminal, written to results:<name> when the row ends the choice
-    id: str | None = None
-
-
-@dataclass
-class WorkerRecord:
-    wid: str
-    gen: int
-    beat: int
-    state: str  # loading, warming, serving, draining
-    capacity: Capacity | None
-    wire: int
-
-
-@dataclass(frozen=True)
-class LeaderRecord:
-    epoch: int
-    owner: str
-    beat: int
+_plan_decoder = msgspec.msgpack.Decoder(Plan)
+_card_decoder = msgspec.msgpack.Decoder(ModelCard)
+_terminal_decoder = msgspec.msgpack.Decoder(Terminal)
 
 
 class Bus:
@@ -107,95 +65,523 @@ class Bus:
 
     Calls that meet a lost connection are repeated with jittered backoff for ``patience`` seconds (every
     script is safe to repeat), then raise Unavailable; ``patience=None`` repeats for ever. Out of memory
-    raises Unavailable from accept only. Blocking reads use connections of their own, without timeouts.
+    raises Unavailable from accept only. StoreFailed: the server refused the operation for good (a key of a
+    wrong type). Blocking reads use connections of their own, without timeouts.
     """
 
     keys: Keys
 
-    def __init__(self, url: str, model: str, *, patience: float | None = None, retention_s: float = 600.0) -> None: ...
+    def __init__(self, url: str, model: str, *, patience: float | None = None, retention_s: float = 600.0) -> None:
+        self.url = url
+        self.keys = Keys(model)
+        self._retention_ms = int(retention_s * 1000)
+        self._link = Link(url, patience)
+        self._scripts = load()
+        self._handed_out: set[str] = set()  # inbox entries given to the scheduler and not yet answered
+        self._missed_jobs = True  # a read of the inbox may have been lost on its way to us
+
     async def connect(self) -> None:
         """Ping the server, check its version (>= 6.2) and load the scripts. StartError says what to do."""
-    async def close(self) -> None: ...
+        try:
+            text = (await self._link.command("INFO", "server")).decode()
+            await self._link.pipeline([("SCRIPT", "LOAD", s.source) for s in self._scripts.values()])
+        except ServiceError as error:
+            raise StartError(f"cannot use the Redis server: {error.message}") from None
+        version = dict(line.split(":", 1) for line in text.splitlines() if ":" in line).get("redis_version", "0.0")
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
+            raise StartError(f"the Redis server is version {version}; Redis 6.2 or Valkey 7.2 at least is needed")
+
+    async def close(self) -> None:
+        await self._link.close()
+
     async def server_ms(self) -> int:
         """Server TIME in milliseconds."""
+        seconds, micros = await self._link.command("TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
     async def durability(self) -> list[str]:
         """Settings of the server that are weaker than ours (appendonly, appendfsync always, noeviction), named."""
+        wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+        try:
+            found = records.fields_of(await self._link.command("CONFIG", "GET", "*"))
+        except StoreFailed:
+            return ["CONFIG GET is not allowed, so its durability is unknown"]
+        weaker = []
+        for name, value in wanted.items():
+            actual = found.get(name.encode(), b"unknown").decode()
+            if actual != value:
+                weaker.append(f"{name} is {actual}, not {value}")
+        return weaker
+
+    async def _run(self, name: str, *args: Argument, key: str | None = None) -> Any:
+        return await self._link.script(self._scripts[name], key or self.keys.leader, (self.keys.prefix, *args))
 
     # -------------------------------------------------------------- gateway, client
+
     async def accept(
-        self, job: Job, *, rid: str, idempotency: str | None = None, reply_to: str | None = None,
-        limits: Limits = Limits(), prompt_tokens: int = 0,
+        self,
+        job: Job,
+        *,
+        rid: str,
+        idempotency: str | None = None,
+        reply_to: str | None = None,
+        limits: Limits = Limits(),  # noqa: B008 (immutable)
+        prompt_tokens: int = 0,
+        fingerprint: str | None = None,
     ) -> Accepted:
-        """Make ``job`` durable. Raises Overloaded (with retry_after), Conflict (same key, other body), Unavailable."""
+        """Make ``job`` durable. Raises Overloaded (with retry_after), Conflict (same key, other body), Unavailable.
+
+        Safe to repeat with the same ``rid``. ``fingerprint`` tells whether two bodies under one idempotency key are
+        the same; by default it is the hash of the job without its view and reply channel.
+        """
+        channel = reply_to or job.reply_to or ""
+        idem = self._idempotency(job.tenant, idempotency) if idempotency else ""
+        bounds = (limits.requests, limits.tokens, limits.tenant_requests, limits.tenant_tokens)
+        reply = await self._run(
+            "accept",
+            *(rid, job.choices, job.tenant, encode(job), fingerprint or _fingerprint(job)),
+            *(int((job.timeout_s or 0) * 1000), channel, job.results or "", job.id or "", idem, prompt_tokens),
+            *("" if bound is None else bound for bound in bounds),
+            key=self.keys.live,
+        )
+        match reply:
+            case [b"ok", _]:
+                return Accepted(rid, joined=False)
+            case [b"joined", owner, attached]:
+                return Accepted(owner.decode(), joined=True, attached=attached)
+            case [b"conflict"]:
+                raise Conflict("this idempotency key was used with another body", param="Idempotency-Key")
+            case [b"full"]:
+                raise Overloaded("this request has as many readers as it may", retry_after=1.0)
+            case [b"busy", waiting, rate]:
+                raise Overloaded("too much work is waiting", retry_after=_retry_after(float(waiting), float(rate)))
+        raise AssertionError(f"accept replied {reply!r}")
+
     async def cancel(self, rid: str, tenant: str, *, reason: str = "abort", attached: int | None = None) -> bool:
         """Mark for ending + hint. With ``attached``: void if the attach count has grown. False: nothing to cancel.
         NotFound if there is no such request of this tenant."""
-    async def attach(self, rid: str, tenant: str, name: str) -> RequestRecord:
-        """Add reply channel ``name`` (a ended request needs none). NotFound, or Overloaded at the fifth channel."""
-    async def read_request(self, rid: str) -> RequestRecord | None: ...
-    async def read_journal(self, rid: str, choice: int, cursor: int = 0) -> bytes: ...
-    async def journal_lengths(self, journals: Sequence[tuple[str, int]]) -> list[int]: ...
-    def subscribe(self, name: str) -> Subscription: ...
-    async def read_results(self, name: str, after: str = "0-0", block_ms: int | None = None) -> list[tuple[str, Terminal]]: ...
-    @staticmethod
-    async def models(url: str) -> dict[str, ModelCard]:
-        """The registry."""
-    async def publish_card(self, card: ModelCard, tokenizer_json: bytes | None) -> None: ...
-    async def read_tokenizer(self) -> bytes | None: ...
-    async def push(self, payload: bytes) -> str:
-        """XADD jobs * job payload: what a bare producer does. Returns the entry id."""
+        seen = "" if attached is None else attached
+        marked = await self._run("cancel", rid, tenant, reason, seen, key=self.keys.live)
+        if marked < 0:
+            raise NotFound("no such request", param="id")
+        return bool(marked)
 
-    # -------------------------------------------------------------- scheduler
-    async def read_leader(self) -> LeaderRecord: ...
+    async def attach(self, rid: str, tenant: str, name: str) -> RequestRecord:
+        """Add reply channel ``name`` (an ended request needs none). NotFound, or Overloaded at the fifth channel that
+        somebody listens to."""
+        reply = await self._run("attach", rid, tenant, check_name(name, "reply_to"), key=self.keys.live)
+        if reply == b"full":
+            raise Overloaded("this request has as many readers as it may", retry_after=1.0)
+        record = records.request_record(rid, reply) if isinstance(reply, list) else None
+        if record is None:
+            raise NotFound("no such request", param="id")
+        return record
+
+    async def read_request(self, rid: str) -> RequestRecord | None:
+        return records.request_record(rid, await self._link.command("HGETALL", self.keys.request(rid)))
+
+    async def read_requests(self, rids: Sequence[str]) -> list[RequestRecord | None]:
+        """Many records in one round trip; None where there is none (or where its key has a wrong type)."""
+        replies = await self._link.pipeline([("HGETALL", self.keys.request(rid)) for rid in rids])
+        return [records.request_record(rid, reply) for rid, reply in zip(rids, replies, strict=True)]
+
+    async def find_request(self, tenant: str, key: str) -> str | None:
+        """The rid behind an idempotency key or a producer's id; None if unknown, expired or rejected."""
+        value = await self._link.command("GET", self.keys.idempotency(tenant, key))
+        rid = value.split(b" ")[0].decode() if value else "-"
+        return None if rid == "-" else rid
+
+    async def read_journal(self, rid: str, choice: int, cursor: int = 0) -> bytes:
+        """All frames from byte ``cursor`` on."""
+        raw: bytes = await self._link.command("GETRANGE", self.keys.journal(rid, choice), cursor, -1)
+        return raw
+
+    async def read_journals(self, journals: Sequence[tuple[str, int]]) -> list[bytes]:
+        """Whole journals of many (rid, choice), in one round trip."""
+        return await self._link.pipeline([("GET", self.keys.journal(*j)) for j in journals])
+
+    async def journal_lengths(self, journals: Sequence[tuple[str, int]]) -> list[int]:
+        return await self._link.pipeline([("STRLEN", self.keys.journal(*j)) for j in journals])
+
+    def subscribe(self, name: str) -> Subscription:
+        return Subscription(self._link, self.keys.out(check_name(name, "reply_to")))
+
+    async def read_results(
+        self, name: str, after: str = "0-0", block_ms: int | None = None
+    ) -> list[tuple[str, Terminal]]:
+        """Terminal entries after stream id ``after``; without ``block_ms`` it does not wait."""
+        entries = await self._read_stream(self.keys.results(check_name(name, "results")), after, 1000, block_ms)
+        return [
+            (entry_id.decode(), _terminal_decoder.decode(records.fields_of(flat)[b"result"]))
+            for entry_id, flat in entries
+        ]
+
+    @staticmethod
+    async def models(url: str, *, patience: float | None = 5.0) -> dict[str, ModelCard]:
+        """The registry."""
+        link = Link(url, patience)
+        try:
+            found = records.fields_of(await link.command("HGETALL", REGISTRY))
+        finally:
+            await link.close()
+        return {name.decode(): _card_decoder.decode(card) for name, card in found.items()}
+
+    async def publish_card(self, card: ModelCard, tokenizer_json: bytes | None) -> None:
+        """Enter the model into the registry. Out of memory leaves what was there."""
+        with contextlib.suppress(OutOfMemory):
+            await self._link.command("HSET", REGISTRY, card.model, encode(card))
+            if tokenizer_json is not None:
+                await self._link.command("SET", self.keys.tokenizer, tokenizer_json)
+
+    async def read_tokenizer(self) -> bytes | None:
+        raw: bytes | None = await self._link.command("GET", self.keys.tokenizer)
+        return raw
+
+    async def push(self, payload: bytes) -> str:
+        """XADD jobs * job payload: what a bare producer does. Returns the entry id. Repeated if the reply is lost:
+        give the job an ``id``, and it runs once all the same."""
+        entry: bytes = await self._link.command("XADD", self.keys.jobs, "*", "job", payload)
+        return entry.decode()
+
+    # -------------------------------------------------------------- scheduler: the lead
+
+    async def read_leader(self) -> LeaderRecord:
+        epoch, owner, beat, wire = await self._link.command("HMGET", self.keys.leader, "epoch", "owner", "beat", "wire")
+        return LeaderRecord(int(epoch or 0), (owner or b"").decode(), int(beat or 0), int(wire or 0))
+
     async def lead(self, owner: str, seen: LeaderRecord) -> int | None:
-        """Take the lead if (epoch, beat) are still as ``seen``. The new epoch, or None."""
+        """Take the lead if (epoch, beat) are still as ``seen``. The new epoch, or None. ``owner`` names this process
+        alone (two that share it would both believe)."""
+        return await self._run("lead", seen.epoch, seen.beat, owner, WIRE) or None
+
     async def beat(self, epoch: int, owner: str) -> int:
         """Renew the lead; returns server TIME in ms. Fenced("epoch")."""
-    async def write_depth(self, epoch: int, depth: dict[str, int | float]) -> None: ...
-    async def read_jobs(self, consumer: str, count: int, block_ms: int) -> list[InboxEntry]: ...
+        return int(await self._run("beat", epoch, owner))
+
+    async def release(self, epoch: int, owner: str) -> bool:
+        """Hand the lead over: ``read_leader`` then shows no owner and a standby leads at once. False: not ours."""
+        return bool(await self._run("release", epoch, owner))
+
+    async def write_depth(self, epoch: int, depth: dict[str, int | float]) -> None:
+        """Replace `depth`. Fields: requests, tokens, requests:<tenant>, tokens:<tenant>, rate (tokens per second)."""
+        await self._run("depth", epoch, *(part for field in depth.items() for part in field))
+
+    # -------------------------------------------------------------- scheduler: the inbox
+
+    async def read_jobs(self, consumer: str, count: int, block_ms: int) -> list[InboxEntry]:
+        """New entries; also those of an earlier read whose reply was lost. ``consumer`` names this reign alone."""
+        read = ("XREADGROUP", "GROUP", GROUP, consumer, "COUNT", count)
+        if self._missed_jobs:
+            reply = await self._link.command(*read, "STREAMS", self.keys.jobs, "0")
+            entries = [e for e in _stream_entries(reply) if e[0].decode() not in self._handed_out]
+            self._missed_jobs = len(entries) >= count
+            if entries:
+                return self._hand_out(entries)
+        lost = self._link.losses
+        self._missed_jobs = True  # until this read has come through: a cancelled one may have taken entries
+        block = ("BLOCK", block_ms) if block_ms > 0 else ()
+        reply = await self._link.command(*read, *block, "STREAMS", self.keys.jobs, ">", block_s=block_ms / 1000)
+        self._missed_jobs = self._link.losses != lost
+        return self._hand_out(_stream_entries(reply))
+
     async def claim_jobs(self, consumer: str, count: int) -> list[InboxEntry]:
-        """Entries that an earlier leader read and did not finish with."""
+        """Entries that another consumer (an earlier leader, or a deposed one that woke) read and did not finish with.
+        Never one's own, so it may be called again and again; once a second or so is right."""
+        jobs, start = self.keys.jobs, "-"
+        while True:
+            pending = await self._link.command("XPENDING", jobs, GROUP, start, "+", count)
+            foreign = [entry for entry, owner, *_ in pending if owner != consumer.encode()]
+            if foreign:
+                claimed = await self._link.command("XCLAIM", jobs, GROUP, consumer, 0, *foreign)
+                present = [entry for entry in claimed if entry and entry[1]]
+                gone = set(foreign) - {entry_id for entry_id, _ in present}
+                if gone:
+                    await self._link.command("XACK", jobs, GROUP, *gone)
+                if present:
+                    return self._hand_out(present)
+            if len(pending) < count:
+                return []
+            start = "(" + pending[-1][0].decode()
+
+    def _hand_out(self, entries: list[tuple[bytes, list[bytes]]]) -> list[InboxEntry]:
+        out = [records.inbox_entry(entry_id, flat) for entry_id, flat in entries]
+        self._handed_out.update(entry.entry_id for entry in out)
+        return out
+
+    async def inbox_length(self) -> int:
+        length: int = await self._link.command("XLEN", self.keys.jobs)
+        return length
+
     async def ingest(
-        self, epoch: int, entry_id: str, *, rid: str, prompts: list[bytes], seed: int, job: Job | None = None,
+        self,
+        epoch: int,
+        entry_id: str,
+        *,
+        rid: str,
+        prompts: list[bytes],
+        seed: int,
+        job: Job | None = None,
+        producer_id: str | None = None,
     ) -> tuple[str, str]:
-        """(verdict, rid). verdict: "new"; "repeat" (ingested before: read the record); "cancelled" (marked before it was
-        ingested: to be finished); "gone" (no such request). ``job`` is given for a producer's push, which becomes a
-        request here (deadline from timeout_s); its id may name an earlier request: ("duplicate", that rid)."""
-    async def reject(self, epoch: int, entry_id: str, *, payload_hash: str, error: dict, reply_to: str | None = None,
-        results: str | None = None, tenant: str | None = None, id: str | None = None) -> None:
-        """End a push that can be no request: dead letter, and where an id is known one error result."""
+        """(verdict, rid). verdict: "new"; "repeat" (ingested before: read the record); "cancelled" (marked before it
+        was ingested: to be finished); "gone" (no such request, or it has ended). ``job`` is given for a producer's
+        push, which becomes a request here (deadline from timeout_s and the time of the push); its id may name an
+        earlier request: ("duplicate", that rid). ``producer_id``: the id of an accepted job, repeated in the notice
+        of admission."""
+        args: list[Argument] = []
+        if job is not None:
+            if job.id is None:
+                job = msgspec.structs.replace(job, id=entry_id)
+            producer_id = job.id
+            self._idempotency(job.tenant, job.id)  # both must be names
+            args = [job.tenant, job.id or "", encode(job), _fingerprint(job), job.choices]
+            args += [int((job.timeout_s or 0) * 1000), job.reply_to or "", job.results or ""]
+        admitted = encode(Admitted(sum(len(p) for p in prompts) // 4))
+        row = encode(Row(rid, -1, 0, admitted, producer_id))
+        verdict, owner = await self._run("ingest", epoch, entry_id, rid, seed, row, len(prompts), *prompts, *args)
+        if verdict != b"cancelled":
+            self._handed_out.discard(entry_id)
+        return verdict.decode(), owner.decode()
+
+    async def reject(
+        self,
+        epoch: int,
+        entry_id: str,
+        *,
+        payload_hash: str,
+        error: dict[str, Any],
+        reply_to: str | None = None,
+        results: str | None = None,
+        tenant: str | None = None,
+        id: str | None = None,
+    ) -> None:
+        """End a push that can be no request: dead letter, and where ``tenant`` is known one error result under ``id``
+        (default: the entry id). ``error``: code, message, param."""
+        producer_id = id or entry_id
+        frames = encode(Frame(None, "", "error", error))
+        row = encode(Row("", 0, 0, frames, producer_id))
+        result = encode(Terminal(rid="", id=producer_id, finish_reason="error", error=error))
+        dead = {"entry": entry_id, "hash": payload_hash, "code": str(error.get("code", "")), "id": id or ""}
+        args: list[Argument] = [tenant or "", producer_id, payload_hash, reply_to or "", row, results or "", result]
+        await self._run(
+            "reject", epoch, entry_id, self._retention_ms, *args, *(part for field in dead.items() for part in field)
+        )
+        self._handed_out.discard(entry_id)
+
+    # -------------------------------------------------------------- scheduler: workers and requests
+
     async def plan(self, epoch: int, wid: str, gen: int, plan: Plan) -> None:
-        """Fence; record the placement of each of plan.new; XADD. Fenced("epoch") or Fenced("gen")."""
-    async def finish(self, epoch: int, rows: Sequence[CommitRow], *, entry_id: str | None = None,
-        dead: dict[str, str] | None = None) -> str:
-        """End choices that no worker runs (row.finish set; one terminal frame). Verdicts as commit. ``entry_id``: an inbox
-        entry that this answers; ``dead``: fields of a dead letter."""
+        """Fence; record the placement of each of plan.new; XADD. Fenced("epoch") or Fenced("gen"). A worker's plans are
+        sent one after another: a step that is not above the last one sent counts as a repeat."""
+        new: list[Argument] = []
+        for sequence in plan.new:
+            new += (sequence.rid, sequence.choice, sequence.placement)
+        await self._run("plan", epoch, wid, gen, plan.step, encode(plan), *new)
+
+    async def finish(
+        self,
+        epoch: int,
+        rows: Sequence[CommitRow],
+        *,
+        entry_id: str | None = None,
+        dead: dict[str, str] | None = None,
+    ) -> str:
+        """End choices that no worker runs (row.finish set; one terminal frame). Verdicts as commit. ``entry_id``: an
+        inbox entry that this answers; ``dead``: fields of a dead letter."""
+        letter = [part for field in (dead or {}).items() for part in field]
+        args: list[Argument] = [epoch, self._retention_ms, entry_id or "", len(letter), *letter]
+        verdicts = await self._run("finish", *args, *commit_arguments(rows))
+        if entry_id:
+            self._handed_out.discard(entry_id)
+        return str(verdicts, "ascii")
+
     async def retire(self, epoch: int, wid: str, gen: int, attempts: Sequence[str] = ()) -> None:
         """Fence worker incarnation ``gen`` for ever, drop its plans, raise `attempts` of these rids."""
-    async def read_events(self, after: str, count: int, block_ms: int) -> list[Event]: ...
-    async def last_event_id(self) -> str: ...
-    async def trim_events(self, upto: str) -> None: ...
+        await self._run("retire", epoch, wid, gen, *attempts)
+
+    async def read_events(self, after: str, count: int, block_ms: int) -> list[Event]:
+        """Events after stream id ``after``, in order."""
+        entries = await self._read_stream(self.keys.events, after, count, block_ms)
+        found = [records.event(entry_id, flat) for entry_id, flat in entries]
+        return [e for e in found if e is not None]
+
+    async def last_event_id(self) -> str:
+        try:
+            reply = records.fields_of(await self._link.command("XINFO", "STREAM", self.keys.events))
+        except StoreFailed:  # no such key
+            return "0-0"
+        return reply[b"last-generated-id"].decode()
+
+    async def trim_events(self, upto: str, *, epoch: int | None = None) -> None:
+        """Forget events up to ``upto``. With ``epoch`` fenced: a deposed leader may not trim what another needs."""
+        first = records.next_id(upto)
+        if epoch is None:
+            await self._link.command("XTRIM", self.keys.events, "MINID", first)
+        else:
+            await self._run("trim", epoch, first)
+
     async def scan_live(self) -> dict[str, list[str]]:
         """rid -> reply channels, of every unfinished request."""
-    async def list_workers(self) -> list[WorkerRecord]: ...
-    async def inbox_length(self) -> int: ...
+        live: dict[str, list[str]] = {}
+        cursor = b"0"
+        while True:
+            cursor, flat = await self._link.command("HSCAN", self.keys.live, cursor, "COUNT", 1000)
+            live.update((rid.decode(), names.decode().split()) for rid, names in records.fields_of(flat).items())
+            if cursor == b"0":
+                return live
+
+    async def list_workers(self) -> list[WorkerRecord]:
+        wids = sorted(wid.decode() for wid in await self._link.command("SMEMBERS", self.keys.workers))
+        replies = await self._link.pipeline([("HGETALL", self.keys.worker(wid)) for wid in wids])
+        found = [records.worker_record(wid, reply) for wid, reply in zip(wids, replies, strict=True)]
+        return [worker for worker in found if worker is not None]
 
     # -------------------------------------------------------------- worker
+
     async def register(self, wid: str, capacity: Capacity | None, state: str) -> int:
         """Draw a gen and write `w:<wid>`. Plans are then read from 0-0; those of another (epoch, gen) are skipped."""
+        packed = encode(capacity) if capacity is not None else b""
+        gen: int = await self._run("register", check_name(wid, "name"), state, packed, WIRE)
+        return gen
+
     async def pulse(self, wid: str, gen: int, state: str | None = None, capacity: Capacity | None = None) -> int:
         """A beat that no commit carries; changes state if given. Returns the current epoch. Fenced("gen")."""
-    async def read_plans(self, wid: str, after: str, block_ms: int) -> list[tuple[str, Plan]]: ...
-    async def commit(self, wid: str, epoch: int, gen: int, rows: Sequence[CommitRow], hint: Hint, *,
-        executed: str | None = None) -> str:
+        packed = encode(capacity) if capacity is not None else b""
+        epoch: int = await self._run("pulse", wid, gen, state or "", packed)
+        return epoch
+
+    async def read_plans(self, wid: str, after: str, block_ms: int) -> list[tuple[str, Plan]]:
+        """Plans after stream id ``after``, in order."""
+        entries = await self._read_stream(self.keys.plans(wid), after, 64, block_ms)
+        return [(entry_id.decode(), _plan_decoder.decode(flat[1])) for entry_id, flat in entries]
+
+    async def commit(
+        self,
+        wid: str,
+        epoch: int,
+        gen: int,
+        rows: Sequence[CommitRow],
+        hint: Hint,
+        *,
+        executed: str | None = None,
+    ) -> str:
         """Journal and publish rows, hint once, beat, trim plans up to stream id ``executed``. Returns one verdict per
         row. More than 256 rows go as several calls, the hint in the last. Fenced("epoch") or Fenced("gen")."""
+        trim = records.next_id(executed) if executed else ""
+        verdicts, packed_hint = "", encode(hint)
+        for start in range(0, max(len(rows), 1), MOST_COMMIT_ROWS):
+            part = rows[start : start + MOST_COMMIT_ROWS]
+            last = start + MOST_COMMIT_ROWS >= len(rows)
+            tail: list[Argument] = [packed_hint, verdicts, trim] if last else ["", "", ""]
+            reply = await self._run("commit", epoch, wid, gen, self._retention_ms, *tail, *commit_arguments(part))
+            verdicts += str(reply, "ascii")
+        return verdicts
+
+    # -------------------------------------------------------------- shared
+
+    def _idempotency(self, tenant: str, key: str | None) -> str:
+        """The key's name without the prefix; both parts must be names."""
+        check_name(tenant, "tenant")
+        return self.keys.idempotency(tenant, check_name(key or "", "id")).removeprefix(self.keys.prefix)
+
+    async def _read_stream(
+        self, key: str, after: str, count: int, block_ms: int | None
+    ) -> list[tuple[bytes, list[bytes]]]:
+        block = ("BLOCK", block_ms) if block_ms else ()
+        reply = await self._link.command(
+            "XREAD", "COUNT", count, *block, "STREAMS", key, after, block_s=(block_ms or 0) / 1000
+        )
+        return _stream_entries(reply)
 
 
 class Subscription:
     """``async for rows in subscription`` yields list[Row] per message; [] tells that the subscription was lost and is
-    up again (publications may be missing: resync from the journals). ``start`` returns once SUBSCRIBE is acknowledged."""
+    up again (publications may be missing: resync from the journals). ``start`` returns once SUBSCRIBE is acknowledged.
+    """
 
-    async def start(self) -> None: ...
-    async def close(self) -> None: ...
-    def __aiter__(self) -> AsyncIterator[list[Row]]: ...
+    def __init__(self, link: Link, channel: str) -> None:
+        self._link = link
+        self._channel = channel
+        self._connection: Any = None
+        self._closed = False
+
+    async def start(self) -> None:
+        async def attempt() -> Any:
+            connection = await self._link.open_connection()
+            try:
+                async with asyncio.timeout(PING_EVERY_S):
+                    await connection.send_command("SUBSCRIBE", self._channel, check_health=False)
+                    await connection.read_response(disable_decoding=True)
+            except BaseException:
+                await connection.disconnect(nowait=True)
+                raise
+            return connection
+
+        self._connection = await self._link.repeat(attempt)
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._connection is not None:
+            await self._connection.disconnect(nowait=True)
+
+    async def __aiter__(self) -> AsyncIterator[list[Row]]:
+        if self._connection is None:
+            await self.start()
+        asked = False
+        while not self._closed:
+            try:
+                message = await self._connection.read_response(
+                    disable_decoding=True, timeout=PING_EVERY_S, disconnect_on_error=False
+                )
+                if message is None:  # silence: ask, and hear at least the answer before the next silence
+                    if asked:
+                        raise ConnectionResetError("the subscription does not answer")
+                    await self._connection.send_command("PING", check_health=False)
+                asked = message is None
+            except self._link.lost_errors:
+                if self._closed:
+                    return
+                await self._connection.disconnect(nowait=True)
+                await self.start()
+                asked = False
+                yield []
+                continue
+            if message is not None and message[0] == b"message":
+                yield decode_rows(message[2])
+
+
+def commit_arguments(rows: Sequence[CommitRow]) -> list[Argument]:
+    """Rows as the flat arguments of the scripts: rid, choice, placement, cursor, finish, result, head, frames, tail."""
+    args: list[Argument] = []
+    for row in rows:
+        head, tail = row_edges(row.rid, row.choice, row.cursor, len(row.frames), row.id)
+        args += (
+            row.rid,
+            row.choice,
+            row.placement,
+            row.cursor,
+            row.finish or b"",
+            row.result or b"",
+            head,
+            row.frames,
+            tail,
+        )
+    return args
+
+
+def _stream_entries(reply: Any) -> list[tuple[bytes, list[bytes]]]:
+    """Entries of an XREAD or XREADGROUP reply for one stream; those deleted meanwhile are left out."""
+    if not reply:
+        return []
+    return [(entry_id, flat) for entry_id, flat in reply[0][1] if flat]
+
+
+def _fingerprint(job: Job) -> str:
+    """What two pushes under one id must share: all but where the answer goes and how it is rendered."""
+    return body_hash(encode(msgspec.structs.replace(job, view=None, reply_to=None)))
+
+
+def _retry_after(waiting_tokens: float, rate: float) -> float:
+    """Seconds until a busy service may have room: waiting tokens over measured rate, 1 to 60, jittered by a tenth."""
+    seconds = waiting_tokens / rate if rate > 0 else 1.0
+    return min(60.0, max(1.0, seconds * random.uniform(0.9, 1.1)))

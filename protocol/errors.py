@@ -13,6 +13,7 @@
     ├── ServiceError                    ours, or the surroundings': may be tried again
     │   ├── Overloaded            429   overloaded (carries retry_after, seconds)
     │   ├── EngineFailed          500   engine_failed
+    │   ├── StoreFailed           500   store_failed (the server refused an operation: a key of a wrong type)
     │   ├── Unavailable           503   unavailable
     │   └── DeadlineExceeded      504   deadline_exceeded
     ├── StartError                      a failed start; the message says what to do
@@ -100,6 +101,12 @@ class EngineFailed(ServiceError):
     status, code = 500, "engine_failed"
 
 
+class StoreFailed(ServiceError):
+    """Redis answered with an error that repeating will not mend: a key of a wrong type, a missing permission."""
+
+    status, code = 500, "store_failed"
+
+
 class Unavailable(ServiceError):
     pass
 
@@ -130,6 +137,6 @@ def _subclasses(root: type[Any]) -> list[type[Any]]:
 
 def http_status(code: str | None) -> int:
     """HTTP status of a wire code (as found in an error frame); 500 for a code that nobody here knows."""
-    known = {c.code: c.status for c in (*_subclasses(RequestError), *_subclasses(ServiceError))}
+    known: dict[str, int] = {c.code: c.status for c in (*_subclasses(RequestError), *_subclasses(ServiceError))}
     known["model_not_found"] = 404
     return known.get(code or "", 500)

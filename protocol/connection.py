@@ -1,0 +1,188 @@
+"""One server, reached through whatever happens to it: connections, repeats with backoff, script loading.
+
+Every operation that goes through here is safe to repeat, so a lost connection is answered by repeating, never by
+guessing. redis-py's own retries and timeouts are switched off: this module is the one place that decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import hiredis
+from redis.asyncio import ConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthenticationWrongNumberOfArgsError,
+    AuthorizationError,
+    NoPermissionError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as LostConnection
+from redis.exceptions import TimeoutError as TimedOut
+
+from protocol.errors import Fenced, StoreFailed, Unavailable
+from protocol.scripts import Script
+
+T = TypeVar("T")
+Argument = str | bytes | int | float
+
+REPLY_TIMEOUT_S = 15.0  # a stalled server is waited for; a dead link is given up
+CONNECT_TIMEOUT_S = 5.0
+MOST_BACKOFF_S = 2.0
+# replies of a server that is there and will be able to answer later
+PASSING = {"LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED"}
+REFUSED = (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError, NoPermissionError)
+
+
+_pack: Callable[[tuple[Argument, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
+
+
+class OutOfMemory(Unavailable):
+    """The server refused a write for want of memory."""
+
+
+class Link:
+    """Connections to one server. Each call takes one that is idle or makes one; none is shared by two calls at once."""
+
+    lost_errors = (LostConnection, TimedOut, TimeoutError, OSError, EOFError)
+
+    def __init__(self, url: str, patience: float | None) -> None:
+        self.url = url
+        self.patience = patience
+        # the pool only reads the URL and makes connections
+        self._maker = ConnectionPool.from_url(
+            url,
+            protocol=2,
+            socket_timeout=None,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            client_name="headrace",
+            driver_info=None,
+        )
+        self._idle: list[Any] = []
+        self._busy: set[Any] = set()
+        self._closed = False
+        self.losses = 0  # attempts whose reply was lost
+
+    async def close(self) -> None:
+        self._closed = True
+        for connection in [*self._idle, *self._busy]:
+            await connection.disconnect(nowait=True)
+        self._idle.clear()
+
+    async def open_connection(self) -> Any:
+        """A new connection, outside the pool of idle ones (subscriptions keep theirs)."""
+        connection: Any = self._maker.make_connection()  # type: ignore[no-untyped-call]
+        try:
+            await connection.connect()
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return connection
+
+    async def once(self, packed: bytes, replies: int, timeout: float) -> list[Any]:
+        """Send packed commands and read their replies; errors that the server replies are returned, not raised."""
+        if self._closed:
+            raise Unavailable("the bus is closed")
+        connection = self._idle.pop() if self._idle else await self.open_connection()
+        self._busy.add(connection)
+        try:
+            async with asyncio.timeout(timeout):
+                await connection.send_packed_command(packed, check_health=False)
+                out = []
+                for _ in range(replies):
+                    try:
+                        out.append(await connection.read_response(disable_decoding=True))
+                    except ResponseError as error:
+                        out.append(error)
+        except BaseException:
+            self._busy.discard(connection)
+            for lost in (connection, *self._idle):  # what ended this one has likely ended the idle ones too
+                await lost.disconnect(nowait=True)
+            self._idle.clear()
+            raise
+        self._busy.discard(connection)
+        self._idle.append(connection)
+        return out
+
+    async def repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Await ``attempt()`` until it comes through, with jittered backoff, for at most ``patience`` seconds."""
+        started, tries = time.monotonic(), 0
+        while True:
+            try:
+                return await attempt()
+            except REFUSED as error:
+                raise StoreFailed(f"the Redis server refused us: {error}") from None
+            except (*self.lost_errors, _Passing) as error:
+                self.losses += 1
+                cause = f"{type(error).__name__}: {error}"
+            pause = min(MOST_BACKOFF_S, 0.05 * 2**tries) * random.uniform(0.5, 1.0)
+            tries = min(tries + 1, 16)
+            if self._closed:
+                raise Unavailable("the bus is closed")
+            if self.patience is not None and time.monotonic() + pause - started > self.patience:
+                raise Unavailable(f"Redis does not answer ({cause})")
+            await asyncio.sleep(pause)
+
+    async def command(self, *args: Argument, block_s: float = 0.0) -> Any:
+        """One command; ``block_s`` is how long the server may keep us waiting on purpose."""
+        packed = _pack(args)
+
+        async def attempt() -> Any:
+            (reply,) = await self.once(packed, 1, REPLY_TIMEOUT_S + block_s)
+            return _checked(reply)
+
+        return await self.repeat(attempt)
+
+    async def pipeline(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
+        """Several commands in one round trip, not atomically."""
+        if not commands:
+            return []
+        packed = b"".join([_pack(c) for c in commands])
+
+        async def attempt() -> list[Any]:
+            return [_checked(reply) for reply in await self.once(packed, len(commands), REPLY_TIMEOUT_S)]
+
+        return await self.repeat(attempt)
+
+    async def script(self, script: Script, key: str, args: Sequence[Argument]) -> Any:
+        """Run a script by its digest; a server that has forgotten it (a restart) is sent the source."""
+        packed = _pack(("EVALSHA", script.sha, 1, key, *args))
+
+        async def attempt() -> Any:
+            (reply,) = await self.once(packed, 1, REPLY_TIMEOUT_S)
+            if isinstance(reply, NoScriptError):
+                whole = _pack(("EVAL", script.source, 1, key, *args))
+                (reply,) = await self.once(whole, 1, REPLY_TIMEOUT_S)
+            return _checked(reply)
+
+        return await self.repeat(attempt)
+
+
+class _Passing(Exception):
+    """The server is there and will be able to answer later."""
+
+
+def _checked(reply: Any) -> Any:
+    """The reply, or the error that it tells of, as one of ours."""
+    if not isinstance(reply, RedisError):
+        return reply
+    text = str(reply)
+    code = getattr(reply, "status_code", None) or text.partition(" ")[0]
+    if text.startswith("FENCED "):
+        raise Fenced(text.removeprefix("FENCED ").split()[0])
+    if code == "OOM" or "'maxmemory'" in text:
+        raise OutOfMemory("Redis is out of memory: no new work is taken")
+    if isinstance(reply, REFUSED):
+        raise reply
+    if code in PASSING:
+        raise _Passing(f"{code} {text}")
+    raise StoreFailed(f"Redis refused an operation: {text}")

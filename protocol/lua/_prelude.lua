@@ -1,0 +1,26 @@
+-- Shared by every script. ARGV[1] is always the key prefix of the model; KEYS[1] only names the cluster slot.
+-- The loader sets PUBLISH and NUMSUB in front of this (PUBLISH / NUMSUB, sharded in a cluster).
+local P = ARGV[1]
+
+-- Server TIME in milliseconds.
+local function milliseconds()
+  local t = redis.call('TIME')
+  return string.format('%.0f', tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000))
+end
+
+-- The first write of a script decides whether it may run when the server is out of memory: this one may.
+local function allow_when_full()
+  redis.call('HDEL', P .. 'leader', '')
+end
+
+local function is_leader(epoch)
+  return redis.call('HGET', P .. 'leader', 'epoch') == epoch
+end
+
+local function is_worker(wid, gen)
+  return redis.call('HGET', P .. 'w:' .. wid, 'gen') == gen
+end
+
+local function fenced(cause)
+  return redis.error_reply('FENCED ' .. cause)
+end

@@ -1,0 +1,81 @@
+-- The rows of `commit` and `finish`: land each, end choices and requests, publish what landed.
+-- A row is nine arguments: rid, choice, placement, cursor, finish, result, head, frames, tail ('' = none).
+
+local retention -- milliseconds that an ended request's keys stay
+
+-- True if the journal already holds exactly these bytes at this place: a repeated call finds its own row.
+local function holds(journal, cursor, frames)
+  return #frames > 0 and redis.call('GETRANGE', journal, cursor, cursor + #frames - 1) == frames
+end
+
+-- The last choice ended: what is kept of the request expires from now on.
+local function end_request(rid, record)
+  local v = redis.call('HMGET', record, 'n', 'idem')
+  redis.call('HDEL', P .. 'live', rid)
+  redis.call('HSET', record, 'ended', milliseconds())
+  redis.call('PEXPIRE', record, retention)
+  for i = 0, tonumber(v[1]) - 1 do redis.call('PEXPIRE', P .. 'j:' .. rid .. ':' .. i, retention) end
+  if v[2] and v[2] ~= '' then redis.pcall('PEXPIRE', P .. v[2], retention) end
+end
+
+local function write_result(name, result)
+  local key = P .. 'results:' .. name
+  redis.pcall('XADD', key, 'MAXLEN', '~', '10000', '*', 'result', result)
+  redis.pcall('PEXPIRE', key, 86400000)
+end
+
+local function end_choice(rid, record, choice, finish, result)
+  redis.call('HSET', record, 'e' .. choice, finish)
+  local open = redis.call('HINCRBY', record, 'open', -1)
+  local name = redis.call('HGET', record, 'results')
+  if result ~= '' and name and name ~= '' then write_result(name, result) end
+  if open <= 0 then end_request(rid, record) end
+end
+
+-- A key of the row has the wrong type (somebody else wrote there): the choice can never go on, so it is closed.
+local function close_broken(rid, choice, placement)
+  local record = P .. 'r:' .. rid
+  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice)
+  if v[1] and not v[3] and (v[2] or '0') == placement then end_choice(rid, record, choice, 'error', '') end
+end
+
+-- One row: its verdict (l landed, c closed, s stale) and whether it is to be published.
+local function land(i)
+  local rid, choice, placement, cursor = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
+  local finish, frames = ARGV[i + 4], ARGV[i + 7]
+  local record, journal = P .. 'r:' .. rid, P .. 'j:' .. rid .. ':' .. choice
+  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice)
+  local ours = (v[2] or '0') == placement
+  if not v[1] then return 'c' end
+  if v[3] then return (ours and holds(journal, cursor, frames)) and 'l' or 'c' end
+  if not ours then return 's' end
+  if redis.call('STRLEN', journal) ~= cursor then return holds(journal, cursor, frames) and 'l' or 's' end
+  redis.call('APPEND', journal, frames)
+  if finish ~= '' then end_choice(rid, record, choice, finish, ARGV[i + 5]) end
+  return 'l', true
+end
+
+-- All rows from argument `first` on; `keep` is the retention. One string of verdicts, and the number of rows that landed just now.
+local function land_rows(first, keep)
+  retention = keep
+  local rids, verdicts, parts, order, landed = {}, {}, {}, {}, 0
+  for i = first, #ARGV, 9 do rids[#rids + 1] = ARGV[i] end
+  if #rids == 0 then return '', 0 end
+  local channels = redis.call('HMGET', P .. 'live', unpack(rids))
+  for k = 1, #rids do
+    local i = first + 9 * (k - 1)
+    local ok, verdict, fresh = pcall(land, i)
+    if not ok then pcall(close_broken, ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
+    verdicts[k] = ok and verdict or 'c'
+    if ok and fresh then
+      landed = landed + 1
+      for name in string.gmatch(channels[k] or '', '%S+') do
+        local row = parts[name]
+        if not row then row = {}; parts[name] = row; order[#order + 1] = name end
+        row[#row + 1] = ARGV[i + 6]; row[#row + 1] = ARGV[i + 7]; row[#row + 1] = ARGV[i + 8]
+      end
+    end
+  end
+  for _, name in ipairs(order) do redis.pcall(PUBLISH, P .. 'out:' .. name, table.concat(parts[name])) end
+  return table.concat(verdicts), landed
+end

@@ -1,0 +1,49 @@
+-- Turn an inbox entry into a request that can run: its prompt ids and seed are stored, once.
+-- KEYS: leader. ARGV: P, epoch, entry id, rid, seed, admission row, number of prompts, prompts...,
+-- and for a producer's push further: tenant, id, body, hash, n, timeout_ms, channel, results
+-- -> {verdict, rid}: new | repeat | cancelled | gone | duplicate
+allow_when_full()
+local epoch, entry, rid, seed, row, count = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
+if not is_leader(epoch) then return fenced('epoch') end
+local live, jobs, record, push = P .. 'live', P .. 'jobs', P .. 'r:' .. rid, 7 + count
+
+-- Delete the entry; 0 if it was gone already.
+local function take()
+  redis.call('XACK', jobs, 'scheduler', entry)
+  return redis.call('XDEL', jobs, entry)
+end
+
+if #ARGV == push then -- it went through accept: the record is there
+  local v = redis.call('HMGET', record, 'open', 'seed', 'cancel')
+  if not v[1] or v[1] == '0' then
+    if not v[1] then redis.call('HDEL', live, rid) end
+    take()
+    return {'gone', rid}
+  end
+  if v[2] then take() return {'repeat', rid} end
+  if v[3] then return {'cancelled', rid} end -- `finish` takes the entry
+  take()
+else
+  local tenant, id, body, hash, n = ARGV[push + 1], ARGV[push + 2], ARGV[push + 3], ARGV[push + 4], ARGV[push + 5]
+  local timeout, channel, results = tonumber(ARGV[push + 6]), ARGV[push + 7], ARGV[push + 8]
+  local idem = 'idem:' .. tenant .. ':' .. id
+  local owner = string.match(redis.call('GET', P .. idem) or '', '^(%S+)')
+  if take() == 0 then return (owner and owner ~= '-') and {'repeat', owner} or {'gone', ''} end
+  if owner then return {'duplicate', owner} end
+  -- the push was durable from the moment of its XADD, which its entry id tells
+  local now = milliseconds()
+  local created = string.match(entry, '^(%d+)%-') or now
+  if tonumber(created) > tonumber(now) then created = now end
+  local deadline = timeout > 0 and string.format('%.0f', tonumber(created) + timeout) or '0'
+  redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', id, 'deadline', deadline,
+    'created', created, 'attempts', 0, 'n', n, 'open', n, 'attached', 0, 'results', results, 'idem', idem)
+  redis.call('HSET', live, rid, channel)
+  redis.call('SET', P .. idem, rid .. ' ' .. hash)
+end
+
+redis.call('HSET', record, 'seed', seed)
+for k = 0, count - 1 do redis.call('HSET', record, 'prompt:' .. k, ARGV[8 + k]) end
+for name in string.gmatch(redis.call('HGET', live, rid) or '', '%S+') do
+  redis.pcall(PUBLISH, P .. 'out:' .. name, row)
+end
+return {'new', rid}

@@ -1,0 +1,18 @@
+-- Send one plan to a worker and record where its new sequences are. Counts as the leader's beat.
+-- KEYS: leader. ARGV: P, epoch, wid, gen, step, plan, then per new sequence: rid, choice, placement
+-- -> 1, or 0 for a step that was sent before (a repeat)
+allow_when_full()
+local epoch, wid, gen, step = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+local worker = P .. 'w:' .. wid
+if not is_leader(epoch) then return fenced('epoch') end
+local v = redis.call('HMGET', worker, 'gen', 'planned_epoch', 'planned_step')
+if v[1] ~= gen then return fenced('gen') end
+redis.call('HINCRBY', P .. 'leader', 'beat', 1)
+if v[2] == epoch and step <= tonumber(v[3]) then return 0 end
+redis.call('HSET', worker, 'planned_epoch', epoch, 'planned_step', step)
+for i = 7, #ARGV, 3 do
+  local record = P .. 'r:' .. ARGV[i]
+  if redis.call('EXISTS', record) == 1 then redis.call('HSET', record, 'p' .. ARGV[i + 1], ARGV[i + 2]) end
+end
+redis.call('XADD', P .. 'plans:' .. wid, 'MAXLEN', '~', '4096', '*', 'p', ARGV[6])
+return 1

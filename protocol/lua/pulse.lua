@@ -1,0 +1,12 @@
+-- A worker's beat that no commit carries; a change of state is an event.
+-- KEYS: leader. ARGV: P, wid, gen, state, capacity ('' = unchanged) -> the current epoch
+allow_when_full()
+local wid, worker = ARGV[2], P .. 'w:' .. ARGV[2]
+if not is_worker(wid, ARGV[3]) then return fenced('gen') end
+redis.call('HINCRBY', worker, 'beat', 1)
+if ARGV[5] ~= '' then redis.call('HSET', worker, 'capacity', ARGV[5]) end
+if ARGV[4] ~= '' and redis.call('HGET', worker, 'state') ~= ARGV[4] then
+  redis.call('HSET', worker, 'state', ARGV[4])
+  redis.call('XADD', P .. 'events', '*', 'k', 'w', 'w', wid, 'g', ARGV[3])
+end
+return tonumber(redis.call('HGET', P .. 'leader', 'epoch') or 0)

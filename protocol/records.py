@@ -1,0 +1,191 @@
+"""What the bus takes and gives: plain records, and how they are read from Redis replies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from protocol.messages import Capacity, Hint, Job
+
+Reply = Any  # a decoded Redis reply: bytes, int, None, or a list of these
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that accept enforces against `depth` + the inbox. None: unbounded."""
+
+    requests: int | None = None
+    tokens: int | None = None  # waiting prompt tokens
+    tenant_requests: int | None = None
+    tenant_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    rid: str
+    joined: bool  # an idempotency key named a request that exists already
+    attached: int = 0  # the attach count that a later cancel hands back
+
+
+@dataclass
+class RequestRecord:
+    """`r:<rid>` decoded. ``prompts`` is empty until ingest. Lists have one entry per choice."""
+
+    rid: str
+    job: Job
+    tenant: str
+    seed: int | None
+    prompts: list[bytes]  # int32 bytes, one per prompt
+    created_ms: int  # server time
+    deadline_ms: int  # server time; 0: none
+    attempts: int
+    cancel: str | None  # finish reason asked for
+    open: int  # choices not ended; 0: the request has ended
+    attached: int  # attach count
+    placements: list[int]
+    ends: list[str | None]  # finish reasons
+    ended_ms: int = 0  # server time; 0: not ended
+
+
+@dataclass
+class InboxEntry:
+    """One entry of `jobs`: ``rid`` if it went through accept, else ``payload``."""
+
+    entry_id: str
+    rid: str | None
+    payload: bytes | None
+
+
+@dataclass
+class Event:
+    """One entry of `events`. kind: "hint", "worker" (registered or changed state), "cancel", "attach"."""
+
+    event_id: str
+    kind: str
+    hint: Hint | None = None
+    verdicts: str = ""  # per hint row LANDED / CLOSED / STALE; "" = all landed
+    wid: str | None = None
+    gen: int = 0
+    rid: str | None = None
+
+
+@dataclass(frozen=True)
+class CommitRow:
+    """One row to journal: ``frames`` end to end, appended if the journal is ``cursor`` bytes long."""
+
+    rid: str
+    choice: int
+    placement: int
+    cursor: int
+    frames: bytes
+    finish: str | None = None
+    result: bytes | None = None  # encoded Terminal, written to results:<name> when the row ends the choice
+    id: str | None = None
+
+
+@dataclass
+class WorkerRecord:
+    wid: str
+    gen: int
+    beat: int
+    state: str  # loading, warming, serving, draining
+    capacity: Capacity | None
+    wire: int
+
+
+@dataclass(frozen=True)
+class LeaderRecord:
+    epoch: int
+    owner: str  # "": none, or the last one handed over: a standby may lead at once
+    beat: int
+    wire: int = field(default=0, compare=False)
+
+
+_job_decoder = msgspec.msgpack.Decoder(Job)
+_hint_decoder = msgspec.msgpack.Decoder(Hint)
+_capacity_decoder = msgspec.msgpack.Decoder(Capacity)
+_EVENT_KINDS = {b"h": "hint", b"w": "worker", b"c": "cancel", b"a": "attach"}
+
+
+def fields_of(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    """A flat field, value, field, value reply as a dict."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def request_record(rid: str, flat: Sequence[bytes]) -> RequestRecord | None:
+    """None if there is no such request."""
+    fields = fields_of(flat)
+    if b"body" not in fields:
+        return None
+    choices = range(int(fields[b"n"]))
+    prompts: list[bytes] = []
+    while (prompt := fields.get(b"prompt:%d" % len(prompts))) is not None:
+        prompts.append(prompt)
+    ends = [fields.get(b"e%d" % i) for i in choices]
+    seed, cancel = fields.get(b"seed"), fields.get(b"cancel")
+    return RequestRecord(
+        rid=rid,
+        job=_job_decoder.decode(fields[b"body"]),
+        tenant=fields[b"tenant"].decode(),
+        seed=int(seed) if seed is not None else None,
+        prompts=prompts,
+        created_ms=int(fields[b"created"]),
+        deadline_ms=int(fields[b"deadline"]),
+        attempts=int(fields[b"attempts"]),
+        cancel=cancel.decode() if cancel else None,
+        open=int(fields[b"open"]),
+        attached=int(fields[b"attached"]),
+        placements=[int(fields.get(b"p%d" % i, 0)) for i in choices],
+        ends=[end.decode() if end is not None else None for end in ends],
+        ended_ms=int(fields.get(b"ended", 0)),
+    )
+
+
+def inbox_entry(entry_id: bytes, flat: Sequence[bytes]) -> InboxEntry:
+    fields = fields_of(flat)
+    rid = fields.get(b"rid")
+    return InboxEntry(
+        entry_id.decode(), rid.decode("utf-8", "replace") if rid is not None else None, fields.get(b"job")
+    )
+
+
+def event(event_id: bytes, flat: Sequence[bytes]) -> Event | None:
+    """None for an entry of a kind that this version does not know."""
+    fields = fields_of(flat)
+    kind = _EVENT_KINDS.get(fields.get(b"k", b""))
+    if kind is None:
+        return None
+    out = Event(event_id.decode(), kind)
+    if kind == "hint":
+        out.hint = _hint_decoder.decode(fields[b"h"])
+        out.wid, out.gen = out.hint.wid, out.hint.gen
+        out.verdicts = fields.get(b"v", b"").decode()
+    elif kind == "worker":
+        out.wid, out.gen = fields[b"w"].decode(), int(fields[b"g"])
+    else:
+        out.rid = fields[b"r"].decode()
+    return out
+
+
+def worker_record(wid: str, flat: Sequence[bytes]) -> WorkerRecord | None:
+    fields = fields_of(flat)
+    if b"gen" not in fields:
+        return None
+    capacity = fields.get(b"capacity")
+    return WorkerRecord(
+        wid=wid,
+        gen=int(fields[b"gen"]),
+        beat=int(fields[b"beat"]),
+        state=fields[b"state"].decode(),
+        capacity=_capacity_decoder.decode(capacity) if capacity else None,
+        wire=int(fields[b"wire"]),
+    )
+
+
+def next_id(stream_id: str) -> str:
+    """The smallest stream id above ``stream_id``: for trims that include it."""
+    ms, _, seq = stream_id.partition("-")
+    return f"{ms}-{int(seq or 0) + 1}"

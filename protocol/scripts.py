@@ -1,0 +1,39 @@
+"""The atomic operations: Lua sources from protocol/lua, completed with what they share, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+
+NAMES = (
+    "accept", "attach", "beat", "cancel", "commit", "depth", "finish", "ingest", "lead", "plan", "pulse", "register",
+    "reject", "release", "retire", "trim",
+)  # fmt: skip
+INCLUDES = {"accept": "_channels", "attach": "_channels", "commit": "_rows", "finish": "_rows"}
+
+
+@dataclass(frozen=True)
+class Script:
+    name: str
+    source: bytes
+    sha: bytes
+
+
+def read_source(name: str) -> str:
+    return files("protocol").joinpath("lua", f"{name}.lua").read_text()
+
+
+def complete(name: str, text: str, *, sharded: bool = False) -> Script:
+    """A script from the text of its own part: with the shared parts in front, publishing sharded in a cluster."""
+    publish, numsub = ("SPUBLISH", "SHARDNUMSUB") if sharded else ("PUBLISH", "NUMSUB")
+    parts = [f"local PUBLISH, NUMSUB = '{publish}', '{numsub}'\n", read_source("_prelude")]
+    if name in INCLUDES:
+        parts.append(read_source(INCLUDES[name]))
+    source = "".join([*parts, text]).encode()
+    return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest().encode())
+
+
+def load(*, sharded: bool = False) -> dict[str, Script]:
+    """All scripts by name."""
+    return {name: complete(name, read_source(name), sharded=sharded) for name in NAMES}

@@ -1,0 +1,72 @@
+"""What all tests share: one real server per session, and a bus to it with an empty database per test."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from headrace.embedded import FAST, EmbeddedServer
+from protocol.bus import Bus
+from protocol.keys import REGISTRY
+
+MODEL = "test/model"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[EmbeddedServer]:
+    """A real server that forgets everything when it ends. Its unix socket's path must be short."""
+    data_dir = Path(tempfile.mkdtemp(prefix="headrace-test-"))
+    try:
+        with EmbeddedServer(data_dir, settings=FAST) as running:
+            yield running
+    finally:
+        shutil.rmtree(data_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def redis_url(server: EmbeddedServer) -> str:
+    return server.url
+
+
+@pytest.fixture
+def raw(redis_url: str) -> Iterator[redis.Redis]:
+    """A plain synchronous client on an empty database: another implementation's view."""
+    client = redis.Redis.from_url(redis_url)
+    client.config_set("maxmemory", 0)
+    client.flushall()
+    yield client
+    client.config_set("maxmemory", 0)
+    client.close()
+
+
+@pytest.fixture
+async def bus(redis_url: str, raw: redis.Redis) -> AsyncIterator[Bus]:
+    """A bus on an empty database."""
+    bus = Bus(redis_url, MODEL, patience=5.0)
+    await bus.connect()
+    yield bus
+    await bus.close()
+
+
+# keys that may stay for ever: the rest must be gone or carry a TTL once every request has ended
+PERMANENT = {"leader", "jobs", "events", "dead", "depth", "workers", "tokenizer"}
+PERMANENT_PREFIXES = ("w:", "plans:")
+
+
+def leaked_keys(client: redis.Redis, model: str = MODEL) -> list[str]:
+    """Keys without a TTL that should have one, with every request ended; and entries left in `live` or pending."""
+    prefix = f"headrace:{{{model}}}:"
+    leaks = []
+    for raw_key in client.scan_iter():
+        key = raw_key.decode()
+        name = key.removeprefix(prefix)
+        if key == REGISTRY or name in PERMANENT or name.startswith(PERMANENT_PREFIXES):
+            continue
+        if client.ttl(key) == -1:
+            leaks.append(key)
+    return leaks
