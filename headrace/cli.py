@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-from headrace.options import add_options, demo_model, served_name
+from headrace.option_table import options_of
+from headrace.options import Unusable, add_option, demo_model, served_name
 from protocol.errors import HeadraceError, RequestError, StartError
 
 EX_CONFIG = 78
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    for value in vars(args).values():
+        if isinstance(value, Unusable):
+            parser.error(value.reason)
     try:
         return int(args.run(args) or 0)
     except StartError as error:
@@ -91,7 +95,7 @@ A gateway learns the served models from the queue; it needs no model and no GPU.
 """,
 )
 def gateway(args: argparse.Namespace) -> int:
-    _log_to_stderr(args.log_level)
+    _start_logging(args.log_level)
     from gateway.app import GatewayConfig, run_gateway
 
     values = vars(args) | {"redis_url": args.redis_url or DEFAULT_REDIS}
@@ -109,7 +113,7 @@ Needs the model's tokenizer and config, no weights. Start two for failover: one 
 """,
 )
 def scheduler(args: argparse.Namespace) -> int:
-    _log_to_stderr(args.log_level)
+    _start_logging(args.log_level)
     values = _with_model(vars(args)) | {"redis_url": args.redis_url or DEFAULT_REDIS}
     from scheduler.service import SchedulerConfig, run_scheduler
 
@@ -127,13 +131,51 @@ Every worker of a model needs a name of its own. A restarted worker takes its ol
 """,
 )
 def worker(args: argparse.Namespace) -> int:
-    _log_to_stderr(args.log_level)
+    _start_logging(args.log_level)
     values = _with_model(vars(args)) | {"redis_url": args.redis_url or DEFAULT_REDIS}
+    from headrace.progress import reporter
     from workers.service import WorkerConfig, run_worker
 
-    from headrace.progress import reporter
-
     return _run(run_worker(config_of(WorkerConfig, values), progress=reporter()))
+
+
+@command(
+    "submit",
+    "put jobs on the queue and get their results, without HTTP",
+    """
+examples:
+  headrace submit --prompt 'def add(a, b):' --max-tokens 64 --follow
+  headrace submit --file jobs.jsonl --out results.jsonl
+
+jobs.jsonl has a job on each line, such as
+  {"id": "a1", "prompt": "def add(a, b):", "sampling": {"max_tokens": 64, "temperature": 0}}
+  {"id": "a2", "messages": [{"role": "user", "content": "Hello"}]}
+A line without an id gets one from its content and place, so a run that was broken off goes on where it was:
+nothing is run twice.
+""",
+)
+def submit(args: argparse.Namespace) -> int:
+    from headrace.submit import run
+
+    return run(vars(args) | {"redis_url": args.redis_url or DEFAULT_REDIS})
+
+
+@command(
+    "bench",
+    "measure any OpenAI-compatible server as its users feel it",
+    """
+examples:
+  headrace bench --concurrency 8 --ignore-eos             8 users, one request after the other
+  headrace bench --rate 2 --requests 100 --json out.json  2 requests a second, at random moments
+  headrace bench                                          everything at once
+
+Latencies count from the moment a request was due, not from when it could be sent.
+""",
+)
+def bench(args: argparse.Namespace) -> int:
+    from headrace.bench import run
+
+    return run(vars(args))
 
 
 @command("version", "print the version and what it runs on", "")
@@ -169,7 +211,8 @@ def build_parser(environ: Mapping[str, str] = os.environ) -> argparse.ArgumentPa
             epilog=epilog.strip("\n"),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        add_options(sub, name, environ)
+        for option in options_of(name):
+            add_option(sub, option, environ)
         sub.set_defaults(run=run)
     return parser
 
@@ -189,10 +232,15 @@ def _with_model(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "model": str(model), "served_model_name": name}
 
 
-def _log_to_stderr(level: str) -> None:
+def _start_logging(level: str) -> None:
+    """Everything to stderr; only the line about each ended request, JSON as it stands, goes to stdout."""
     logging.basicConfig(
         level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
     )
+    lines = logging.StreamHandler(sys.stdout)
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    requests = logging.getLogger("headrace.requests")
+    requests.handlers, requests.propagate = [lines], False
 
 
 def _run(service: Coroutine[Any, Any, int]) -> int:

@@ -1,4 +1,4 @@
-"""Every command-line option, once: a table that the parsers, the environment and ``serve`` read.
+"""What an option is, and how a table of them becomes parsers, environment variables and command lines of children.
 
 The one idea: an option belongs to the commands named in its row. ``--block-size`` is a worker's; ``serve``
 takes it too and hands it on to the workers that it starts. Each option is also an environment variable:
@@ -8,14 +8,14 @@ takes it too and hands it on to the workers that it starts. Each option is also 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-ROLES = ("gateway", "scheduler", "worker")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Option:
     default: Any = None
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
+    shown: str | None = None  # the default as the help text shows it
+    scope: str = ""  # put before the name in the environment, where two commands mean different things by a flag
 
     @property
     def dest(self) -> str:
@@ -36,7 +38,7 @@ class Option:
 
     @property
     def env(self) -> str:
-        return "HEADRACE_" + self.dest.upper()
+        return "HEADRACE_" + self.scope + self.dest.upper()
 
     @property
     def switch(self) -> bool:
@@ -57,6 +59,14 @@ def boolean(text: str) -> bool:
     if lowered in ("", "0", "false", "no", "off"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def whole(text: str) -> int:
+    """A whole number, 0 or more."""
+    value = _whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 0")
+    return value
 
 
 def count(text: str) -> int:
@@ -82,6 +92,43 @@ def _whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
 
 
+def rate(text: str) -> float:
+    """A number above 0."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
+
+
+def span(text: str) -> tuple[int, int]:
+    """``64`` or ``32:256``: a range of whole numbers, both ends included."""
+    low, _, high = text.partition(":")
+    found = count(low), count(high or low)
+    if found[0] > found[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}: the first number is the greater one")
+    return found
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
+
+
 def seconds(text: str) -> float:
     """A duration: ``30``, ``30s``, ``500ms``, ``10m``, ``2h``. In seconds."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*", text)
@@ -100,133 +147,27 @@ def size(text: str) -> int:
     return int(float(number) * base ** " KMGT".index(unit or " "))
 
 
-# ------------------------------------------------------------------ the table
-
-OPTIONS: tuple[Option, ...] = (
-    # what is served
-    Option(
-        "--model",
-        "serve scheduler worker",
-        "the model: a local directory or a Hugging Face hub id of a causal language model (default: the demo model)",
-        metavar="PATH|ID",
-    ),
-    Option(
-        "--served-model-name",
-        "serve scheduler worker",
-        "the name that clients put in `model` (default: the last part of the path, or the hub id)",
-        metavar="NAME",
-    ),
-    # where
-    Option("--host", "serve gateway", "address to listen on; 0.0.0.0 for every interface", default="127.0.0.1"),
-    Option("--port", "serve gateway", "port of the HTTP API; 0 picks a free one", port, 8000),
-    Option(
-        "--redis-url",
-        "serve gateway scheduler worker submit",
-        "Redis or Valkey, as redis://[user:password@]host:port/db, rediss://... or unix:///path "
-        "(serve: the embedded server, started and kept by serve itself; others: redis://127.0.0.1:6379/0)",
-        metavar="URL",
-    ),
-    Option(
-        "--data-dir",
-        "serve",
-        "where the embedded server keeps its append-only file; a restart finds its jobs again "
-        "(default: ~/.local/state/headrace/data)",
-        metavar="DIR",
-    ),
-    Option(
-        "--run-dir",
-        "serve",
-        "where logs/ and processes.json go (default: ~/.local/state/headrace/run-PORT)",
-        metavar="DIR",
-    ),
-    # how many
-    Option("--workers", "serve", "worker processes", count, 1, metavar="N"),
-    Option("--schedulers", "serve", "scheduler processes; one leads, the others stand by", count, 1, metavar="N"),
-    Option("--gateways", "serve", "gateway processes, on PORT, PORT+1, ...", count, 1, metavar="N"),
-    # the engine
-    Option(
-        "--engine",
-        "serve worker",
-        "torch, or a simulated one that only keeps time",
-        default="torch",
-        choices=("torch", "simulated"),
-    ),
-    Option(
-        "--dtype",
-        "serve worker",
-        "precision of the weights (default: float32 on a CPU, the checkpoint's on a GPU)",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    ),
-    Option("--device", "serve worker", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"),
-    Option("--max-model-len", "serve worker", "longest prompt + output, in tokens (default: the model's)", count),
-    Option("--max-num-seqs", "serve worker", "most sequences that run at once on a worker", count),
-    Option("--max-num-batched-tokens", "serve worker", "most tokens that one step computes on a worker", count),
-    Option(
-        "--kv-cache-memory",
-        "serve worker",
-        "memory of a worker's KV cache, as 2GiB (default: a share of what is free)",
-        size,
-        metavar="SIZE",
-    ),
-    Option("--block-size", "serve worker", "tokens in one block of the KV cache", count),
-    Option("--threads", "serve worker", "CPU threads of a worker (default: its share of the cores)", count),
-    # life of requests and processes
-    Option("--api-keys-file", "serve gateway", "JSON file of hashed API keys (default: no key is asked for)"),
-    Option(
-        "--resume-grace",
-        "serve gateway",
-        "how long a stream whose client has gone away may be picked up again",
-        seconds,
-        0.0,
-        metavar="SECONDS",
-    ),
-    Option(
-        "--drain-timeout",
-        "serve gateway worker",
-        "how long running requests may take to end when a process is asked to leave",
-        seconds,
-        60.0,
-        metavar="SECONDS",
-    ),
-    # single services
-    Option("--name", "gateway scheduler worker", "name of this process among its kind (default: made up)"),
-    Option(
-        "--metrics-port",
-        "serve scheduler worker",
-        "port of /metrics on 127.0.0.1 (default: none; serve: the first of several, free ones by default)",
-        port,
-    ),
-    Option(
-        "--log-level",
-        "serve gateway scheduler worker",
-        "least level that is logged",
-        default="info",
-        choices=("debug", "info", "warning", "error"),
-    ),
-)
+# ------------------------------------------------------------------ parsers and command lines
 
 
-def options_of(command: str) -> list[Option]:
-    return [o for o in OPTIONS if o.on(command)]
+@dataclass(frozen=True)
+class Unusable:
+    """The default of an option whose environment variable makes no sense: only who needs it is told."""
+
+    reason: str
 
 
-def add_options(parser: argparse.ArgumentParser, command: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Put the command's options on ``parser``, with defaults from the environment where it names them."""
-    for option in options_of(command):
-        add_option(parser, option, environ)
-
-
-def add_option(parser: argparse.ArgumentParser, option: Option, environ: Mapping[str, str] = os.environ) -> None:
-    shown = "" if option.default is None or option.switch else f" (default: {option.default})"
+def add_option(parser: argparse.ArgumentParser, option: Option, environ: Mapping[str, str]) -> None:
+    shown = "" if option.default is None or option.switch else f" (default: {option.shown or option.default})"
     text = f"{option.help}{shown} [{option.env}]".replace("%", "%%")
     default = option.default
-    if (raw := environ.get(option.env)) is not None and raw != "":
+    if raw := environ.get(option.env):
         try:
             default = option.kind(raw)
         except argparse.ArgumentTypeError as error:
-            parser.error(f"{option.env}: {error}")
-        if option.choices and default not in option.choices:
-            parser.error(f"{option.env}: {raw!r} is none of {', '.join(option.choices)}")
+            default = Unusable(f"{option.env}: {error}")
+        if option.choices and raw not in option.choices:
+            default = Unusable(f"{option.env}: {raw!r} is none of {', '.join(option.choices)}")
     if option.switch:
         parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, default=default, help=text)
         return
@@ -240,11 +181,11 @@ def add_option(parser: argparse.ArgumentParser, option: Option, environ: Mapping
     )
 
 
-def argv_of(role: str, values: Mapping[str, Any]) -> list[str]:
-    """Command line of one ``role`` that repeats ``values`` (by dest). None is left out, the URL as well: it may
-    hold a password, and command lines are public; it travels in the environment."""
+def argv_of(rows: Iterable[Option], values: Mapping[str, Any]) -> list[str]:
+    """Command line that repeats ``values`` (by dest) of these options. None is left out, the URL as well: it may hold
+    a password, and command lines are public; it travels in the environment."""
     argv: list[str] = []
-    for option in options_of(role):
+    for option in rows:
         value = values.get(option.dest)
         if value is None or option.dest == "redis_url":
             continue
@@ -255,11 +196,10 @@ def argv_of(role: str, values: Mapping[str, Any]) -> list[str]:
     return argv
 
 
-def environment(redis_url: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def child_environment(rows: Iterable[Option], redis_url: str, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child: ours without the options (its command line has them all), and the URL."""
-    ours = {option.env for option in OPTIONS}
-    kept = {k: v for k, v in environ.items() if k not in ours}
-    return kept | {"HEADRACE_REDIS_URL": redis_url}
+    ours = {option.env for option in rows}
+    return {k: v for k, v in environ.items() if k not in ours} | {"HEADRACE_REDIS_URL": redis_url}
 
 
 # ------------------------------------------------------------------ places

@@ -15,16 +15,16 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 
-from headrace import options, progress
+from headrace import embedded, options, progress
 from headrace.console import StartView, print_block
-from headrace.embedded import EmbeddedServer
+from headrace.option_table import OPTIONS, options_of
 from headrace.supervisor import EX_CONFIG, Child, GaveUp, Program, Supervisor
 from protocol.bus import Bus
 from protocol.errors import StartError, Unavailable
@@ -32,6 +32,7 @@ from protocol.keys import MODEL_NAME
 
 IMPORTANT = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL) ")  # a log line as the command line formats it
 POLL_S = 0.2
+SERVER_POLL_S = 0.02
 SERVER_STOP_S = 30.0
 STOP_MARGIN_S = 15.0  # beyond --drain-timeout, before a process that does not leave is killed
 
@@ -39,7 +40,7 @@ STOP_MARGIN_S = 15.0  # beyond --drain-timeout, before a process that does not l
 def serve(values: Mapping[str, Any]) -> int:
     """Run until stopped; returns the exit code."""
     layout = resolve(values)
-    with exclusive(layout.run_dir, "--run-dir"), exclusive(layout.data_dir, "--data-dir"):
+    with exclusive(layout.run_dir):
         return asyncio.run(Stack(layout).run())
 
 
@@ -132,21 +133,18 @@ def worker_threads(workers: int) -> int:
 
 
 @contextlib.contextmanager
-def exclusive(directory: Path | None, flag: str):  # type: ignore[no-untyped-def]
-    """Hold a directory for this process alone; None is no directory."""
-    if directory is None:
-        yield
-        return
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory for this process alone. StartError if that cannot be."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock: IO[str] = (directory / "lock").open("w")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / "lock").open("w")
     except OSError as error:
-        raise StartError(f"cannot write to {directory} ({error.strerror}); choose another with {flag}") from None
+        raise StartError(f"cannot write to {run_dir} ({error.strerror}); choose another with --run-dir") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartError(f"{directory} is in use by another headrace serve; choose another with {flag}") from None
+            raise StartError(f"{run_dir} is in use by another headrace serve; choose another --run-dir") from None
         yield
 
 
@@ -209,7 +207,7 @@ class Stack:
     async def _start(self) -> None:
         values, layout = self.layout.values, self.layout
         redis_url = values["redis_url"] or await self._start_server()
-        env = options.environment(redis_url) | {
+        env = options.child_environment(OPTIONS, redis_url, os.environ) | {
             progress.SUPERVISED: "1",
             "PYTHONUNBUFFERED": "1",
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # busy waiting starves the neighbours
@@ -223,7 +221,7 @@ class Stack:
                     own["port"] = layout.ports[index]
                 else:
                     own["metrics_port"] = layout.metrics_ports[name]
-                argv = [sys.executable, "-m", "headrace", role, *options.argv_of(role, {**values, **own})]
+                argv = [sys.executable, "-m", "headrace", role, *options.argv_of(options_of(role), {**values, **own})]
                 self.supervisor.start(Program(role, name, argv, env))
         await self._until_ready()
         self.view.close()
@@ -233,12 +231,18 @@ class Stack:
         """Start the embedded server; returns its URL."""
         assert self.layout.data_dir is not None
         self.view.stage("server", "start", 0.0)
-        server = EmbeddedServer(self.layout.data_dir)
-        child = self.supervisor.start(Program("redis", "redis", server.argv, dict(os.environ), lasting=True))
-        await server.wait_ready()
+        data_dir = self.layout.data_dir
+        try:
+            argv = embedded.server_command(data_dir)
+            self._data_lock = embedded.lock_data_dir(data_dir)  # held until this process ends
+        except OSError as error:
+            raise StartError(f"cannot write to {data_dir} ({error.strerror}); choose another --data-dir") from None
+        child = self.supervisor.start(Program("redis", "redis", argv, dict(os.environ), lasting=True))
+        while not await asyncio.to_thread(embedded.answers, data_dir):
+            await asyncio.sleep(SERVER_POLL_S)
         child.was_up = True
         self.view.stage("server", "start", 1.0)
-        return server.url
+        return embedded.server_url(data_dir)
 
     async def _check_server(self, url: str) -> None:
         """StartError if the server cannot be reached or is too old; a foreign one is told where it is weaker."""
@@ -270,7 +274,7 @@ class Stack:
         if len(self.layout.ports) > 1:
             lines = {"gateways": "ports " + ", ".join(map(str, self.layout.ports)), **lines}
         if self.layout.data_dir is not None:
-            lines["jobs"] = f"kept in {self.layout.data_dir}"
+            lines["queue"] = f"{embedded.server_url(self.layout.data_dir)}  (kept in {self.layout.data_dir})"
         print_block(self.console, self.layout.url, self.layout.values["served_model_name"], lines)
 
     # -------------------------------------------------------------- end

@@ -1,0 +1,187 @@
+"""The table of all command-line options. One row says everything: flag, commands, meaning, type, default.
+
+``headrace COMMAND --help``, the environment variables, what ``serve`` hands on to its processes and the table in the
+README are made from it.
+"""
+
+from __future__ import annotations
+
+from headrace.options import Option, boolean, count, json_object, number, port, rate, seconds, size, span, whole
+
+OPTIONS: tuple[Option, ...] = (
+    # what is served
+    Option(
+        "--model",
+        "serve scheduler worker",
+        "the model: a local directory or a Hugging Face hub id of a causal language model (default: the demo model)",
+        metavar="PATH|ID",
+    ),
+    Option(
+        "--served-model-name",
+        "serve scheduler worker",
+        "the name that clients put in `model` (default: the last part of the path, or the hub id)",
+        metavar="NAME",
+    ),
+    # where
+    Option("--host", "serve gateway", "address to listen on; 0.0.0.0 for every interface", default="127.0.0.1"),
+    Option("--port", "serve gateway", "port of the HTTP API; 0 picks a free one", port, 8000),
+    Option(
+        "--redis-url",
+        "serve gateway scheduler worker submit",
+        "Redis or Valkey, as redis://[user:password@]host:port/db, rediss://... or unix:///path "
+        "(serve: the embedded server, started and kept by serve itself; others: redis://127.0.0.1:6379/0)",
+        metavar="URL",
+    ),
+    Option(
+        "--data-dir",
+        "serve",
+        "where the embedded server keeps its append-only file; a restart finds its jobs again "
+        "(default: ~/.local/state/headrace/data)",
+        metavar="DIR",
+    ),
+    Option(
+        "--run-dir",
+        "serve",
+        "where logs/ and processes.json go (default: ~/.local/state/headrace/run-PORT)",
+        metavar="DIR",
+    ),
+    # how many
+    Option("--workers", "serve", "worker processes", count, 1, metavar="N"),
+    Option("--schedulers", "serve", "scheduler processes; one leads, the others stand by", count, 1, metavar="N"),
+    Option("--gateways", "serve", "gateway processes, on PORT, PORT+1, ...", count, 1, metavar="N"),
+    # the engine
+    Option(
+        "--engine",
+        "serve worker",
+        "torch, or a simulated one that only keeps time",
+        default="torch",
+        choices=("torch", "simulated"),
+    ),
+    Option(
+        "--dtype",
+        "serve worker",
+        "precision of the weights (default: float32 on a CPU, the checkpoint's on a GPU)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    ),
+    Option("--device", "serve worker", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"),
+    Option("--max-model-len", "serve worker", "longest prompt + output, in tokens (default: the model's)", count),
+    Option("--max-num-seqs", "serve worker", "most sequences that run at once on a worker", count),
+    Option("--max-num-batched-tokens", "serve worker", "most tokens that one step computes on a worker", count),
+    Option(
+        "--kv-cache-memory",
+        "serve worker",
+        "memory of a worker's KV cache, as 2GiB (default: a share of what is free)",
+        size,
+        metavar="SIZE",
+    ),
+    Option("--block-size", "serve worker", "tokens in one block of the KV cache", count),
+    Option("--threads", "serve worker", "CPU threads of a worker (default: its share of the cores)", count),
+    # life of requests and processes
+    Option("--api-keys-file", "serve gateway", "JSON file of hashed API keys (default: no key is asked for)"),
+    Option(
+        "--resume-grace",
+        "serve gateway",
+        "how long a stream whose client has gone away may be picked up again",
+        seconds,
+        0.0,
+        metavar="SECONDS",
+    ),
+    Option(
+        "--drain-timeout",
+        "serve gateway worker",
+        "how long running requests may take to end when a process is asked to leave",
+        seconds,
+        60.0,
+        metavar="SECONDS",
+    ),
+    # single services
+    Option("--name", "gateway scheduler worker", "name of this process among its kind (default: made up)"),
+    Option(
+        "--metrics-port",
+        "serve scheduler worker",
+        "port of /metrics on 127.0.0.1 (default: none; serve: the first of several, free ones by default)",
+        port,
+    ),
+    Option(
+        "--log-level",
+        "serve gateway scheduler worker",
+        "least level that is logged",
+        default="info",
+        choices=("debug", "info", "warning", "error"),
+    ),
+    # submit: jobs from the command line
+    Option("--model", "submit", "served name of the model (default: the only one that is served)", scope="SUBMIT_"),
+    Option("--prompt", "submit", "text to be continued; - reads it from standard input", metavar="TEXT"),
+    Option("--chat", "submit", "take the prompt as a user's message of a chat", boolean, False),
+    Option("--follow", "submit", "print the text as it is generated", boolean, False),
+    Option("--max-tokens", "submit", "most tokens to generate", count, scope="SUBMIT_"),
+    Option("--temperature", "submit", "0 always takes the likeliest token", number, scope="SUBMIT_"),
+    Option("--seed", "submit", "repeats the same sampling", whole, scope="SUBMIT_"),
+    Option("--file", "submit", "JSON lines, a job each: a prompt or messages, sampling, id, ...", metavar="JSONL"),
+    Option("--out", "submit", "where the results of --file go, a JSON line each", metavar="JSONL"),
+    Option("--window", "submit", "most jobs of --file that are under way at once", count, 64),
+    Option("--tenant", "submit", "whose share of the service this takes", default="default"),
+    Option(
+        "--priority",
+        "submit",
+        "class in the queue",
+        default="standard",
+        choices=("interactive", "standard", "batch"),
+    ),
+    # bench: load on a server
+    Option("--url", "bench", "any OpenAI-compatible server", default="http://127.0.0.1:8000", scope="BENCH_"),
+    Option("--api-key", "bench", "sent as a bearer token", metavar="KEY", scope="BENCH_"),
+    Option("--model", "bench", "name of the model there (default: the first that it lists)", scope="BENCH_"),
+    Option("--requests", "bench", "how many requests", count, 64, scope="BENCH_"),
+    Option(
+        "--concurrency", "bench", "closed loop: so many users, each with one request at a time", count, scope="BENCH_"
+    ),
+    Option("--rate", "bench", "open loop: Poisson arrivals, requests per second", rate, scope="BENCH_"),
+    Option("--prompt-len", "bench", "tokens of a prompt", span, (32, 256), "N|LO:HI", shown="32:256", scope="BENCH_"),
+    Option("--output-len", "bench", "tokens asked for", span, (16, 256), "N|LO:HI", shown="16:256", scope="BENCH_"),
+    Option("--shared-prefix", "bench", "tokens that all prompts of a group begin with", whole, 0, scope="BENCH_"),
+    Option("--prefix-groups", "bench", "groups of prompts with a prefix in common", count, 1, scope="BENCH_"),
+    Option(
+        "--ignore-eos",
+        "bench",
+        "generate all tokens asked for (not every server knows it)",
+        boolean,
+        False,
+        scope="BENCH_",
+    ),
+    Option("--temperature", "bench", "sampling temperature", number, 0.0, scope="BENCH_"),
+    Option("--api", "bench", "which endpoint", default="completions", choices=("completions", "chat"), scope="BENCH_"),
+    Option(
+        "--prompt",
+        "bench",
+        "send token ids or text (chat: always text)",
+        default="ids",
+        choices=("ids", "text"),
+        scope="BENCH_",
+    ),
+    Option(
+        "--tokenizer",
+        "bench",
+        "tokenizer.json, or its directory: text prompts of exact length",
+        metavar="PATH",
+        scope="BENCH_",
+    ),
+    Option(
+        "--vocab-size",
+        "bench",
+        "draw ids below this (default: what the server tells, else 1000)",
+        count,
+        scope="BENCH_",
+    ),
+    Option(
+        "--body", "bench", "JSON object merged into every request", json_object, {}, "JSON", shown="{}", scope="BENCH_"
+    ),
+    Option("--seed", "bench", "everything random comes from it", whole, 0, scope="BENCH_"),
+    Option("--warmup", "bench", "requests that are sent before, and not measured", whole, 2, scope="BENCH_"),
+    Option("--timeout", "bench", "for one request", seconds, 1800.0, "SECONDS", scope="BENCH_"),
+    Option("--json", "bench", "write the report to this file too", metavar="FILE", scope="BENCH_"),
+)
+
+
+def options_of(command: str) -> list[Option]:
+    return [o for o in OPTIONS if o.on(command)]
