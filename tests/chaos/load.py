@@ -217,12 +217,11 @@ class Load:
     async def _read_results(self) -> None:
         after = "0-0"
         while True:
-            for after, terminal in await self.bus.read_results("chaos", after, block_ms=500):
-                results = self.history.results
+            for entry_id, terminal in await self.bus.read_results("chaos", after, block_ms=500):
+                after, results = entry_id, self.history.results
                 results.entries[(terminal.rid, terminal.choice)].append(terminal)
-                if terminal.id is not None:
-                    if results.rids.setdefault(terminal.id, terminal.rid) != terminal.rid:
-                        self.history.blame(f"push {terminal.id} ran twice")
+                if terminal.id and results.rids.setdefault(terminal.id, terminal.rid) != terminal.rid:
+                    self.history.blame(f"push {terminal.id} ran twice")
 
 
 @dataclass
