@@ -1,0 +1,156 @@
+"""Paged attention as an attention function of transformers: one registered name for every model.
+
+transformers calls ``headrace_paged`` once per layer with that layer's queries, keys and values for the flat
+batch. The function finds the engine's PagedAttention on the module itself (``adopt`` put it there: some
+models do not hand keyword arguments down to their layers), writes keys and values to the pool by slot, and
+lets a backend read them back by block table. No mask function is registered under the name, so transformers
+builds no mask (masking_utils, early exit); the rules that a mask would carry, causality and the sliding
+window, are the backend's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface
+
+from protocol.errors import ModelRefused
+from workers.torch_engine.inputs import StepInputs
+from workers.torch_engine.kv_pool import KVPool, LayerShape
+
+NAME = "headrace_paged"
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """How one layer scores its keys."""
+
+    scale: float
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+
+
+class Backend(Protocol):
+    """Where the arithmetic is done. ``keys`` and ``values`` are one layer's pool tensors, written already."""
+
+    def attend(
+        self,
+        query: torch.Tensor,  # [T, heads, key_size]
+        key: torch.Tensor,  # [T, kv_heads, key_size], this step's, as written to the pool
+        value: torch.Tensor,  # [T, kv_heads, value_size]
+        keys: torch.Tensor,  # [slots, kv_heads, key_size]
+        values: torch.Tensor,  # [slots, kv_heads, value_size]
+        step: StepInputs,
+        rule: AttentionRule,
+        sinks: torch.Tensor | None,  # [heads]: a further score per head that takes weight but gives no value
+    ) -> torch.Tensor:  # [T, heads, value_size]
+        ...
+
+
+class PagedAttention:
+    """One engine's attention: knows the current step, the pool, and which of its layers is called.
+
+    ``calls`` counts layer calls for ever: the engine's heartbeat. Until a pool is given, calls are those of
+    the probe: they note each layer's shape and attend within the batch, as one sequence.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.step: StepInputs | None = None
+        self.pool: KVPool | None = None
+        self.shapes: list[LayerShape] = []
+        self.calls = 0
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rule: AttentionRule,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Arguments and result as transformers has them: [1, heads, T, size] in, [1, T, heads, value_size] out."""
+        self.calls += 1
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        if self.pool is None:
+            self._note(module, key, value)
+            return query.new_zeros(1, query.shape[0], query.shape[1], value.shape[2])
+        assert self.step is not None
+        layer = module.headrace_layer
+        assert isinstance(layer, int)
+        self.pool.write(layer, self.step.slots, key, value)
+        out = self.backend.attend(
+            query, key, value, self.pool.keys[layer], self.pool.values[layer], self.step, rule, sinks
+        )
+        return out[None]
+
+    def _note(self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+        if hasattr(module, "headrace_layer"):
+            raise ModelRefused("it calls the same attention layer twice in one pass")
+        module.headrace_layer = len(self.shapes)  # type: ignore[assignment]
+        self.shapes.append(LayerShape(key.shape[1], key.shape[2], value.shape[2]))
+
+
+def adopt(model: torch.nn.Module, attention: PagedAttention) -> None:
+    """Let every attention call of ``model`` find ``attention``."""
+    for module in model.modules():
+        module.__dict__["headrace"] = attention
+
+
+def window_of(module: torch.nn.Module) -> int | None:
+    """The sliding window of a layer whose call does not name one: the module's own, else by config.layer_types.
+
+    qwen2_moe and phimoe never pass it. A module that has the attribute speaks for itself, also with None.
+    """
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window or None  # type: ignore[return-value]
+    config = getattr(module, "config", None)
+    index = getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is not None and index is not None:
+        return window if kinds[index] == "sliding_attention" else None
+    return None
+
+
+def headrace_paged(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function that transformers calls, once per layer. Weights are never returned."""
+    attention = module.__dict__["headrace"]
+    if attention.pool is None:
+        refuse_foreign_masks(module, attention_mask, kwargs)
+    rule = AttentionRule(
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=kwargs["sliding_window"] if "sliding_window" in kwargs else window_of(module),
+        softcap=softcap,
+    )
+    return attention.attend(module, query, key, value, rule, s_aux), None
+
+
+def refuse_foreign_masks(module: torch.nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raise ModelRefused where a layer scores by more than causality and a window."""
+    kind = type(module).__name__
+    if attention_mask is not None:
+        raise ModelRefused(f"{kind} passes a mask or bias of its own to its attention")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise ModelRefused(f"{kind} attends to later tokens too")
+    unknown = [name for name, given in kwargs.items() if isinstance(given, torch.Tensor) and name not in _IGNORED]
+    if unknown:
+        raise ModelRefused(f"{kind} passes {', '.join(unknown)} to its attention, which is not served")
+
+
+_IGNORED = {"position_ids", "cache_position", "input_ids", "position_embeddings"}
+
+AttentionInterface.register(NAME, headrace_paged)

@@ -1,0 +1,21 @@
+"""EngineConfig: what a user may choose about the torch engine. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """``model`` is a local directory or a hub id. None and "auto" leave the choice to the engine."""
+
+    model: str
+    served_name: str = ""  # the name clients use; default: the model's own
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    max_model_len: int | None = None  # most tokens of one sequence, prompt and output together
+    max_num_seqs: int = 256  # most sequences in one step
+    max_num_batched_tokens: int = 2048  # token budget of one step
+    kv_cache_memory: int | None = None  # bytes for keys and values; default: a share of what is free
+    block_size: int = 16  # tokens per KV block
+    threads: int | None = None  # CPU threads of the forward pass

@@ -1,0 +1,200 @@
+"""TorchEngine: runs plans on a transformers model over a paged KV pool, and samples.
+
+One step is: apply the plan to the seats, build the flat batch, run the model (whose attention layers find
+this engine's PagedAttention), sample. On a CPU ``execute`` returns when the step is done; on a GPU it returns
+once the step is queued, and ``wait`` of its output blocks until the sampled ids are on the host.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from protocol.errors import StartError
+from protocol.messages import Capacity, NewSequence, Plan, PoolCapacity, pack_ids
+from protocol.sampling import SamplingParams
+from workers.engine import Progress
+from workers.torch_engine import loader, verify
+from workers.torch_engine.attention import PagedAttention, adopt
+from workers.torch_engine.config import EngineConfig
+from workers.torch_engine.inputs import Seats, StepInputs
+from workers.torch_engine.kv_pool import KVPool, block_bytes, blocks_within
+from workers.torch_engine.memory import default_threads, kv_budget
+from workers.torch_engine.output import TorchStepOutput
+from workers.torch_engine.sampler import Sampler
+from workers.torch_engine.torch_attention import TorchAttention
+
+
+class TorchEngine:
+    """The Engine protocol on torch. ``tokenizer`` and ``eos_token_ids`` are there once ``load`` has returned."""
+
+    tokenizer: Any
+    eos_token_ids: Sequence[int] = ()
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.device = loader.choose_device(config.device)
+        self.overlaps = self.device.type != "cpu"
+        self.attention = PagedAttention(TorchAttention())
+
+    # ------------------------------------------------------------------ load
+
+    @torch.inference_mode()
+    def load(self, progress: Progress) -> Capacity:
+        config = self.config
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.threads or default_threads())
+        model_config = loader.load_config(config.model)
+        self.max_model_len = loader.choose_max_model_len(config.max_model_len, model_config)
+        self.model = loader.load_model(config, model_config, self.device, progress)
+        self.tokenizer = loader.load_tokenizer(config.model)
+        self.eos_token_ids = loader.eos_token_ids(config.model, model_config)
+        self._keeps_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+        progress("check", 0.0)
+        adopt(self.model, self.attention)
+        verify.probe(self.model, self.attention, self.device)
+        loader.fix_rotary(self.model, self.max_model_len)
+        self._make_pool(4 * verify.LENGTH)
+        verify.compare(self.model, self._paged_logits, self.device)
+
+        progress("warm-up", 0.0)
+        budget = kv_budget(config.kv_cache_memory, self.device, self._warm_up)
+        self._make_pool_within(budget)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self.sampler = Sampler(config.max_num_seqs, vocab_size, list(self.eos_token_ids), self.device)
+        progress("warm-up", 1.0)
+        return Capacity(
+            model=config.served_name or config.model,
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            pools=[PoolCapacity("full", config.block_size, self.pool.blocks)],
+            vocab_size=vocab_size,
+            engine="torch",
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=str(self.device),
+        )
+
+    def _make_pool_within(self, budget: int) -> None:
+        """Make the pool that serves. A longest context that the user left open is lowered to what fits."""
+        config, length = self.config, self.max_model_len
+        per_block = block_bytes(self.attention.shapes, config.block_size, self.model.dtype)
+        most = config.max_num_seqs * (length + config.block_size)
+        tokens = blocks_within(budget, per_block, config.block_size, most) * config.block_size
+        if tokens < length:
+            if config.max_model_len is not None:
+                raise StartError(
+                    f"--max-model-len {length} needs {(-(-length // config.block_size) + 1) * per_block} bytes of "
+                    f"KV cache, and there are {budget}: raise --kv-cache-memory or lower --max-model-len"
+                )
+            self.max_model_len = tokens
+        self._make_pool(tokens)
+
+    def _make_pool(self, tokens: int) -> None:
+        size = self.config.block_size
+        self.pool = KVPool(self.attention.shapes, -(-tokens // size), size, self.model.dtype, self.device)
+        self.attention.pool = self.pool
+        self.seats = Seats(self.config.max_num_seqs, self.max_model_len, size, self.device)
+
+    def _paged_logits(self, texts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Logits of every token of ``texts``, run side by side: two chunks each, then token by token."""
+        size = self.config.block_size
+        width = -(-verify.LENGTH // size)
+        new = [
+            NewSequence(
+                seat, "", 0, 0, pack_ids(text.tolist()), len(text), SamplingParams(), 0, 0,
+                pack_ids(range(seat * width, (seat + 1) * width)), 0,
+            )
+            for seat, text in enumerate(texts)
+        ]  # fmt: skip
+        done = [0] * len(texts)
+        pieces: list[list[torch.Tensor]] = [[] for _ in texts]
+        for sequence in new:
+            self.seats.add(sequence)
+        while any(at < len(text) for at, text in zip(done, texts, strict=True)):
+            rows = [seat for seat, text in enumerate(texts) if done[seat] < len(text)]
+            counts = [
+                min((9, 4)[done[seat] > 0] if done[seat] < 13 else 1, len(texts[seat]) - done[seat]) for seat in rows
+            ]
+            step = self.seats.build(Plan(0, 0, 0, array("H", rows).tobytes(), pack_ids(counts), bytes(len(rows))))
+            step.logit_rows = torch.arange(sum(counts), device=self.device)
+            for seat, logits in zip(rows, self._forward(step).float().split(counts), strict=True):
+                pieces[seat].append(logits)
+                done[seat] += len(logits)
+        self.seats.clear()
+        return [torch.cat(piece) for piece in pieces]
+
+    def _warm_up(self) -> None:
+        """The largest step there can be, all of it padding as far as the pool is concerned."""
+        tokens = self.config.max_num_batched_tokens if self.device.type == "cuda" else 32
+        length = min(tokens, self.max_model_len)
+        counts = np.array([min(length, tokens - at) for at in range(0, tokens, length)], np.int64)
+        row_starts = np.concatenate([[0], np.cumsum(counts)])
+        step = StepInputs(
+            input_ids=torch.zeros(1, tokens, dtype=torch.int64, device=self.device),
+            positions=torch.cat([torch.arange(n, device=self.device) for n in counts])[None],
+            slots=torch.full((tokens,), -1, device=self.device),
+            logit_rows=torch.arange(min(tokens, self.config.max_num_seqs), device=self.device),
+            seats=np.arange(len(counts)),
+            counts=counts,
+            contexts=counts,
+            row_starts=row_starts,
+            block_tables=np.zeros((len(counts), 1), np.int32),
+            block_size=self.config.block_size,
+            sampling_seats=np.zeros(0, np.int64),
+            sampling_positions=np.zeros(0, np.int64),
+        )
+        self._forward(step)
+
+    # ------------------------------------------------------------------ steps
+
+    @torch.inference_mode()
+    def execute(self, plan: Plan) -> TorchStepOutput:
+        began = time.perf_counter()
+        for seat in plan.frees:
+            self._drop(seat)
+        for new in plan.new:
+            self.seats.add(new)
+            self.sampler.add(new)
+        for seat, blocks in plan.blocks:
+            self.seats.extend(seat, blocks)
+        output = self._run(plan) if plan.seats else TorchStepOutput.empty()
+        for seat, _ in plan.ends:
+            self._drop(seat)
+        output.exec_us = int((time.perf_counter() - began) * 1e6)
+        return output
+
+    def _run(self, plan: Plan) -> TorchStepOutput:
+        step = self.seats.build(plan)
+        logits = self._forward(step)
+        if not len(step.sampling_seats):
+            return TorchStepOutput.empty()
+        drawn = self.sampler.sample(logits, step.sampling_seats, step.sampling_positions)
+        self.seats.note_sampled(step.sampling_seats, drawn.tokens)
+        return TorchStepOutput(step.sampling_seats, drawn, self.sampler.tops(step.sampling_seats))
+
+    def _forward(self, step: StepInputs) -> torch.Tensor:
+        """Logits [k, vocabulary] of the rows that are wanted."""
+        self.attention.step = step
+        kept = {"logits_to_keep": step.logit_rows} if self._keeps_rows else {}
+        out = self.model(input_ids=step.input_ids, position_ids=step.positions, use_cache=False, **kept)
+        self.attention.step = None
+        return out.logits[0] if kept else out.logits[0, step.logit_rows]
+
+    def _drop(self, seat: int) -> None:
+        self.seats.drop(seat)
+        self.sampler.drop(seat)
+
+    def reset(self) -> None:
+        self.seats.clear()
+        self.sampler.clear()
+
+    def beat(self) -> int:
+        return self.attention.calls

@@ -1,0 +1,190 @@
+"""From plans to tensors: what the worker keeps by seat, and the flat batch of one step.
+
+A plan never says positions. For each seat the worker keeps its known ids, how many tokens are computed and
+its block table; a row takes the next ``count`` tokens from there. The id sampled last stays on the device
+(``last_id``), so that a step can be built and started before the one before it has been read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from protocol.errors import EngineFailed
+from protocol.messages import NewSequence, Plan
+
+
+@dataclass
+class StepInputs:
+    """The flat batch of one step: T tokens of R rows, row after row.
+
+    Arrays are on the host, tensors on the device. ``memo`` lets attention backends keep what they derive
+    from these once per step and use it in every layer.
+    """
+
+    input_ids: torch.Tensor  # int64 [1, T]
+    positions: torch.Tensor  # int64 [1, T]
+    slots: torch.Tensor  # int64 [T]: where each token's key and value go
+    logit_rows: torch.Tensor  # int64 [k]: flat indices of the tokens whose logits are wanted
+    seats: np.ndarray  # int64 [R]
+    counts: np.ndarray  # int64 [R]: tokens of the row in this step
+    contexts: np.ndarray  # int64 [R]: tokens of the sequence once the step is done
+    row_starts: np.ndarray  # int64 [R + 1]: where each row begins in the flat batch
+    block_tables: np.ndarray  # int32 [R, widest]: zero beyond a row's own blocks
+    block_size: int
+    sampling_seats: np.ndarray  # int64 [k]
+    sampling_positions: np.ndarray  # int64 [k]: position that the sampled token will take
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned the first time that ``key`` was asked for in this step."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+
+_NO_IDS = np.zeros(0, np.int32)
+
+
+class Seats:
+    """State of the running sequences by seat, in arrays so that a step is built without a loop over decodes."""
+
+    def __init__(self, seats: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.device = device
+        self.widest = -(-max_model_len // block_size)
+        self.ids: list[np.ndarray] = []
+        self.taken = np.zeros(0, bool)
+        self.computed = np.zeros(0, np.int64)  # tokens whose KV is stored
+        self.known = np.zeros(0, np.int64)  # ids given plus ids sampled since
+        self.given = np.zeros(0, np.int64)  # ids that came with the sequence
+        self.tables = np.zeros((0, self.widest), np.int32)
+        self.table_sizes = np.zeros(0, np.int64)
+        self.last_id = torch.zeros(0, dtype=torch.int64, device=device)
+        self._grow(seats)
+
+    def _grow(self, seats: int) -> None:
+        more = seats - len(self.ids)
+        self.ids.extend([_NO_IDS] * more)
+        self.taken, self.computed, self.known, self.given, self.table_sizes = (
+            np.pad(array, (0, more)) for array in (self.taken, self.computed, self.known, self.given, self.table_sizes)
+        )
+        self.tables = np.pad(self.tables, ((0, more), (0, 0)))
+        self.last_id = torch.nn.functional.pad(self.last_id, (0, more))
+
+    def add(self, new: NewSequence) -> None:
+        """Take ``new`` in. Its seat must be empty."""
+        if new.seat >= len(self.ids):
+            self._grow(max(new.seat + 1, 2 * len(self.ids)))
+        if self.taken[new.seat]:
+            raise EngineFailed(f"seat {new.seat} is given twice")
+        self.taken[new.seat] = True
+        ids = np.frombuffer(new.token_ids, "<i4")
+        self.ids[new.seat] = ids
+        self.known[new.seat] = self.given[new.seat] = len(ids)
+        self.computed[new.seat] = new.computed
+        self.table_sizes[new.seat] = 0
+        self.extend(new.seat, new.block_table)
+
+    def extend(self, seat: int, packed: bytes) -> None:
+        """Append blocks (int32 bytes) to the seat's table."""
+        blocks = np.frombuffer(packed, "<i4")
+        size = int(self.table_sizes[seat])
+        if size + len(blocks) > self.widest:
+            raise EngineFailed(f"seat {seat} is given more blocks than its longest context needs")
+        self.tables[seat, size : size + len(blocks)] = blocks
+        self.table_sizes[seat] = size + len(blocks)
+
+    def drop(self, seat: int) -> None:
+        """Empty the seat; no error if it is empty already."""
+        if seat < len(self.ids):
+            self.taken[seat] = False
+            self.ids[seat] = _NO_IDS
+
+    def clear(self) -> None:
+        for seat in np.flatnonzero(self.taken):
+            self.drop(int(seat))
+
+    def build(self, plan: Plan) -> StepInputs:
+        """The flat batch of ``plan``'s rows; counts them as computed, and the sampled tokens as known."""
+        seats = np.frombuffer(plan.seats, "<u2").astype(np.int64)
+        counts = np.frombuffer(plan.counts, "<i4").astype(np.int64) if plan.counts else np.ones(len(seats), np.int64)
+        samples = np.frombuffer(plan.samples, np.uint8).astype(bool) if plan.samples else np.ones(len(seats), bool)
+        if len(np.unique(seats)) != len(seats) or seats.max() >= len(self.ids) or not self.taken[seats].all():
+            raise EngineFailed("a plan names an empty seat, or one twice")
+        computed = self.computed[seats]
+        contexts = computed + counts
+        self._check_rows(seats, counts, samples, contexts)
+
+        row_starts = np.zeros(len(seats) + 1, np.int64)
+        np.cumsum(counts, out=row_starts[1:])
+        total = int(row_starts[-1])
+        row_of = np.repeat(np.arange(len(seats)), counts)
+        positions = np.arange(total) + np.repeat(computed - row_starts[:-1], counts)
+        widest = -(-int(contexts.max()) // self.block_size)
+        tables = self.tables[seats, :widest]
+        tables[np.arange(widest) >= -(-contexts // self.block_size)[:, None]] = 0
+        slots = tables[row_of, positions // self.block_size].astype(np.int64) * self.block_size
+        slots += positions % self.block_size
+
+        step = StepInputs(
+            input_ids=self._input_ids(seats, counts, computed, row_starts)[None],
+            positions=self._to_device(positions)[None],
+            slots=self._to_device(slots),
+            logit_rows=self._to_device(row_starts[1:][samples] - 1),
+            seats=seats,
+            counts=counts,
+            contexts=contexts,
+            row_starts=row_starts,
+            block_tables=tables,
+            block_size=self.block_size,
+            sampling_seats=seats[samples],
+            sampling_positions=contexts[samples],
+        )
+        self.computed[seats] = contexts
+        self.known[step.sampling_seats] += 1
+        return step
+
+    def note_sampled(self, seats: np.ndarray, tokens: torch.Tensor) -> None:
+        """Keep the ids just drawn, int64 [k] on the device, as the next inputs of their seats."""
+        self.last_id[self._to_device(seats)] = tokens
+
+    def _check_rows(self, seats: np.ndarray, counts: np.ndarray, samples: np.ndarray, contexts: np.ndarray) -> None:
+        """A plan that does not fit the seats' state is a fault of ours: fail before anything is computed."""
+        if (counts < 1).any() or (contexts > self.known[seats]).any():
+            raise EngineFailed("a plan schedules tokens that are not known yet")
+        if (samples & (contexts != self.known[seats])).any():
+            raise EngineFailed("a plan samples before the last known token")
+        if (contexts > self.table_sizes[seats] * self.block_size).any():
+            raise EngineFailed("a plan schedules tokens that have no block")
+
+    def _input_ids(
+        self, seats: np.ndarray, counts: np.ndarray, computed: np.ndarray, row_starts: np.ndarray
+    ) -> torch.Tensor:
+        """int64 [T]: given ids from the host, the one id of a row beyond them from the device."""
+        beyond = computed >= self.given[seats]
+        if beyond.all():
+            return self.last_id[self._to_device(seats)]
+        ids = np.zeros(int(row_starts[-1]), np.int64)
+        for row in np.flatnonzero(~beyond):
+            given = self.ids[seats[row]]
+            ids[row_starts[row] : row_starts[row + 1]] = given[computed[row] : computed[row] + counts[row]]
+        flat = self._to_device(ids)
+        if beyond.any():
+            flat[self._to_device(row_starts[:-1][beyond])] = self.last_id[self._to_device(seats[beyond])]
+        return flat
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return to_device(array, self.device)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A tensor of ``array`` on ``device``; on a GPU by an asynchronous copy from pinned memory."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

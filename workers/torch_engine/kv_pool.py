@@ -1,0 +1,66 @@
+"""The KV pool: where the keys and values of all running sequences lie, in blocks, layer by layer.
+
+The scheduler owns the accounting (which sequence has which block); the pool is only memory. Slot s of a
+layer is row s of its key and value tensors; block b holds slots b * block_size to (b + 1) * block_size - 1.
+One block more than is offered lies at the end: slot -1, where padding writes, is its last row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from protocol.errors import StartError
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer stores per token. Key and value heads may differ in size (deepseek-v3)."""
+
+    kv_heads: int
+    key_size: int
+    value_size: int
+
+    @property
+    def numbers(self) -> int:
+        return self.kv_heads * (self.key_size + self.value_size)
+
+
+class KVPool:
+    """``keys[layer]``: [slots, kv_heads, key_size], ``values[layer]``: [slots, kv_heads, value_size]."""
+
+    def __init__(
+        self, shapes: list[LayerShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.blocks = blocks
+        self.block_size = block_size
+        slots = (blocks + 1) * block_size
+        # Zeros, not empty: a masked-out slot is multiplied by zero, and zero times NaN is NaN.
+        self.keys = [torch.zeros(slots, s.kv_heads, s.key_size, dtype=dtype, device=device) for s in shapes]
+        self.values = [torch.zeros(slots, s.kv_heads, s.value_size, dtype=dtype, device=device) for s in shapes]
+
+    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store key and value, each [tokens, kv_heads, size], at ``slots`` [tokens]; slot -1 is padding."""
+        self.keys[layer].index_put_((slots,), key)
+        self.values[layer].index_put_((slots,), value)
+
+    def zero_(self) -> None:
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()
+
+
+def block_bytes(shapes: list[LayerShape], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return block_size * sum(shape.numbers for shape in shapes) * dtype.itemsize
+
+
+def blocks_within(budget: int, per_block: int, block_size: int, most_tokens: int) -> int:
+    """Blocks that ``budget`` bytes hold, the padding block not counted, and no more than ``most_tokens`` ever need."""
+    blocks = min(budget // per_block - 1, -(-most_tokens // block_size))
+    if blocks < 1:
+        raise StartError(
+            f"the KV cache needs at least {2 * per_block} bytes (two blocks of {block_size} tokens) "
+            f"but has {budget}: raise --kv-cache-memory or lower --block-size"
+        )
+    return blocks

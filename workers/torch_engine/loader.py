@@ -1,0 +1,203 @@
+"""Loading a checkpoint: what is refused and why, precision and device, the tokenizer, fixed rotary tables.
+
+Only safetensors are read and no code of the checkpoint's is ever run. What cannot be served is refused by
+name before its weights are loaded, where the config tells; the rest is found by the check of ``verify``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from protocol.errors import ModelRefused, StartError
+from workers.engine import Progress
+from workers.torch_engine.attention import NAME
+from workers.torch_engine.config import EngineConfig
+
+# Layers whose state is not keys and values, by the names that config.layer_types gives them.
+RECURRENT_LAYERS = {"linear_attention", "mamba", "mamba2", "recurrent", "ssm", "conv", "hybrid", "short_conv"}
+
+
+def load_config(model: str) -> Any:
+    """The checkpoint's config. Raises ModelRefused for one that cannot be served, as far as a config tells."""
+    try:
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(model)
+        if not raw:
+            raise StartError(f"{model}: there is no config.json")
+        if "auto_map" in raw:
+            raise ModelRefused(
+                f"{model}: its config.json asks for code of its own (auto_map), which is never run. "
+                "If transformers knows the architecture, remove auto_map from a local copy"
+            )
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise StartError(f"{model}: cannot read the model's config: {_first_line(error)}") from error
+    refuse_by_config(model, config)
+    return config
+
+
+def refuse_by_config(model: str, config: Any) -> None:
+    """Raise ModelRefused, with the reason, for architectures that this engine does not serve."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelRefused(f"{model}: {kind} is an encoder-decoder model; only decoder-only language models are served")
+    architecture = causal_lm_class(config)
+    if architecture is None:
+        raise ModelRefused(f"{model}: {kind} has no causal language model in transformers {transformers.__version__}")
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    recurrent = sorted(kinds & RECURRENT_LAYERS)
+    if getattr(architecture, "_is_stateful", False) or recurrent:
+        named = f" ({', '.join(recurrent)} layers)" if recurrent else ""
+        raise ModelRefused(f"{model}: {kind} keeps recurrent (state-space) state{named}; only attention is served yet")
+    if "chunked_attention" in kinds or getattr(text, "attention_chunk_size", None):
+        raise ModelRefused(f"{model}: {kind} attends within chunks, a rule that only a mask carries; not served yet")
+    if not getattr(architecture, "_supports_attention_backend", False):
+        raise ModelRefused(
+            f"{model}: {kind} does not go through transformers' attention interface, so it cannot be paged"
+        )
+
+
+def causal_lm_class(config: Any) -> type | None:
+    """The class that AutoModelForCausalLM would make, None if there is none."""
+    mapping = AutoModelForCausalLM._model_mapping
+    return mapping.get(type(config), None)
+
+
+def choose_device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise StartError(f"--device {wanted}: not a device; try auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise StartError(f"--device {wanted}: only cpu and cuda are served")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StartError(f"--device {wanted}: torch sees no CUDA device")
+    return device
+
+
+def choose_dtype(wanted: str, config: Any, device: torch.device) -> torch.dtype:
+    """auto: float32 on a CPU (16-bit products are slow there), the checkpoint's own precision on a GPU."""
+    if wanted != "auto":
+        dtype = getattr(torch, wanted, None)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise StartError(f"--dtype {wanted}: choose auto, float32, bfloat16 or float16")
+        return dtype
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    half = stored in (torch.bfloat16, torch.float16)
+    return stored if half and device.type == "cuda" else torch.float32
+
+
+def choose_max_model_len(wanted: int | None, config: Any) -> int:
+    """``wanted``, or the longest context that the model was made for."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is None:
+        return wanted or 4096
+    if wanted is not None and wanted > longest:
+        raise StartError(f"--max-model-len {wanted}: the model knows no more than {longest} positions")
+    return wanted or longest
+
+
+def load_model(config: EngineConfig, model_config: Any, device: torch.device, progress: Progress) -> Any:
+    """The model in eval mode on ``device``, its attention through the registered function."""
+    with _LoadingBar(progress):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model,
+                config=model_config,
+                dtype=choose_dtype(config.dtype, model_config, device),
+                attn_implementation=NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise StartError(f"{config.model}: cannot load the weights: {_first_line(error)}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The checkpoint's tokenizer, without any code of its own."""
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise StartError(f"{model}: cannot load the tokenizer: {_first_line(error)}") from error
+
+
+def eos_token_ids(model: str, config: Any) -> list[int]:
+    """Ids that end a sequence: generation_config.json's, else the config's. Sorted; may be empty."""
+    try:
+        stated = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        stated = None
+    if stated is None:
+        stated = config.get_text_config().eos_token_id
+    if stated is None:
+        return []
+    return sorted({int(token) for token in (stated if isinstance(stated, list) else [stated])})
+
+
+@torch.no_grad()
+def fix_rotary(model: torch.nn.Module, max_model_len: int) -> None:
+    """Make rotary tables that depend on the batch (longrope, dynamic) those of ``max_model_len``, for good.
+
+    transformers picks them anew in each pass by the longest position in it, so that a long neighbour would
+    change a short request. Each module is asked once at the longest position and told to stay so.
+    """
+    for module in model.modules():
+        rope = getattr(module, "rope_type", None)
+        kinds: dict[str | None, str] = rope if isinstance(rope, dict) else {None: rope} if isinstance(rope, str) else {}
+        moving = [layer for layer, kind in kinds.items() if kind == "longrope" or "dynamic" in kind]
+        for layer in moving:
+            position = torch.tensor([[max_model_len - 1]])
+            buffer = next(module.buffers(), position)
+            at = (torch.zeros(1, 1, 1, device=buffer.device), position.to(buffer.device))
+            module(*at) if layer is None else module(*at, layer)
+        if moving and isinstance(rope, dict):
+            module.rope_type = {layer: "fixed" if layer in moving else kind for layer, kind in rope.items()}  # type: ignore[assignment]
+        elif moving:
+            module.rope_type = "fixed"  # type: ignore[assignment]
+
+
+class _LoadingBar:
+    """Turns transformers' own progress bars into calls of ``progress("load", fraction)`` while entered."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def __enter__(self) -> None:
+        self.progress("load", 0.0)
+        self.before = transformers_logging.set_tqdm_hook(self._bar)
+
+    def __exit__(self, *exc: object) -> None:
+        transformers_logging.set_tqdm_hook(self.before)
+        if exc[0] is None:
+            self.progress("load", 1.0)
+
+    def _bar(self, factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        progress = self.progress
+
+        class Bar(transformers_logging.EmptyTqdm):  # type: ignore[misc]
+            def __iter__(self) -> Any:
+                total = max(1, len(self._iterator))
+                for done, item in enumerate(self._iterator):
+                    progress("load", done / total)
+                    yield item
+
+        return Bar(*args, **kwargs)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_local(model: str) -> bool:
+    return Path(model).is_dir()

@@ -1,0 +1,303 @@
+"""Sampling: from logits to one token id per row, in batch, on the device, without waiting for it.
+
+Order, per row: logprobs are read off the model's own logits; then penalties, logit_bias, min_tokens, and for
+a greedy row the argmax. Otherwise temperature, min_p, top_k, top_p, each renormalising what the one before it
+kept, and one draw by inverse CDF in vocabulary order. The draw's uniform is a hash of (seed, choice, position)
+alone, so a request draws the same tokens wherever and beside whomever it runs.
+
+What no row of a step asks for is not computed. Counts of earlier tokens exist only for seats with penalties.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from protocol.messages import NewSequence, choice_seed
+from protocol.sampling import SamplingParams
+from workers.torch_engine.inputs import to_device
+
+COLDEST = 1e-5  # temperatures below are greedy: dividing by them overflows
+CANDIDATES = 512  # top_p looks among this many likeliest tokens before it searches the whole vocabulary
+
+
+@dataclass
+class Drawn:
+    """Tensors on the device, one entry per sampling row. Logprob fields cover only ``lp_rows`` (host)."""
+
+    tokens: torch.Tensor  # int64 [k]
+    lp_rows: np.ndarray | None = None  # int64 [m]: indices into the k rows
+    lp_drawn: torch.Tensor | None = None  # float32 [m]
+    lp_top_ids: torch.Tensor | None = None  # int64 [m, most]
+    lp_top: torch.Tensor | None = None  # float32 [m, most]
+
+
+class Sampler:
+    """Keeps what sampling needs by seat: parameters in arrays, penalty counts on the device."""
+
+    def __init__(self, seats: int, vocab_size: int, eos_token_ids: list[int], device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self.device = device
+        self.penalties = Penalties(vocab_size, device)
+        self.bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # seat -> ids, values
+        self.banned: dict[int, tuple[int, np.ndarray]] = {}  # seat -> position of the first free token, banned ids
+        self._fields = np.zeros(0, _SEAT)
+        self._grow(seats)
+
+    def _grow(self, seats: int) -> None:
+        self._fields = np.concatenate([self._fields, np.zeros(seats - len(self._fields), _SEAT)])
+
+    def add(self, new: NewSequence) -> None:
+        """Take up the parameters of ``new``; its earlier outputs count as if they had been drawn here."""
+        if new.seat >= len(self._fields):
+            self._grow(max(new.seat + 1, 2 * len(self._fields)))
+        params = new.sampling
+        self.drop(new.seat)
+        self._fields[new.seat] = (
+            choice_seed(new.seed, new.choice),
+            params.temperature if params.temperature >= COLDEST else 0.0,
+            params.top_p,
+            params.min_p,
+            max(params.top_k, 0),
+            -1 if params.logprobs is None else params.logprobs,
+        )
+        if params.penalized:
+            self.penalties.add(new.seat, params, np.frombuffer(new.token_ids, "<i4").astype(np.int64), new.prompt_len)
+        if params.logit_bias:
+            ids = np.fromiter(params.logit_bias.keys(), np.int64)
+            self.bias[new.seat] = (ids, np.fromiter(params.logit_bias.values(), np.float32))
+        if params.min_tokens > 0:
+            ids = np.unique(np.array([*self.eos_token_ids, *params.stop_token_ids], np.int64))
+            self.banned[new.seat] = (new.prompt_len + params.min_tokens, ids)
+
+    def drop(self, seat: int) -> None:
+        """Forget a seat; no error if it is unknown."""
+        self.penalties.drop(seat)
+        self.bias.pop(seat, None)
+        self.banned.pop(seat, None)
+
+    def clear(self) -> None:
+        for seat in {*self.penalties.slots, *self.bias, *self.banned}:
+            self.drop(seat)
+
+    def sample(self, logits: torch.Tensor, seats: np.ndarray, positions: np.ndarray) -> Drawn:
+        """Draw one token per row of ``logits`` [k, vocabulary].
+
+        ``seats`` [k] names the rows' seats, ``positions`` [k] the position that each token takes in its sequence.
+        """
+        fields = self._fields[seats]
+        logits = logits.float()
+        lp_rows = np.flatnonzero(fields["logprobs"] >= 0)
+        logprobs = torch.log_softmax(logits[self._index(lp_rows)], dim=-1) if len(lp_rows) else None
+        logits = self._steer(logits, seats, positions)
+        tokens = logits.argmax(dim=-1)
+        random = np.flatnonzero(fields["temperature"] > 0)
+        if len(random):
+            rows = slice(None) if len(random) == len(seats) else self._index(random)
+            tokens[rows] = draw(logits[rows], fields[random], uniforms(fields["key"][random], positions[random]))
+        self.penalties.count(seats, tokens)
+        if logprobs is None:
+            return Drawn(tokens)
+        most = int(fields["logprobs"].max())
+        of_rows = tokens[self._index(lp_rows)]
+        top = logprobs.topk(most, dim=-1)
+        drawn = logprobs.gather(-1, of_rows[:, None])[:, 0]
+        return Drawn(tokens, lp_rows, drawn, top.indices, top.values)
+
+    def tops(self, seats: np.ndarray) -> np.ndarray:
+        """How many alternatives each seat asked for; -1: no logprobs at all."""
+        return self._fields["logprobs"][seats]
+
+    def _steer(self, logits: torch.Tensor, seats: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        """Penalties, then logit_bias, then min_tokens. Copies before it changes anything."""
+        rows = {int(seat): row for row, seat in enumerate(seats)} if self._steered else {}
+        steered = self.penalties.apply(logits, rows)
+        biased = [(row, *self.bias[seat]) for seat, row in rows.items() if seat in self.bias]
+        banned = [
+            (row, ids)
+            for seat, row in rows.items()
+            for until, ids in (self.banned.get(seat, _NEVER),)
+            if positions[row] < until
+        ]
+        if (biased or banned) and steered is logits:
+            steered = logits.clone()
+        if biased:
+            at = [self._index(np.repeat([b[0] for b in biased], [len(b[1]) for b in biased]))]
+            at.append(self._index(np.concatenate([b[1] for b in biased])))
+            steered.index_put_(
+                tuple(at), to_device(np.concatenate([b[2] for b in biased]), self.device), accumulate=True
+            )
+        if banned:
+            at = [self._index(np.repeat([b[0] for b in banned], [len(b[1]) for b in banned]))]
+            at.append(self._index(np.concatenate([b[1] for b in banned])))
+            steered.index_put_(tuple(at), torch.tensor(-torch.inf, device=self.device))
+        return steered
+
+    @property
+    def _steered(self) -> bool:
+        return bool(self.penalties.slots or self.bias or self.banned)
+
+    def _index(self, array: np.ndarray) -> torch.Tensor:
+        return to_device(np.ascontiguousarray(array), self.device)
+
+
+_SEAT = np.dtype(
+    [
+        ("key", np.uint64),
+        ("temperature", np.float32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("top_k", np.int64),
+        ("logprobs", np.int64),
+    ]
+)
+_NEVER: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+
+class Penalties:
+    """Counts of earlier tokens for the seats that use them: one row ("slot") of the two tables each."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.device = device
+        self.slots: dict[int, int] = {}
+        self.factors: dict[int, tuple[float, float, float]] = {}  # seat -> repetition, frequency, presence
+        self._free: list[int] = []
+        self.in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        self.drawn = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)  # times each id was drawn
+
+    def add(self, seat: int, params: SamplingParams, ids: np.ndarray, prompt_len: int) -> None:
+        slot = self._take_slot()
+        self.slots[seat] = slot
+        self.factors[seat] = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self.in_prompt[slot].zero_()
+        self.in_prompt[slot, to_device(ids[:prompt_len], self.device)] = True
+        outputs = to_device(ids[prompt_len:], self.device)
+        self.drawn[slot].zero_()
+        self.drawn[slot].index_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
+
+    def _take_slot(self) -> int:
+        if not self._free:
+            size = self.drawn.shape[0]
+            more = max(4, size)
+            self.in_prompt = torch.nn.functional.pad(self.in_prompt, (0, 0, 0, more))
+            self.drawn = torch.nn.functional.pad(self.drawn, (0, 0, 0, more))
+            self._free = list(range(size + more - 1, size - 1, -1))
+        return self._free.pop()
+
+    def drop(self, seat: int) -> None:
+        slot = self.slots.pop(seat, None)
+        if slot is not None:
+            self._free.append(slot)
+            del self.factors[seat]
+
+    def apply(self, logits: torch.Tensor, rows: dict[int, int]) -> torch.Tensor:
+        """``logits`` with the penalties of the rows that have any; a copy unless there is none.
+
+        Repetition (CTRL, arXiv:1909.05858) covers prompt and output, frequency and presence the output only.
+        """
+        seats = [seat for seat in rows if seat in self.slots]
+        if not seats:
+            return logits
+        at = to_device(np.array([rows[seat] for seat in seats]), self.device)
+        slots = to_device(np.array([self.slots[seat] for seat in seats]), self.device)
+        factors = to_device(np.array([self.factors[seat] for seat in seats], np.float32), self.device)
+        repetition, frequency, presence = factors[:, :, None].unbind(1)
+        drawn = self.drawn[slots]
+        seen = self.in_prompt[slots] | (drawn > 0)
+        own = logits[at]
+        own = torch.where(seen, torch.where(own > 0, own / repetition, own * repetition), own)
+        own = own - frequency * drawn - presence * (drawn > 0)
+        return logits.index_copy(0, at, own)
+
+    def count(self, seats: np.ndarray, tokens: torch.Tensor) -> None:
+        """Count the tokens just drawn for the seats with penalties."""
+        if not self.slots:
+            return
+        counted = [(row, self.slots[int(seat)]) for row, seat in enumerate(seats) if int(seat) in self.slots]
+        if counted:
+            rows, slots = (to_device(np.array(column), self.device) for column in zip(*counted, strict=True))
+            self.drawn.index_put_((slots, tokens[rows]), torch.ones_like(slots, dtype=torch.int32), accumulate=True)
+
+
+def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1) with 24 random bits for each (key, position): splitmix64's finaliser, twice."""
+    with np.errstate(over="ignore"):
+        mixed = _mix(keys ^ _mix(positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)))
+    return ((mixed >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def draw(logits: torch.Tensor, fields: np.ndarray, uniform: np.ndarray) -> torch.Tensor:
+    """int64 [k]: one draw per row of ``logits`` [k, vocabulary] under the rows' temperature, min_p, top_k, top_p."""
+    device = logits.device
+
+    def column(name: str) -> torch.Tensor:
+        return to_device(np.ascontiguousarray(fields[name]), device)[:, None]
+
+    weights = torch.softmax(logits / column("temperature"), dim=-1)
+    if (fields["min_p"] > 0).any():
+        weights = weights.masked_fill(weights < column("min_p") * weights.amax(-1, keepdim=True), 0)
+    if ((fields["top_k"] > 0) & (fields["top_k"] < weights.shape[-1])).any():
+        weights = keep_top_k(weights, fields["top_k"])
+    if (fields["top_p"] < 1).any():
+        weights = keep_top_p(weights, column("top_p"))
+    cdf = weights.cumsum(-1)
+    total = cdf[:, -1:]
+    target = torch.minimum(to_device(uniform, device)[:, None] * total, torch.nextafter(total, total.new_zeros(())))
+    return torch.searchsorted(cdf, target, right=True)[:, 0]
+
+
+def keep_top_k(weights: torch.Tensor, top_k: np.ndarray) -> torch.Tensor:
+    """Zero all but each row's ``top_k`` largest weights (0: keep all); ties with the last one stay."""
+    limits = np.where(top_k > 0, np.minimum(top_k, weights.shape[-1]), weights.shape[-1])
+    asked = limits < weights.shape[-1]
+    most = int(limits[asked].max())
+    ranked = weights.topk(most, dim=-1).values
+    last = to_device(np.where(asked, limits, 1).astype(np.int64) - 1, weights.device)[:, None]
+    least = torch.where(to_device(asked, weights.device)[:, None], ranked.gather(-1, last), 0.0)
+    return weights.masked_fill(weights < least, 0)
+
+
+def keep_top_p(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Zero what lies outside each row's nucleus: the fewest largest weights that hold ``top_p`` [k, 1] of the sum.
+
+    The nucleus is {weights >= t}; only t is searched, nothing is sorted. Ties with the least kept weight stay.
+    """
+    goal = top_p * weights.sum(-1, keepdim=True)
+    if weights.device.type == "cpu":
+        return weights.masked_fill(weights < _threshold_by_rank(weights, goal), 0)
+    return weights.masked_fill(weights < _threshold_by_bisection(weights, goal), 0)
+
+
+def _threshold_by_rank(weights: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    """Least kept weight [k, 1], from the likeliest few; rows whose nucleus is wider are bisected."""
+    ranked = weights.topk(min(CANDIDATES, weights.shape[-1]), dim=-1).values
+    short = ranked.cumsum(-1) < goal  # true while the nucleus still needs the next one
+    last = short.sum(-1, keepdim=True)
+    threshold = ranked.gather(-1, last.clamp(max=ranked.shape[-1] - 1))
+    wide = (last[:, 0] == ranked.shape[-1]).nonzero()[:, 0]
+    if len(wide):
+        threshold[wide] = _threshold_by_bisection(weights[wide], goal[wide])
+    return threshold
+
+
+def _threshold_by_bisection(weights: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    """The largest t [k, 1] with sum(weights >= t) >= goal, halving the interval of float32 bit patterns.
+
+    Positive floats order as their bits do, so 31 halvings end at neighbouring floats: exact, no host sync.
+    """
+    low = torch.zeros_like(goal, dtype=torch.int32)  # sum(weights >= low) >= goal holds throughout
+    high = weights.amax(-1, keepdim=True).view(torch.int32) + 1
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        enough = (weights * (weights >= middle.view(torch.float32))).sum(-1, keepdim=True) >= goal
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low.view(torch.float32)

@@ -1,0 +1,73 @@
+"""The checks at load that let any architecture in: the model is compared with itself before it serves.
+
+Class names and configs do not tell whether a model really goes through the attention function in every
+layer, keeps state elsewhere, or masks in a way of its own. So it is run: once to see which layers call
+(``probe``), and once through the paged path, cut into chunks and single tokens beside a second sequence,
+against its own eager attention over the whole text (``compare``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from protocol.errors import ModelRefused
+from workers.torch_engine.attention import NAME, PagedAttention
+
+LENGTH = 21  # tokens of the text that is compared: longer than one block, short enough to cost little
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest logit
+
+
+def probe(model: Any, attention: PagedAttention, device: torch.device) -> None:
+    """One pass in which ``attention`` notes its layers. Raises ModelRefused unless every layer called once."""
+    name = type(model).__name__
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ModelRefused(f"{name} takes no position_ids")
+    text = _text(model, 4, 0)[None].to(device)
+    try:
+        model(input_ids=text, position_ids=torch.arange(4, device=device)[None], use_cache=False)
+    except ModelRefused as error:
+        raise ModelRefused(f"{name}: {error}") from None
+    layers = model.config.get_text_config().num_hidden_layers
+    if len(attention.shapes) != layers:
+        raise ModelRefused(
+            f"{name} calls the attention function in {len(attention.shapes)} of its {layers} layers: "
+            "the others keep state that is not keys and values, or attend in a way of their own"
+        )
+
+
+def compare(model: Any, paged_logits: Callable[[list[torch.Tensor]], list[torch.Tensor]], device: torch.device) -> None:
+    """Raise ModelRefused if the paged path and the model's own eager attention disagree.
+
+    ``paged_logits`` runs sequences in pieces, side by side, and returns the logits [tokens, vocabulary] of each.
+    """
+    name = type(model).__name__
+    texts = [_text(model, length, seed).to(device) for seed, length in enumerate((LENGTH, LENGTH - 6))]
+    model.set_attn_implementation("eager")
+    try:
+        whole = [_own_logits(model, text) for text in texts]
+    finally:
+        model.set_attn_implementation(NAME)
+    for own, paged in zip(whole, paged_logits(texts), strict=True):
+        distance = (own - paged).abs().amax(-1) / own.abs().amax()
+        # A token near a router's tie may take another expert in low precision: most must agree, not all.
+        worst = distance.quantile(0.75 if model.dtype != torch.float32 else 0.9).item()
+        if not worst <= TOLERANCE.get(model.dtype, 2e-3):
+            raise ModelRefused(
+                f"{name} gives other logits through paged attention than through its own "
+                f"(they differ by {worst:.1%} of the largest): it relies on something that is not served"
+            )
+
+
+def _own_logits(model: Any, text: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(len(text), device=text.device)[None]
+    return model(input_ids=text[None], position_ids=positions, use_cache=False).logits[0].float()
+
+
+def _text(model: Any, length: int, seed: int) -> torch.Tensor:
+    """Random ids, the same at each load."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
