@@ -1,0 +1,60 @@
+"""A worker's figures and its own small HTTP port: /metrics for Prometheus, /health for supervisors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+log = logging.getLogger("headrace.worker")
+
+STEP_BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0)
+TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+class Metrics:
+    """Labels: model (served name), worker (wid). A registry of its own, so that tests can run several workers."""
+
+    def __init__(self, model: str, worker: str) -> None:
+        self.registry = CollectorRegistry()
+        labels = {"model": model, "worker": worker}
+
+        def made(kind: type, name: str, text: str, **options: object):  # type: ignore[no-untyped-def]
+            metric = kind(name, text, list(labels), registry=self.registry, **options)
+            return metric.labels(**labels)
+
+        self.step = made(Histogram, "headrace_step_seconds", "Device time of a step", buckets=STEP_BUCKETS)
+        self.scheduled = made(
+            Histogram, "headrace_iteration_tokens_total", "Tokens computed in a step", buckets=TOKEN_BUCKETS
+        )
+        self.tokens = made(Counter, "headrace_worker_tokens", "Output tokens made")
+        self.idle = made(Counter, "headrace_device_idle_seconds", "Time that the device waited for a plan")
+        self.commit = made(
+            Histogram, "headrace_commit_seconds", "Time of a commit, queueing not counted", buckets=STEP_BUCKETS
+        )
+        self.refused = made(Counter, "headrace_refused_rows", "Rows of commits that did not land")
+        self.fenced = made(Counter, "headrace_worker_fenced", "Times that this worker found itself replaced")
+        self.sequences = made(Gauge, "headrace_worker_sequences", "Sequences on this worker that have not ended")
+
+
+async def serve_metrics(
+    metrics: Metrics, host: str, port: int, health: Callable[[], dict[str, object]]
+) -> web.AppRunner:
+    """Serve until ``cleanup`` of what is returned. ``health``: its ``ok`` decides between 200 and 503."""
+
+    async def show_metrics(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def show_health(_: web.Request) -> web.Response:
+        state = health()
+        return web.json_response(state, status=200 if state["ok"] else 503)
+
+    app = web.Application()
+    app.add_routes([web.get("/metrics", show_metrics), web.get("/health", show_health)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, host, port).start()
+    log.info("metrics on http://%s:%d/metrics", *runner.addresses[0][:2])
+    return runner

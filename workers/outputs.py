@@ -1,0 +1,283 @@
+"""From sampled ids to journal rows: text, stop checks, frames, terminal results.
+
+The one idea: a sequence's output state follows the *executed* steps, one by one, in order; rows gather until the commit
+that runs meanwhile has ended, and then go together. A token after a sequence's end is thrown away here: it is
+never journaled, published or hinted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from protocol.bus import CommitRow
+from protocol.messages import LANDED, HintRow, NewSequence, Plan, Terminal, encode, pack_ids, unpack_ids
+from workers.detokenizer import TextStream, Vocabulary, WindowVocabulary
+from workers.engine import Sampled
+
+LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON cannot say
+
+
+class StopStrings:
+    """Looks for stop strings in text that comes in pieces, wherever the borders lie.
+
+    The string that is complete first wins, then the longer one: so the outcome depends on the text alone.
+    """
+
+    __slots__ = ("_include", "_stops", "held")
+
+    def __init__(self, stops: list[str], include: bool) -> None:
+        self._stops = stops
+        self._include = include
+        self.held = ""  # text that may become a stop string
+
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """(text that is safe to show, the stop string that was found or None)."""
+        text = self.held + text
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            end, start, stop = min(found)
+            self.held = ""
+            return text[: end if self._include else start], stop
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that ``stop`` begins with, short of all of it."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0
+
+
+class Output:
+    """The output of one sequence under one placement."""
+
+    __slots__ = (
+        "count", "cursor", "dropped", "end_ids", "eos", "min_tokens", "new", "plain", "row", "seat", "steady_until",
+        "stops", "stream", "text",
+    )  # fmt: skip
+
+    def __init__(self, new: NewSequence, vocabulary: Vocabulary | WindowVocabulary, eos: frozenset[int]) -> None:
+        sampling = new.sampling
+        ids = unpack_ids(new.token_ids)
+        self.new = new
+        self.seat = new.seat
+        self.cursor = new.cursor  # journal length with all frames made so far
+        self.count = len(ids) - new.prompt_len  # output tokens
+        self.eos = frozenset() if sampling.ignore_eos else eos
+        self.end_ids = self.eos.union(sampling.stop_token_ids)
+        self.min_tokens = sampling.min_tokens
+        self.stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
+        self.stream: TextStream = vocabulary.stream(ids[: new.prompt_len], sampling.skip_special_tokens)
+        self.text: list[str] | None = [] if new.wants_result else None  # all of it, for the terminal entry
+        self.plain = self.stops is None and self.text is None and sampling.logprobs is None
+        self.steady_until = sampling.max_tokens if sampling.max_tokens is not None else 2**63
+        self.row: OutputRow | None = None  # gathers frames for the next commit
+        self.dropped = False  # journal closed or no longer ours: nothing more of it is committed
+        for at, token in enumerate(islice(ids, new.prompt_len, None), 1):
+            self._show(self.stream.push(token), at)
+
+    def _show(self, text: str, count: int) -> tuple[str, str | None]:
+        """Pass text of the output's ``count``-th token through the stop check; what may be shown, the stop found."""
+        found = None
+        if self.stops is not None and count > self.min_tokens:
+            text, found = self.stops.feed(text)
+        if self.text is not None and text:
+            self.text.append(text)
+        return text, found
+
+    @property
+    def held(self) -> str:
+        return (self.stops.held if self.stops is not None else "") + self.stream.held
+
+
+@dataclass(slots=True)
+class OutputRow:
+    """Frames of one sequence that go into one commit."""
+
+    output: Output
+    cursor: int
+    frames: list[bytes] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finish: str | None = None
+    result: bytes | None = None
+
+
+@dataclass
+class Batch:
+    """What one commit takes: the steps up to ``step``."""
+
+    rows: list[OutputRow] = field(default_factory=list)
+    steps: int = 0
+    step: int = 0
+    executed: str | None = None  # stream id of the last step's plan
+    exec_us: int = 0
+    idle_us: int = 0
+
+    def commit_rows(self) -> list[CommitRow]:
+        return [
+            CommitRow(
+                rid=(new := row.output.new).rid, choice=new.choice, placement=new.placement, cursor=row.cursor,
+                frames=b"".join(row.frames), finish=row.finish, result=row.result, id=new.id,
+            )
+            for row in self.rows
+        ]  # fmt: skip
+
+    def hint_rows(self) -> list[HintRow]:
+        return [
+            HintRow(row.output.seat, pack_ids(row.tokens), row.cursor + sum(map(len, row.frames)), row.finish)
+            for row in self.rows
+        ]
+
+
+class Outputs:
+    """All sequences of a worker, by seat. Where a sequence has ended its seat stays, empty, until it is freed."""
+
+    def __init__(self, vocabulary: Vocabulary | WindowVocabulary, eos: frozenset[int]) -> None:
+        self._vocabulary = vocabulary
+        self._eos = eos
+        self._seats: dict[int, Output | None] = {}
+        self._batch = Batch()
+
+    @property
+    def live(self) -> int:
+        """Sequences that have not ended here."""
+        return sum(output is not None for output in self._seats.values())
+
+    def step(self, plan: Plan, sampled: Sampled, executed: str, idle_us: int = 0) -> int:
+        """Take the result of one executed plan (``executed``: its stream id). Returns the tokens that count."""
+        seats = self._seats
+        for seat in plan.frees:
+            seats.pop(seat, None)
+        for new in plan.new:
+            seats[new.seat] = Output(new, self._vocabulary, self._eos)
+        tokens = 0
+        for seat, token in zip(sampled.seats.tolist(), sampled.tokens.tolist(), strict=True):
+            output = seats[seat]
+            if output is not None:
+                tokens += 1
+                self._append(output, token, sampled)
+        for seat, reason in plan.ends:
+            if (output := seats.pop(seat, None)) is not None:
+                self._end(output, reason)
+        batch = self._batch
+        batch.steps += 1
+        batch.step = plan.step
+        batch.executed = executed
+        batch.exec_us += sampled.exec_us
+        batch.idle_us += idle_us
+        return tokens
+
+    def take(self) -> Batch | None:
+        """Everything since the last call, for one commit; None if no step was executed."""
+        if not self._batch.steps:
+            return None
+        batch, self._batch = self._batch, Batch()
+        batch.rows = [row for row in batch.rows if not row.output.dropped]
+        for row in batch.rows:
+            row.output.row = None
+        return batch
+
+    def settle(self, batch: Batch, verdicts: str) -> None:
+        """Learn what became of a commit's rows: what did not land ends here, with all that follows it."""
+        for row, verdict in zip(batch.rows, verdicts, strict=True):
+            if verdict != LANDED:
+                row.output.dropped = True
+                self._empty(row.output)
+
+    def _append(self, output: Output, token: int, sampled: Sampled) -> None:
+        output.count += 1
+        if output.plain and output.count < output.steady_until and token not in output.end_ids and output.cursor:
+            text = output.stream.push(token)
+            held = output.stream.held
+            self._add(output, token, encode((token, text, None, {"held": held} if held else None)))
+            return
+        text, finish, stop = self._advance(output, token)
+        extra = self._logprobs(output, token, sampled)
+        if output.cursor == 0 and output.new.cached_tokens:
+            extra["cached"] = output.new.cached_tokens
+        if stop is not None:
+            extra["stop"] = stop
+        if finish is None and (held := output.held):
+            extra["held"] = held
+        self._add(output, token, encode((token, text, finish, extra or None)))
+        if finish is not None:
+            self._close(output, finish)
+
+    def _advance(self, output: Output, token: int) -> tuple[str, str | None, str | int | None]:
+        """(text, finish reason, stop string or id that matched) of one more token."""
+        sampling, stop = output.new.sampling, None
+        if token in output.end_ids and output.count > output.min_tokens:
+            shown = not sampling.skip_special_tokens if token in output.eos else sampling.include_stop_str_in_output
+            text, found = output._show(output.stream.push(token) if shown else "", output.count)
+            if token not in output.eos:
+                stop = token
+            return text + self._flush(output), "stop", found if found is not None else stop
+        text, found = output._show(output.stream.push(token), output.count)
+        if found is not None:
+            return text, "stop", found
+        if output.count >= output.steady_until:
+            return text + self._flush(output), "length", None
+        return text, None, None
+
+    def _flush(self, output: Output) -> str:
+        held = output.held
+        if output.text is not None:
+            output.text.append(held)
+        return held
+
+    def _end(self, output: Output, reason: str) -> None:
+        """The terminal frame of a sequence that the scheduler ends: cancelled, or past its deadline."""
+        self._add(output, None, encode((None, self._flush(output), reason, None)))
+        self._close(output, reason)
+
+    def _add(self, output: Output, token: int | None, frame: bytes) -> None:
+        row = output.row
+        if row is None:
+            row = output.row = OutputRow(output, output.cursor)
+            self._batch.rows.append(row)
+        row.frames.append(frame)
+        if token is not None:
+            row.tokens.append(token)
+        output.cursor += len(frame)
+
+    def _close(self, output: Output, finish: str) -> None:
+        row = output.row
+        assert row is not None
+        row.finish = finish
+        if output.text is not None:
+            row.result = encode(
+                Terminal(
+                    rid=output.new.rid, id=output.new.id, choice=output.new.choice, finish_reason=finish,
+                    text="".join(output.text), prompt_tokens=output.new.prompt_len, completion_tokens=output.count,
+                    cached_tokens=output.new.cached_tokens,
+                )
+            )  # fmt: skip
+        self._empty(output)
+
+    def _empty(self, output: Output) -> None:
+        if self._seats.get(output.seat) is output:
+            self._seats[output.seat] = None
+
+    def _logprobs(self, output: Output, token: int, sampled: Sampled) -> dict[str, Any]:
+        wanted = output.new.sampling.logprobs
+        if wanted is None or (found := sampled.logprobs.get(output.seat)) is None:
+            return {}
+        logprob, ids, values = found
+        token_bytes = self._vocabulary.token_bytes
+        top = zip(ids[:wanted].tolist(), _finite(values[:wanted]), strict=True)
+        return {
+            "lp": max(float(logprob), LOGPROB_FLOOR),
+            "tok": token_bytes(token),
+            "top": [[i, token_bytes(i), value] for i, value in top],
+        }
+
+
+def _finite(values: np.ndarray) -> list[float]:
+    return [max(value, LOGPROB_FLOOR) for value in values.tolist()]

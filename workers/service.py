@@ -1,0 +1,420 @@
+"""The worker's asyncio shell: plans in, commits out, the device busy in between.
+
+The one idea: three things run beside each other and never wait for one another. A reader takes plans to the device
+thread; each step's result becomes journal rows (outputs.py); one commit at a time makes them durable, and what
+gathers meanwhile goes with the next. What this worker is allowed to do is decided by (epoch, gen) alone: fenced, it
+drops everything it holds, because journals and requests are the truth and the scheduler continues from them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from protocol.bus import Bus
+from protocol.errors import Fenced, HeadraceError, StartError
+from protocol.keys import check_name
+from protocol.messages import Capacity, Hint
+from workers.detokenizer import Vocabulary, WindowVocabulary
+from workers.device import Device, Ticket
+from workers.engine import Engine, Progress, Sampled
+from workers.metrics import Metrics, serve_metrics
+from workers.outputs import Batch, Outputs
+from workers.simulated import SimulatedConfig, SimulatedEngine, byte_vocabulary
+
+log = logging.getLogger("headrace.worker")
+
+PULSE_S = 0.4
+READ_BLOCK_MS = 5000
+MAX_OPEN_STEPS = 256  # read but not committed; beyond it the reader waits
+QUIET_S = 1.0  # a draining worker without sequences leaves after so long without a plan
+
+
+@dataclass(kw_only=True)
+class WorkerConfig:
+    """Fields that an engine's own configuration has too (dtype, block_size, ...) are handed on; None: its default."""
+
+    redis_url: str
+    served_model_name: str
+    model: str | None = None  # directory or hub id; a simulated engine may do without
+    name: str = "worker-0"
+    engine: str = "torch"  # or "simulated"
+    dtype: str | None = None
+    device: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_memory: int | None = None
+    block_size: int | None = None
+    threads: int | None = None
+    engine_options: dict[str, Any] = dataclasses.field(default_factory=dict)  # further fields of the engine's own
+    drain_timeout: float = 60.0
+    stall_timeout: float = 60.0  # a step without any progress for so long ends the process
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None  # None: no port; 0: any free one
+
+
+async def run_worker(
+    config: WorkerConfig, *, progress: Progress | None = None, engine: Engine | None = None, signals: bool = True
+) -> int:
+    """Serve until SIGTERM (drain, then 0) or a failure (non-zero). StartError where the start cannot succeed.
+
+    ``progress`` is called from the device thread while the model loads. ``engine`` takes the place of the
+    configured one.
+    """
+    check_name(config.name, "name")
+    bus = Bus(config.redis_url, config.served_model_name)
+    await bus.connect()
+    worker = Worker(config, bus, engine or make_engine(config), progress or _silent)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
+        loop.add_signal_handler(number, worker.on_signal, number)
+    try:
+        return await worker.run()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
+            loop.remove_signal_handler(number)
+        await bus.close()
+
+
+def make_engine(config: WorkerConfig) -> Engine:
+    if config.engine == "simulated":
+        return SimulatedEngine(_engine_config(SimulatedConfig, config))
+    if config.engine != "torch":
+        raise StartError(f"engine must be torch or simulated, not {config.engine}")
+    from workers.torch_engine.config import EngineConfig
+    from workers.torch_engine.engine import TorchEngine  # torch takes seconds to import
+
+    return TorchEngine(_engine_config(EngineConfig, config))
+
+
+def _engine_config(kind: type[Any], config: WorkerConfig) -> Any:
+    names = {f.name for f in dataclasses.fields(kind)}
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in names}
+    return kind(**{k: v for k, v in given.items() if v is not None} | config.engine_options)
+
+
+def load_vocabulary(config: WorkerConfig, engine: Engine) -> Vocabulary | WindowVocabulary:
+    """From the tokenizer that the engine has loaded, else from the model's; bytes where there is no model."""
+    if (tokenizer := getattr(engine, "tokenizer", None)) is not None:
+        return Vocabulary.of(tokenizer)
+    if config.model is None:
+        return byte_vocabulary()
+    from transformers import AutoTokenizer
+
+    try:
+        return Vocabulary.of(AutoTokenizer.from_pretrained(config.model, trust_remote_code=False))
+    except (OSError, ValueError) as error:
+        raise StartError(f"cannot load the tokenizer of {config.model}: {error}") from error
+
+
+def _silent(stage: str, fraction: float) -> None:
+    pass
+
+
+class Worker:
+    """One worker process: loads once, then serves one incarnation (gen) after another."""
+
+    def __init__(self, config: WorkerConfig, bus: Bus, engine: Engine, progress: Progress) -> None:
+        self.config = config
+        self.bus = bus
+        self.engine = engine
+        self.metrics = Metrics(config.served_model_name, config.name)
+        self.device = Device(engine, self._deliver)
+        self.state = "loading"
+        self.draining = asyncio.Event()
+        self._report = progress
+        self._incarnation: Incarnation | None = None
+        self._signals: set[int] = set()
+        self._reigns = 0
+        self._stalled_since: float | None = None
+
+    def on_signal(self, number: int) -> None:
+        """First: drain. The same one again: end at once."""
+        if number in self._signals:
+            log.warning("second signal: ending at once")
+            os._exit(128 + number)
+        self._signals.add(number)
+        log.info("draining")
+        self.draining.set()
+
+    def health(self) -> dict[str, object]:
+        stalled = self._stalled_since is not None and time.monotonic() - self._stalled_since > 5.0
+        return {"ok": not stalled, "state": self.state, "stalled": stalled}
+
+    def next_reign(self) -> int:
+        self._reigns += 1
+        return self._reigns
+
+    async def run(self) -> int:
+        config = self.config
+        runner = None
+        if config.metrics_port is not None:
+            runner = await serve_metrics(self.metrics, config.metrics_host, config.metrics_port, self.health)
+        try:
+            gen = await self.bus.register(config.name, None, self.state)
+            log.info("registered as %s, generation %d", config.name, gen)
+            loaded = await self._load_while_beating(gen)
+            return await self._serve(*loaded) if loaded is not None else 0
+        finally:
+            self.device.stop()
+            if runner is not None:
+                await runner.cleanup()
+
+    def _load(self) -> tuple[Capacity, Vocabulary | WindowVocabulary]:
+        """In the device thread: the model, then its tokenizer."""
+        started, stage_seen = time.monotonic(), ""
+
+        def progress(stage: str, fraction: float) -> None:
+            nonlocal stage_seen
+            if stage != stage_seen:
+                log.info("%s", stage)
+                stage_seen = stage
+                self.state = "loading" if stage == "load" else "warming"
+            self._report(stage, fraction)
+
+        capacity = self.engine.load(progress)
+        vocabulary = load_vocabulary(self.config, self.engine)
+        log.info("loaded in %.1f s", time.monotonic() - started)
+        return msgspec.structs.replace(capacity, model=self.config.served_model_name), vocabulary
+
+    async def _load_while_beating(self, gen: int) -> tuple[int, Capacity, Vocabulary | WindowVocabulary] | None:
+        """(gen, capacity, vocabulary), or None if the worker is to leave before it has loaded."""
+        held = [gen]
+
+        async def beat() -> None:
+            said = self.state
+            while True:
+                await asyncio.sleep(PULSE_S)
+                state = self.state
+                try:
+                    await self.bus.pulse(self.config.name, held[0], state=state if state != said else None)
+                except Fenced:  # retired meanwhile: the model goes on loading under another gen
+                    held[0] = await self.bus.register(self.config.name, None, state)
+                said = state
+
+        loading = asyncio.ensure_future(self.device.start(self._load))
+        others = [asyncio.ensure_future(beat()), asyncio.ensure_future(self.draining.wait())]
+        try:
+            await asyncio.wait([loading, *others], return_when=asyncio.FIRST_COMPLETED)
+            if self.draining.is_set():
+                return None
+            if not loading.done():
+                others[0].result()  # raises what ended the beats
+            capacity, vocabulary = await loading
+            return held[0], capacity, vocabulary
+        finally:
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+    async def _serve(self, gen: int, capacity: Capacity, vocabulary: Vocabulary | WindowVocabulary) -> int:
+        self.state = "serving"
+        log.info("serving: %d sequences of at most %d tokens", capacity.max_num_seqs, capacity.max_model_len)
+        while True:
+            self._incarnation = Incarnation(self, gen, capacity, vocabulary)
+            try:
+                return await self._incarnation.run()
+            except Fenced as fenced:
+                self.metrics.fenced.inc()
+                if self.draining.is_set():
+                    log.info("released by the scheduler")
+                    return 0
+                log.warning("%s: dropping all sequences and registering anew", fenced)
+                gen = await self.bus.register(self.config.name, capacity, self.state)
+                log.info("registered as %s, generation %d", self.config.name, gen)
+            except HeadraceError:
+                raise
+            except Exception as error:
+                log.critical("ending: %s: %s", type(error).__name__, error, exc_info=error)
+                return 1
+
+    def watch_progress(self) -> None:
+        """Called when a step made no progress since the last look; raises once it has stood for too long."""
+        now = time.monotonic()
+        if self._stalled_since is None:
+            self._stalled_since = now
+        if now - self._stalled_since > self.config.stall_timeout:
+            raise TimeoutError(f"a step made no progress for {self.config.stall_timeout:.0f} s")
+
+    def progressed(self) -> None:
+        self._stalled_since = None
+
+    def _deliver(self, ticket: Ticket, sampled: Sampled, idle_us: int) -> None:
+        if self._incarnation is not None:
+            self._incarnation.executed(ticket, sampled, idle_us)
+
+
+class Incarnation:
+    """The worker under one gen. ``run`` ends with Fenced("gen"), with 0 after a drain, or with a failure."""
+
+    def __init__(self, worker: Worker, gen: int, capacity: Capacity, vocabulary: Vocabulary | WindowVocabulary) -> None:
+        self.worker = worker
+        self.bus = worker.bus
+        self.wid = worker.config.name
+        self.gen = gen
+        self.capacity = capacity
+        self.vocabulary = vocabulary
+        self.epoch = 0  # plans of an earlier one are skipped
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._wake = asyncio.Event()  # a step was executed
+        self._room = asyncio.Event()  # the reader may take more plans
+        self._planned_at = time.monotonic()
+        self._said: str | None = None  # the state that the scheduler knows
+        self._begin_reign(0)
+
+    async def run(self) -> int:
+        """The exit code. Raises what ended it otherwise."""
+        drain = asyncio.ensure_future(self._drain())
+        tasks = [drain, *(asyncio.ensure_future(c) for c in (self._read(), self._commit(), self._pulse()))]
+        try:
+            ends: list[asyncio.Future[Any]] = [*tasks, self.broken, self.worker.device.failed]
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for future in done - {drain}:
+                future.result()
+            return drain.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            self.broken.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -------------------------------------------------------------- reigns
+
+    def _begin_reign(self, epoch: int) -> None:
+        """Drop all sequences and everything under way; follow plans of ``epoch`` or later from their step 1."""
+        self.epoch = epoch
+        self.reign = self.worker.next_reign()
+        self.queued = 0  # last step handed to the device
+        self.open_steps = 0  # handed to the device, not committed
+        self.outputs = Outputs(self.vocabulary, frozenset(self.worker.engine.eos_token_ids))
+        self.worker.device.reset(self.reign)
+        self._room.set()
+
+    # -------------------------------------------------------------- plans in
+
+    async def _read(self) -> None:
+        after = "0-0"
+        while True:
+            await self._room.wait()
+            for plan_id, plan in await self.bus.read_plans(self.wid, after, READ_BLOCK_MS):
+                after = plan_id
+                if plan.gen != self.gen or plan.epoch < self.epoch:
+                    continue
+                if plan.epoch > self.epoch:
+                    self._begin_reign(plan.epoch)
+                if plan.step <= self.queued:
+                    continue  # sent again since the reply to the first was lost
+                if plan.step != self.queued + 1:
+                    log.error("step %d follows step %d: plans are missing", plan.step, self.queued)
+                    raise Fenced("gen")  # a new incarnation is the one way to a state that both sides know
+                self.queued = plan.step
+                self.open_steps += 1
+                self._planned_at = time.monotonic()
+                self.worker.device.submit(Ticket(self.reign, plan_id, plan))
+            if self.open_steps >= MAX_OPEN_STEPS:
+                self._room.clear()
+
+    # -------------------------------------------------------------- commits out
+
+    def executed(self, ticket: Ticket, sampled: Sampled, idle_us: int) -> None:
+        """In the event loop, after each step."""
+        if ticket.reign != self.reign or self.broken.done():
+            return
+        try:
+            tokens = self.outputs.step(ticket.plan, sampled, ticket.plan_id, idle_us)
+        except Exception as error:  # a callback's exception would only be logged
+            self.broken.set_exception(error)
+            return
+        plan, metrics = ticket.plan, self.worker.metrics
+        metrics.step.observe(sampled.exec_us * 1e-6)
+        metrics.scheduled.observe(sum(memoryview(plan.counts).cast("i")) if plan.counts else len(plan.seats) // 2)
+        metrics.tokens.inc(tokens)
+        metrics.idle.inc(idle_us * 1e-6)
+        self._wake.set()
+
+    async def _commit(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while (batch := self.outputs.take()) is not None:
+                await self._commit_batch(batch)
+
+    async def _commit_batch(self, batch: Batch) -> None:
+        reign, outputs, started = self.reign, self.outputs, time.perf_counter()
+        hint = Hint(self.wid, self.gen, batch.step, batch.hint_rows(), batch.exec_us, batch.idle_us)
+        try:
+            verdicts = await self.bus.commit(
+                self.wid, self.epoch, self.gen, batch.commit_rows(), hint, executed=batch.executed
+            )
+        except Fenced as fenced:
+            if fenced.cause != "epoch":
+                raise
+            if reign == self.reign:
+                self.worker.metrics.fenced.inc()
+                log.warning("%s: dropping all sequences until the new leader plans", fenced)
+                self._begin_reign(self.epoch + 1)
+            return
+        metrics = self.worker.metrics
+        metrics.commit.observe(time.perf_counter() - started)
+        metrics.refused.inc(len(verdicts) - verdicts.count("l"))
+        outputs.settle(batch, verdicts)
+        if reign == self.reign:
+            self.open_steps -= batch.steps
+            self._room.set()
+
+    # -------------------------------------------------------------- beats
+
+    async def _pulse(self) -> None:
+        """A beat every PULSE_S, as long as the device stands idle or moves on: a hung one must be seen."""
+        worker, device, seen = self.worker, self.worker.device, None
+        draining = asyncio.ensure_future(worker.draining.wait())
+        try:
+            while True:
+                progress = (device.steps, worker.engine.beat())
+                if not device.busy or progress != seen:
+                    seen = progress
+                    worker.progressed()
+                    await self._beat_once()
+                else:
+                    worker.watch_progress()
+                worker.metrics.sequences.set(self.outputs.live)
+                pending = () if draining.done() else (draining,)
+                if pending:
+                    await asyncio.wait(pending, timeout=PULSE_S)
+                else:
+                    await asyncio.sleep(PULSE_S)
+        finally:
+            draining.cancel()
+
+    async def _beat_once(self) -> None:
+        state = self.worker.state = "draining" if self.worker.draining.is_set() else "serving"
+        news = state if state != self._said else None
+        epoch = await self.bus.pulse(self.wid, self.gen, state=news, capacity=self.capacity if news else None)
+        self._said = state
+        if epoch > self.epoch:
+            self._begin_reign(epoch)
+
+    # -------------------------------------------------------------- the end
+
+    async def _drain(self) -> int:
+        """Leave once nothing is here any more. The usual way out is earlier: the scheduler moves the sequences and
+        retires this worker, whose next pulse is fenced."""
+        await self.worker.draining.wait()
+        deadline = time.monotonic() + self.worker.config.drain_timeout
+        while (now := time.monotonic()) < deadline:
+            quiet = now - self._planned_at > QUIET_S
+            if quiet and self._said == "draining" and not self.open_steps and not self.outputs.live:
+                log.info("drained")
+                return 0
+            await asyncio.sleep(0.05)
+        log.warning("drain timeout: leaving with %d sequences here", self.outputs.live)
+        return 0
