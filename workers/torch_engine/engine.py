@@ -8,6 +8,7 @@ once the step is queued, and ``wait`` of its output blocks until the sampled ids
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from array import array
 from collections.abc import Sequence
@@ -20,15 +21,20 @@ from protocol.errors import StartError
 from protocol.messages import Capacity, NewSequence, Plan, PoolCapacity, pack_ids
 from protocol.sampling import SamplingParams
 from workers.engine import Progress
+from workers.native import KernelsUnavailable, load_kernels
 from workers.torch_engine import loader, verify
 from workers.torch_engine.attention import PagedAttention, adopt
 from workers.torch_engine.config import EngineConfig
+from workers.torch_engine.fuse import fuse
 from workers.torch_engine.inputs import Seats, StepInputs
 from workers.torch_engine.kv_pool import KVPool, block_bytes, blocks_within
 from workers.torch_engine.memory import default_threads, kv_budget
+from workers.torch_engine.native_attention import NativeAttention
 from workers.torch_engine.output import TorchStepOutput
 from workers.torch_engine.sampler import Sampler
 from workers.torch_engine.torch_attention import TorchAttention
+
+log = logging.getLogger(__name__)
 
 
 class TorchEngine:
@@ -53,6 +59,8 @@ class TorchEngine:
         model_config = loader.load_config(config.model)
         self.max_model_len = loader.choose_max_model_len(config.max_model_len, model_config)
         self.model = loader.load_model(config, model_config, self.device, progress)
+        if self.device.type == "cpu":
+            self._go_native()
         self.tokenizer = loader.load_tokenizer(config.model)
         self.eos_token_ids = loader.eos_token_ids(config.model, model_config)
         self._keeps_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -81,6 +89,18 @@ class TorchEngine:
             dtype=str(self.model.dtype).removeprefix("torch."),
             device=str(self.device),
         )
+
+    def _go_native(self) -> None:
+        """Native kernels where they are built; weights keep their precision, arithmetic is float32 either way."""
+        try:
+            kernels = load_kernels()
+        except KernelsUnavailable as reason:
+            log.warning("native CPU kernels %s; torch serves alone, more slowly", reason)
+            self.model.float()
+            return
+        report = fuse(self.model, kernels)
+        self.attention.backend = NativeAttention(kernels)
+        log.info("native CPU kernels (%s): %s", kernels.instruction_set, report)
 
     def _make_pool_within(self, budget: int) -> None:
         """Make the pool that serves. A longest context that the user left open is lowered to what fits."""

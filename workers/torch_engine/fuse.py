@@ -73,7 +73,7 @@ class NativeRMSNorm(nn.Module):
     def __init__(self, kernels: Kernels, weight: torch.Tensor, eps: float) -> None:
         super().__init__()
         self.kernels, self.eps = kernels, eps
-        self.register_buffer("weight", weight, persistent=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # a parameter: models ask theirs for dtype and device
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])

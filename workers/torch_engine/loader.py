@@ -84,7 +84,8 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(wanted: str, config: Any, device: torch.device) -> torch.dtype:
-    """auto: float32 on a CPU (16-bit products are slow there), the checkpoint's own precision on a GPU."""
+    """auto: the checkpoint's own precision. On a CPU it is that of the weights alone: 16-bit products are slow
+    there, so arithmetic is float32 (bfloat16 widens without loss, float16 is widened at load)."""
     if wanted != "auto":
         dtype = getattr(torch, wanted, None)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -93,8 +94,8 @@ def choose_dtype(wanted: str, config: Any, device: torch.device) -> torch.dtype:
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(stored, str):
         stored = getattr(torch, stored, None)
-    half = stored in (torch.bfloat16, torch.float16)
-    return stored if half and device.type == "cuda" else torch.float32
+    half = (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.bfloat16,)
+    return stored if stored in half else torch.float32
 
 
 def choose_max_model_len(wanted: int | None, config: Any) -> int:
