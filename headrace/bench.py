@@ -234,7 +234,7 @@ def _common_body(values: Mapping[str, Any]) -> dict[str, Any]:
     body: dict[str, Any] = {"temperature": values["temperature"]}
     if values["ignore_eos"]:
         body["ignore_eos"] = True
-    return body | values["body"]
+    return {**body, **values["body"]}
 
 
 def _vocabulary(values: Mapping[str, Any], card: Mapping[str, Any]) -> Vocabulary:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from headrace.option_table import options_of
-from headrace.options import Unusable, add_option, demo_model, served_name
+from headrace.options import Unusable, add_option, demo_model, served_name, state_dir
 from protocol.errors import HeadraceError, RequestError, StartError
 
 EX_CONFIG = 78
@@ -98,7 +98,7 @@ def gateway(args: argparse.Namespace) -> int:
     _start_logging(args.log_level)
     from gateway.app import GatewayConfig, run_gateway
 
-    values = vars(args) | {"redis_url": args.redis_url or DEFAULT_REDIS}
+    values = vars(args) | {"redis_url": args.redis_url or _default_redis()}
     return _run(run_gateway(config_of(GatewayConfig, values)))
 
 
@@ -114,7 +114,7 @@ Needs the model's tokenizer and config, no weights. Start two for failover: one 
 )
 def scheduler(args: argparse.Namespace) -> int:
     _start_logging(args.log_level)
-    values = _with_model(vars(args)) | {"redis_url": args.redis_url or DEFAULT_REDIS}
+    values = _with_model(vars(args)) | {"redis_url": args.redis_url or _default_redis()}
     from scheduler.service import SchedulerConfig, run_scheduler
 
     return _run(run_scheduler(config_of(SchedulerConfig, values)))
@@ -132,7 +132,7 @@ Every worker of a model needs a name of its own. A restarted worker takes its ol
 )
 def worker(args: argparse.Namespace) -> int:
     _start_logging(args.log_level)
-    values = _with_model(vars(args)) | {"redis_url": args.redis_url or DEFAULT_REDIS}
+    values = _with_model(vars(args)) | {"redis_url": args.redis_url or _default_redis()}
     from headrace.progress import reporter
     from workers.service import WorkerConfig, run_worker
 
@@ -157,7 +157,7 @@ nothing is run twice.
 def submit(args: argparse.Namespace) -> int:
     from headrace.submit import run
 
-    return run(vars(args) | {"redis_url": args.redis_url or DEFAULT_REDIS})
+    return run(vars(args) | {"redis_url": args.redis_url or _default_redis()})
 
 
 @command(
@@ -230,6 +230,14 @@ def _with_model(values: Mapping[str, Any]) -> dict[str, Any]:
         raise StartError("no model: pass --model with a local directory or a hub id (the demo model is not here)")
     name = values.get("served_model_name") or served_name(str(model))
     return {**values, "model": str(model), "served_model_name": name}
+
+
+def _default_redis() -> str:
+    """The embedded server of a `headrace serve` that runs on this machine, else a Redis on its usual port."""
+    from headrace import embedded
+
+    data_dir = state_dir() / "data"
+    return embedded.server_url(data_dir) if embedded.answers(data_dir) else DEFAULT_REDIS
 
 
 def _start_logging(level: str) -> None:

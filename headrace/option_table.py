@@ -29,7 +29,7 @@ OPTIONS: tuple[Option, ...] = (
         "--redis-url",
         "serve gateway scheduler worker submit",
         "Redis or Valkey, as redis://[user:password@]host:port/db, rediss://... or unix:///path "
-        "(serve: the embedded server, started and kept by serve itself; others: redis://127.0.0.1:6379/0)",
+        "(default: serve starts an embedded one; the others find that, else redis://127.0.0.1:6379/0)",
         metavar="URL",
     ),
     Option(

@@ -167,8 +167,8 @@ class Stack:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupt)
-        starting = asyncio.create_task(self._start())
-        stop = asyncio.create_task(self.interrupted.wait())
+        starting: asyncio.Future[Any] = asyncio.create_task(self._start())
+        stop: asyncio.Future[Any] = asyncio.create_task(self.interrupted.wait())
         try:
             await asyncio.wait({starting, stop, self.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
@@ -238,7 +238,7 @@ class Stack:
         except OSError as error:
             raise StartError(f"cannot write to {data_dir} ({error.strerror}); choose another --data-dir") from None
         child = self.supervisor.start(Program("redis", "redis", argv, dict(os.environ), lasting=True))
-        while not await asyncio.to_thread(embedded.answers, data_dir):
+        while not await asyncio.to_thread(embedded.answers, data_dir):  # noqa: ASYNC110 (another process)
             await asyncio.sleep(SERVER_POLL_S)
         child.was_up = True
         self.view.stage("server", "start", 1.0)

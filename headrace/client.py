@@ -1,0 +1,293 @@
+"""Clients of the queue: submit a request, stream it, get its result, cancel it. No HTTP between.
+
+    async with Client("redis://127.0.0.1:6379/0") as client:
+        request = await client.submit(prompt="def add(a, b):", max_tokens=64)
+        async for piece in client.stream(request):
+            print(piece.text, end="")
+
+A submitted request is durable: it goes on without its client, and any client can stream it again by its id for as
+long as its journal is kept. The journal is the stream; what is published live only saves reading it. So a lost
+publication, a restarted server or a client that comes late costs nothing: the reader goes on at its cursor.
+``SyncClient`` has the same methods without ``await``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from protocol.bus import Bus
+from protocol.errors import EngineFailed, Expired, HeadraceError, InvalidRequest, RequestError, http_status
+from protocol.messages import DEFAULT_TENANT, Frame, Job, Priority, Row, decode_frames, new_rid
+from protocol.sampling import SamplingParams
+
+CHECK_S = 1.0  # a silent stream is compared with its journal this often
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of one choice, or its end. ``token_id`` is None in a piece that only ends the choice; ``error`` is the
+    message where ``finish_reason`` is "error"."""
+
+    choice: int
+    text: str
+    token_id: int | None = None
+    finish_reason: str | None = None
+    error: HeadraceError | None = None
+
+
+@dataclass
+class Choice:
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: HeadraceError | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """An ended request. ``text`` is that of the first choice."""
+
+    request_id: str
+    choices: list[Choice]
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+
+class Client:
+    """One connection to the queue of one model. ``model`` may be left out where only one is served."""
+
+    def __init__(self, redis_url: str, model: str | None = None, *, tenant: str = DEFAULT_TENANT) -> None:
+        self.redis_url = redis_url
+        self.model = model
+        self.tenant = tenant
+        self._channel = f"client-{secrets.token_hex(8)}"
+        self._bus: Bus | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._readers: dict[str, set[asyncio.Queue[Row | None]]] = {}  # by rid; None: look into the journal
+
+    async def __aenter__(self) -> Client:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def connect(self) -> None:
+        """Find the model and subscribe. StartError or Unavailable if there is no server."""
+        if self.model is None:
+            self.model = await self._only_model()
+        self._bus = Bus(self.redis_url, self.model, patience=30.0)
+        await self._bus.connect()
+        self._subscription = self._bus.subscribe(self._channel)
+        await self._subscription.start()
+        self._listener = asyncio.create_task(self._listen(), name="headrace client")
+
+    async def close(self) -> None:
+        """Requests go on; this client only stops listening."""
+        if self._listener is not None:
+            self._listener.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._listener
+        if self._bus is not None:
+            await self._subscription.close()
+            await self._bus.close()
+
+    # -------------------------------------------------------------- requests
+
+    async def submit(
+        self,
+        prompt: str | list[int] | None = None,
+        *,
+        messages: list[dict[str, Any]] | None = None,
+        id: str | None = None,
+        priority: Priority = "standard",
+        timeout_s: float | None = None,
+        results: str | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Make a request durable; returns its request id. ``sampling`` takes the fields of SamplingParams.
+
+        ``id`` makes it idempotent: the same id and content again give the same request, never a second run.
+        Raises InvalidRequest, Conflict (same id, other content), Overloaded, Unavailable.
+        """
+        try:
+            job = Job(
+                id=id, prompt=prompt, messages=messages, sampling=SamplingParams(**sampling), tenant=self.tenant,
+                priority=priority, timeout_s=timeout_s, results=results,
+            )  # fmt: skip
+        except TypeError as error:
+            raise InvalidRequest(str(error)) from None
+        return await self.submit_job(job)
+
+    async def submit_job(self, job: Job) -> str:
+        """``submit`` for a whole Job. Its rows come to this client, whatever its reply_to."""
+        if (job.prompt is None) == (job.messages is None):
+            raise InvalidRequest("a job needs either prompt or messages", param="prompt")
+        job.sampling.check()
+        accepted = await self._open_bus.accept(job, rid=new_rid(), idempotency=job.id, reply_to=self._channel)
+        return accepted.rid
+
+    async def stream(self, request_id: str) -> AsyncIterator[Piece]:
+        """Every piece of a request from its beginning, in order within each choice, to the end of all choices.
+
+        NotFound if there is no such request of this tenant; Expired if its journal is gone already.
+        """
+        async for choice, frame in self._frames(request_id):
+            error = _error_of(frame) if frame.finish == "error" else None
+            yield Piece(choice, frame.text, frame.token, frame.finish, error)
+
+    async def result(self, request_id: str) -> Result:
+        """Wait for the end; returns all choices. An error is in its choice, not raised."""
+        choices: dict[int, Choice] = {}
+        async for piece in self.stream(request_id):
+            choice = choices.setdefault(piece.choice, Choice())
+            choice.text += piece.text
+            if piece.token_id is not None:
+                choice.token_ids.append(piece.token_id)
+            choice.finish_reason, choice.error = piece.finish_reason, piece.error
+        return Result(request_id, [choices[i] for i in sorted(choices)])
+
+    async def cancel(self, request_id: str) -> bool:
+        """End a request. False if it had ended already; NotFound if there is none."""
+        return await self._open_bus.cancel(request_id, self.tenant)
+
+    # -------------------------------------------------------------- parts
+
+    @property
+    def _open_bus(self) -> Bus:
+        if self._bus is None:
+            raise RuntimeError("the client is not connected: use `async with Client(...)`")
+        return self._bus
+
+    async def _only_model(self) -> str:
+        served = sorted(await Bus.models(self.redis_url))
+        if len(served) != 1:
+            raise InvalidRequest(f"name the model, one of: {', '.join(served) or 'none is served here'}", param="model")
+        return served[0]
+
+    async def _listen(self) -> None:
+        """Hand rows to whoever reads their request. A subscription that was lost sends all to their journals."""
+        async for rows in self._subscription:
+            if not rows:
+                for queues in self._readers.values():
+                    for queue in queues:
+                        queue.put_nowait(None)
+            for row in rows:
+                for queue in self._readers.get(row.rid, ()):
+                    queue.put_nowait(row)
+
+    async def _frames(self, rid: str) -> AsyncIterator[tuple[int, Frame]]:
+        bus, queue = self._open_bus, asyncio.Queue[Row | None]()
+        self._readers.setdefault(rid, set()).add(queue)
+        try:
+            record = await bus.attach(rid, self.tenant, self._channel)
+            cursors = dict.fromkeys(range(record.job.choices), 0)  # choices that have not ended: bytes read
+            queue.put_nowait(None)  # what was journaled before
+            while cursors:
+                for choice, raw in await self._news(rid, queue, cursors):
+                    cursors[choice] += len(raw)
+                    for frame in decode_frames(raw):
+                        yield choice, frame
+                        if frame.finish is not None:
+                            del cursors[choice]
+        finally:
+            self._readers[rid].discard(queue)
+            if not self._readers[rid]:
+                del self._readers[rid]
+
+    async def _news(
+        self, rid: str, queue: asyncio.Queue[Row | None], cursors: dict[int, int]
+    ) -> list[tuple[int, bytes]]:
+        """The next frames at the cursors: from a publication if it fits, else from the journals."""
+        row: Row | None = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CHECK_S):
+                row = await queue.get()
+        if row is not None:
+            cursor = cursors.get(row.choice)
+            if cursor is None or row.cursor < cursor:
+                return []  # a notice of admission, or read already
+            if row.cursor == cursor:
+                return [(row.choice, row.frames)]
+        found = []
+        for choice, cursor in cursors.items():
+            if raw := await self._open_bus.read_journal(rid, choice, cursor):
+                found.append((choice, raw))
+        if not found and row is None and await self._open_bus.read_request(rid) is None:
+            raise Expired("the request has ended and its journal is gone", param="id")
+        return found
+
+
+def _error_of(frame: Frame) -> HeadraceError:
+    told = frame.extra or {}
+    code, message = str(told.get("code", "engine_failed")), str(told.get("message", "the request failed"))
+    if http_status(code) < 500 and http_status(code) != 429:
+        return RequestError(message, param=told.get("param"), code=code)
+    return EngineFailed(f"{code}: {message}")
+
+
+class SyncClient:
+    """The same without ``await``: a Client on an event loop in a thread of its own. Use it in a ``with`` block."""
+
+    def __init__(self, redis_url: str, model: str | None = None, *, tenant: str = DEFAULT_TENANT) -> None:
+        self._client = Client(redis_url, model, tenant=tenant)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="headrace client", daemon=True)
+
+    def __enter__(self) -> SyncClient:
+        self._thread.start()
+        try:
+            self._run(self._client.connect())
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._run(self._client.close())
+        finally:
+            self._end()
+
+    def submit(self, prompt: str | list[int] | None = None, **options: Any) -> str:
+        return self._run(self._client.submit(prompt, **options))
+
+    def result(self, request_id: str) -> Result:
+        return self._run(self._client.result(request_id))
+
+    def cancel(self, request_id: str) -> bool:
+        return self._run(self._client.cancel(request_id))
+
+    def stream(self, request_id: str) -> Iterator[Piece]:
+        pieces = self._client.stream(request_id)
+        try:
+            while (piece := self._run(_next(pieces))) is not None:
+                yield piece
+        finally:
+            self._run(_close(pieces))
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:
+    return await anext(pieces, None)
+
+
+async def _close(pieces: Any) -> None:
+    await pieces.aclose()
