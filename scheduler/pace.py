@@ -1,0 +1,68 @@
+"""Pace: how long steps take at one worker, and how far ahead of it to plan.
+
+The device must never wait for a plan, and a new request should not have to wait behind plans made too early. So the
+planned work outstanding at a worker covers its *lead*: the time from the decision to plan until the worker could
+start on it, plus that of its commit's way back. The lead cannot be read off a saturated worker (then a hint comes
+when the device is done, however early the plan was), but being late can: the hint says how long the device waited.
+The lead grows by what it was late, and shrinks by a thousandth per step that was in time; in balance under one step
+in a hundred is late, by little. A plan sent to an idle worker measures the way directly.
+"""
+
+from __future__ import annotations
+
+FIRST_LEAD_S = 0.01
+MOST_LEAD_S = 0.25
+DECAY = 0.999
+SMOOTHING = 0.2
+
+
+class Pace:
+    """Step times as decode time by number of rows, plus a time per prefill token."""
+
+    def __init__(self) -> None:
+        self.lead_s = FIRST_LEAD_S
+        self.prefill_token_s = 0.0
+        self._decode_s: dict[int, float] = {}  # bit length of the number of rows -> seconds
+
+    def decode_s(self, rows: int) -> float:
+        """Expected time of a step of ``rows`` decodes alone; 0 while nothing is known."""
+        if not rows or not self._decode_s:
+            return 0.0
+        size = rows.bit_length()
+        known = self._decode_s.get(size)
+        return known if known is not None else self._decode_s[min(self._decode_s, key=lambda k: (abs(k - size), k))]
+
+    def step_s(self, rows: int, prefill_tokens: int) -> float:
+        return self.decode_s(rows) + prefill_tokens * self.prefill_token_s
+
+    def learn(self, rows: int, prefill_tokens: int, exec_s: float) -> None:
+        """One step of ``rows`` decodes and ``prefill_tokens`` took ``exec_s``."""
+        if prefill_tokens:
+            seen = max(0.0, exec_s - self.decode_s(rows)) / prefill_tokens
+            self.prefill_token_s += (seen - self.prefill_token_s) * (SMOOTHING if self.prefill_token_s else 1.0)
+        elif rows:
+            size = rows.bit_length()
+            before = self._decode_s.get(size, exec_s)
+            self._decode_s[size] = before + (exec_s - before) * SMOOTHING
+
+    def chunk(self, rows: int, budget: int, block_size: int) -> int:
+        """Most prefill tokens beside ``rows`` decodes such that the step takes about twice as long as without them.
+
+        Never under 64 tokens or a block, lest prefills starve; the whole ``budget`` where nobody decodes.
+        """
+        decode_s = self.decode_s(rows)
+        if not decode_s or not self.prefill_token_s:
+            return budget
+        fair = int(decode_s / self.prefill_token_s)
+        return min(budget, max(fair - fair % block_size, block_size, 64))
+
+    def was_late(self, idle_s: float) -> None:
+        """The device waited for a plan that could have been there."""
+        self.lead_s = min(MOST_LEAD_S, self.lead_s + idle_s)
+
+    def was_in_time(self) -> None:
+        self.lead_s *= DECAY
+
+    def measured_way(self, way_s: float) -> None:
+        """Plan -> hint of a plan sent to an idle worker, less its time on the device."""
+        self.lead_s += (min(MOST_LEAD_S, max(0.0, way_s)) - self.lead_s) * SMOOTHING
