@@ -60,6 +60,13 @@ class Stats:
     workers: dict[str, WorkerStats]
     counters: Counters  # live object: copy to keep
 
+    def depth(self) -> dict[str, int]:
+        """The fields of the `depth` hash: what waits, in all and per tenant."""
+        fields = {"requests": self.waiting, "tokens": self.waiting_tokens}
+        for tenant, (requests, tokens) in self.tenants.items():
+            fields[f"requests:{tenant}"], fields[f"tokens:{tenant}"] = requests, tokens
+        return fields
+
 
 class Core:
     def __init__(self, config: CoreConfig | None = None) -> None:
@@ -126,7 +133,7 @@ class Core:
                 wake = due if wake is None else min(wake, due)
         return wake
 
-    def uncommitted(self, wid: str) -> list[str]:
+    def rids_in_flight(self, wid: str) -> list[str]:
         """rids in plans that ``wid`` has not reported on: those whose `attempts` its death raises."""
         lane = self._lanes.get(wid)
         if lane is None:
@@ -135,7 +142,7 @@ class Core:
         seated = [lane.seats[seat] for seat in seats]
         return list(dict.fromkeys(sequence.request.rid for sequence in seated if sequence is not None))
 
-    def sequences_at(self, wid: str) -> list[tuple[str, int]]:
+    def sequences_on(self, wid: str) -> list[tuple[str, int]]:
         """(rid, choice) of all that ``wid`` may still report on: whose journals tell what its loss cost."""
         lane = self._lanes.get(wid)
         return [(sequence.request.rid, sequence.choice) for sequence in lane.seated()] if lane else []
@@ -204,9 +211,13 @@ class Core:
 
     def _choice_ended(self, event: events.ChoiceEnded) -> None:
         sequence = self._sequence(event.rid, event.choice)
-        if sequence is not None and sequence.state is State.FINISHING:
+        if sequence is None:
+            return
+        if sequence.state is State.FINISHING:
             assert sequence.final is not None
             self._ledger.ended(sequence, sequence.final.reason)
+        elif sequence.state is State.RESYNCING:  # there was nothing left to read
+            self._ledger.ended(sequence, sequence.end_reason or "abort")
 
     def _resynced(self, event: events.Resynced) -> None:
         sequence = self._sequence(event.rid, event.choice)
@@ -273,7 +284,7 @@ class Core:
         lane = self._lanes.get(event.wid)
         if lane is None or lane.gen != event.gen:
             return
-        suspects = self.uncommitted(event.wid) if event.died else []
+        suspects = self.rids_in_flight(event.wid) if event.died else []
         culprit = lane.alone if event.died and lane.flights else None
         for rid in suspects:
             self._ledger.requests[rid].attempts += 1
