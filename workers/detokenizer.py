@@ -24,8 +24,7 @@ log = logging.getLogger("headrace.worker")
 
 REPLACEMENT = "\ufffd"
 CONTEXT = 5  # prompt tokens that the window sees, so that a first word keeps its space (as vLLM)
-WINDOW = 64  # tokens without text after which the window moves on all the same
-HOLD = 4  # a character has at most four bytes: a replacement sign older than that is the model's own
+WINDOW = 64  # tokens without text, or with bad text only, after which the window moves on all the same
 
 
 class TextStream(Protocol):
@@ -60,8 +59,8 @@ class Vocabulary:
     @staticmethod
     def of(tokenizer: Any) -> Vocabulary | WindowVocabulary:
         """From a ``tokenizers.Tokenizer`` or any transformers tokenizer."""
-        backend = tokenizer if hasattr(tokenizer, "decoder") else getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None or not hasattr(backend, "get_added_tokens_decoder"):
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not hasattr(backend, "get_added_tokens_decoder"):  # a transformers tokenizer without a Rust one
             return WindowVocabulary(lambda ids, skip: _decode_slow(tokenizer, ids, skip))
         decode = lambda ids, skip: backend.decode(ids, skip_special_tokens=skip)  # noqa: E731
         table = _byte_table(backend)
@@ -240,7 +239,7 @@ class _WindowStream:
         self._ids.append(token)
         new = self._decode(self._ids, self._skip)[len(self._shown) :]
         unread = len(self._ids) - self._read
-        if (new.endswith(REPLACEMENT) and unread < HOLD) or (not new and unread < WINDOW):
+        if (not new or new.endswith(REPLACEMENT)) and unread < WINDOW:
             self.held = new
             return ""
         del self._ids[: self._read]

@@ -90,6 +90,8 @@ def make_engine(config: WorkerConfig) -> Engine:
         return SimulatedEngine(_engine_config(SimulatedConfig, config))
     if config.engine != "torch":
         raise StartError(f"engine must be torch or simulated, not {config.engine}")
+    if config.model is None:
+        raise StartError("no model: pass --model with a local directory or a hub id")
     from workers.torch_engine.config import EngineConfig
     from workers.torch_engine.engine import TorchEngine  # torch takes seconds to import
 
@@ -102,18 +104,10 @@ def _engine_config(kind: type[Any], config: WorkerConfig) -> Any:
     return kind(**{k: v for k, v in given.items() if v is not None} | config.engine_options)
 
 
-def load_vocabulary(config: WorkerConfig, engine: Engine) -> Vocabulary | WindowVocabulary:
-    """From the tokenizer that the engine has loaded, else from the model's; bytes where there is no model."""
-    if (tokenizer := getattr(engine, "tokenizer", None)) is not None:
-        return Vocabulary.of(tokenizer)
-    if config.model is None:
-        return byte_vocabulary()
-    from transformers import AutoTokenizer
-
-    try:
-        return Vocabulary.of(AutoTokenizer.from_pretrained(config.model, trust_remote_code=False))
-    except (OSError, ValueError) as error:
-        raise StartError(f"cannot load the tokenizer of {config.model}: {error}") from error
+def load_vocabulary(engine: Engine) -> Vocabulary | WindowVocabulary:
+    """From the tokenizer that the engine has loaded; bytes where it has none."""
+    tokenizer = getattr(engine, "tokenizer", None)
+    return byte_vocabulary() if tokenizer is None else Vocabulary.of(tokenizer)
 
 
 def _silent(stage: str, fraction: float) -> None:
@@ -170,7 +164,7 @@ class Worker:
                 await runner.cleanup()
 
     def _load(self) -> tuple[Capacity, Vocabulary | WindowVocabulary]:
-        """In the device thread: the model, then its tokenizer."""
+        """In the device thread: the model and its tokenizer, then warm-up."""
         started, stage_seen = time.monotonic(), ""
 
         def progress(stage: str, fraction: float) -> None:
@@ -182,7 +176,7 @@ class Worker:
             self._report(stage, fraction)
 
         capacity = self.engine.load(progress)
-        vocabulary = load_vocabulary(self.config, self.engine)
+        vocabulary = load_vocabulary(self.engine)
         log.info("loaded in %.1f s", time.monotonic() - started)
         return msgspec.structs.replace(capacity, model=self.config.served_model_name), vocabulary
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from protocol.errors import StartError
 from protocol.messages import Capacity, NewSequence, Plan, PoolCapacity, choice_seed, unpack_ids
 from workers.detokenizer import Vocabulary
 from workers.engine import Progress, Sampled
@@ -35,9 +37,9 @@ class SimulatedConfig:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     num_blocks: int = 8192
-    vocab_size: int = 257
-    token_range: tuple[int, int] = PRINTABLE  # sampled ids lie in [low, high)
-    eos_token_ids: tuple[int, ...] = ()
+    model: str | None = None  # its tokenizer makes the text; None: ids below 256 are bytes
+    token_range: tuple[int, int] | None = None  # sampled ids lie in [low, high); default: printable ones
+    eos_token_ids: tuple[int, ...] = (EOS,)
     eos_one_in: int = 0  # one sampled token in so many is an end; 0: never
 
 
@@ -52,6 +54,9 @@ class SimulatedEngine:
     def __init__(self, config: SimulatedConfig, clock: Callable[[], float] = time.perf_counter) -> None:
         self.config = config
         self.eos_token_ids: Sequence[int] = config.eos_token_ids
+        self.tokenizer: Any = None
+        self._vocab_size = EOS + 1
+        self._range = config.token_range or PRINTABLE
         self._clock = clock
         self._free_at = 0.0  # when the imagined device has done all submitted steps
         self._beats = 0
@@ -59,6 +64,8 @@ class SimulatedEngine:
 
     def load(self, progress: Progress) -> Capacity:
         config = self.config
+        if config.model is not None:
+            self._load_tokenizer(config.model)
         for tenth in range(10):
             progress("load", tenth / 10)
             time.sleep(config.load_s / 10)
@@ -67,8 +74,20 @@ class SimulatedEngine:
             model="", max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             pools=[PoolCapacity("full", config.block_size, config.num_blocks)],
-            vocab_size=config.vocab_size, engine="simulated", device="none",
+            vocab_size=self._vocab_size, engine="simulated", device="none",
         )  # fmt: skip
+
+    def _load_tokenizer(self, model: str) -> None:
+        from transformers import AutoTokenizer  # takes seconds to import
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise StartError(f"cannot load the tokenizer of {model}: {error}") from error
+        self._vocab_size = len(self.tokenizer)
+        self._range = self.config.token_range or (0, self._vocab_size)
+        if self.tokenizer.eos_token_id is not None:
+            self.eos_token_ids = [self.tokenizer.eos_token_id]
 
     def reset(self) -> None:
         """All state is by seat, in arrays: a step of many rows costs few numpy calls."""
@@ -129,7 +148,7 @@ class SimulatedEngine:
         if np.any(self._computed[seats] != self._known[seats]):
             raise ValueError("plan: a row samples before all known tokens are computed")
         drawn = _mix(self._keys[seats] + self._known[seats].astype(np.uint64) * GOLDEN)
-        low, high = self.config.token_range
+        low, high = self._range
         tokens = (low + drawn % np.uint64(high - low)).astype(np.int32)
         if self.config.eos_one_in and self.eos_token_ids:
             ending = (drawn >> np.uint64(32)) % np.uint64(self.config.eos_one_in) == 0
@@ -138,7 +157,7 @@ class SimulatedEngine:
         logprobs = {}
         for row, seat in enumerate(seats.tolist()) if self._wants_logprobs else ():
             if (top := self._wants_logprobs.get(seat)) is not None:
-                ids = (tokens[row] + np.arange(top, dtype=np.int32)) % self.config.vocab_size
+                ids = (tokens[row] + np.arange(top, dtype=np.int32)) % self._vocab_size
                 logprobs[seat] = (-1.0, ids, -1.0 - np.arange(top, dtype=np.float32))
         return Sampled(seats.astype(np.int32), tokens, logprobs)
 
