@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import ContextLengthExceeded, InvalidRequest, ModelRefused, StartError
+from protocol.jobs import check_job
 from protocol.messages import Job, ModelCard
 
 log = logging.getLogger("headrace.scheduler")
 
-# What a request's chat_template_kwargs may not set: they steer the rendering itself, not the template.
-RESERVED_TEMPLATE_KWARGS = {
-    "chat_template", "conversation", "messages", "tools", "documents", "tokenize", "padding", "truncation",
-    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-    "sanitize_control_tokens",
-}  # fmt: skip
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 
 
@@ -80,7 +75,7 @@ class Prompts:
 
     def ids(self, job: Job) -> list[array[int]]:
         """The prompts of ``job`` as token ids, all limits checked. InvalidRequest or ContextLengthExceeded."""
-        job.sampling.check(self.vocab_size)
+        check_job(job, vocab_size=self.vocab_size)
         if job.messages is not None:
             prompts = [self._encode(self._render(job), special=False)]
         else:
@@ -96,15 +91,9 @@ class Prompts:
         """Ids are used as they are; a text gets what the tokenizer adds by default (a bos, often)."""
         if isinstance(prompt, str):
             return self._encode(prompt, special=True)
-        if prompt and (min(prompt) < 0 or max(prompt) >= self.vocab_size):
-            raise InvalidRequest(f"prompt: token ids must lie in [0, {self.vocab_size - 1}]", param="prompt")
         return array("i", prompt)
 
     def _encode(self, text: str, special: bool) -> array[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InvalidRequest("prompt must be valid Unicode (it holds a lone surrogate)", param="prompt") from None
         if self._backend is not None:
             return array("i", self._backend.encode(text, add_special_tokens=special).ids)
         return array("i", self.tokenizer.encode(text, add_special_tokens=special))
@@ -116,10 +105,7 @@ class Prompts:
         if not self.chat:
             raise InvalidRequest("this model has no chat template: use /v1/completions", param="messages")
         kwargs = dict(job.chat_template_kwargs or {})
-        for name in sorted(RESERVED_TEMPLATE_KWARGS.intersection(kwargs)):
-            raise InvalidRequest(f"chat_template_kwargs may not set {name}", param="chat_template_kwargs")
-        if not kwargs.get("continue_final_message"):
-            kwargs.setdefault("add_generation_prompt", True)
+        kwargs.setdefault("add_generation_prompt", True)
         messages = [_text_only(m) for m in job.messages or []]
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
@@ -181,14 +167,8 @@ def _eos_ids(model: str, config: Any, tokenizer: Any) -> list[int]:
 
 
 def _text_only(message: dict[str, Any]) -> dict[str, Any]:
-    """``content`` given as parts becomes one text; parts that are no text are refused."""
+    """``content`` given as parts (all text: check_job saw to it) becomes one text."""
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise InvalidRequest("messages: only content parts of type text are supported", param="messages")
-        texts.append(text)
-    return {**message, "content": "".join(texts)}
+    return {**message, "content": "".join(part["text"] for part in content)}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from protocol.bus import Bus, LeaderRecord
+from protocol.bus import Bus
 
 log = logging.getLogger("headrace.scheduler")
 
@@ -26,6 +26,11 @@ class Timing:
     apart_s: float = 1.0  # least time between two reads that count
     slow_s: float = 1.0  # a read slower than this restarts the count
     reads: int = 6  # unchanged reads that make a death
+
+    @property
+    def pause_s(self) -> float:
+        """Between reads: a little more than what must lie between them, since timers may fire a little early."""
+        return self.apart_s * 1.01
 
 
 class Watch:
@@ -40,9 +45,9 @@ class Watch:
     def seen(self, value: object, started: float, ended: float) -> bool:
         """Note a read of ``value`` that began and ended at these times. True: it has stood still for too long."""
         if value != self._value or ended - started > self._timing.slow_s:
-            self._value, self._counted, self.unchanged = value, ended, 0
+            self._value, self._counted, self.unchanged = value, started, 0
         elif started - self._counted >= self._timing.apart_s:
-            self._counted = ended
+            self._counted = started
             self.unchanged += 1
         return self.unchanged >= self._timing.reads
 
@@ -68,8 +73,8 @@ class ServerClock:
         return int((time.monotonic() - self._offset) * 1000)
 
 
-async def stand_by(bus: Bus, owner: str, timing: Timing, looked: Callable[[], None]) -> tuple[int, LeaderRecord]:
-    """Wait until the lead is ours; the new epoch and the record that it replaced. ``looked`` is called at every read.
+async def stand_by(bus: Bus, owner: str, timing: Timing, looked: Callable[[], None]) -> int:
+    """Wait until the lead is ours; returns the new epoch. ``looked`` is called at every read.
 
     A record that was never written, or was released in order, is taken at once.
     """
@@ -82,10 +87,10 @@ async def stand_by(bus: Bus, owner: str, timing: Timing, looked: Callable[[], No
         if not seen.owner or watch.seen((seen.epoch, seen.beat), started, ended):
             epoch = await bus.lead(owner, seen)
             if epoch is not None:
-                return epoch, seen
+                return epoch
             log.info("another scheduler took the lead first")
             watch = Watch(timing)
-        await asyncio.sleep(timing.apart_s)
+        await asyncio.sleep(timing.pause_s)
 
 
 async def keep_lead(

@@ -128,13 +128,13 @@ BAD: list[tuple[str, dict[str, Any], type[HeadraceError], str | None]] = [
         "an image",
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         InvalidRequest,
-        "messages",
+        "messages[0].content[0].type",
     ),
     (
         "a template of the client's",
         {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"chat_template": "x"}},
         InvalidRequest,
-        "chat_template_kwargs",
+        "chat_template_kwargs.chat_template",
     ),
 ]
 

@@ -1,0 +1,181 @@
+"""What the scheduler tells about itself: Prometheus metrics, /health, and one JSON line per ended request.
+
+Metric stems are vLLM's, under ``headrace_``, so that dashboards need one change only. Everything here is counted per
+step or per request, nothing per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from protocol.errors import StartError
+from protocol.messages import Plan
+from scheduler.core import Stats
+from scheduler.events import RequestDone
+from scheduler.ledger import Counters
+
+request_log = logging.getLogger("headrace.requests")
+
+SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Metrics:
+    """All instruments of one scheduler, bound to its model, on a registry of their own."""
+
+    def __init__(self, model: str) -> None:
+        self.registry = CollectorRegistry()
+        self._counted = Counters()  # the core's totals at the last look
+        self._model = model
+        gauge, counter, histogram = self._gauge, self._counter, self._histogram
+        self.is_leader = gauge("is_leader", "1 while this scheduler leads")
+        self.epoch = gauge("epoch", "Number of the reign that this scheduler knows")
+        self.takeovers = counter("takeovers", "Times this scheduler took the lead")
+        self.running = gauge("num_requests_running", "Sequences that run on a worker")
+        self.waiting = gauge("num_requests_waiting", "Requests that wait for a worker, wholly or in part")
+        self.inbox = gauge("inbox_length", "Jobs not ingested yet: nothing but an alarm on this bounds direct pushes")
+        self.rate = gauge("generation_tokens_per_second", "Output tokens per second, smoothed")
+        self.preemptions = counter("num_preemptions", "Sequences whose blocks were taken away")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of ended requests")
+        self.generation_tokens = counter("generation_tokens", "Tokens journaled")
+        self.cache_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
+        self.cache_hits = counter("prefix_cache_hits", "Prompt tokens found there")
+        self.refused = counter("requests_refused", "Jobs ended before admission")
+        self.worker_deaths = counter("worker_deaths", "Workers retired because they died or hung")
+        self.queue_time = histogram("request_queue_time_seconds", "Arrival to first plan", SECONDS)
+        self.prefill_time = histogram("request_prefill_time_seconds", "First plan to first token", SECONDS)
+        self.decode_time = histogram("request_decode_time_seconds", "First token to end", SECONDS)
+        self.ingest_time = histogram("ingest_time_seconds", "Template, tokenizer and the ingest itself", SECONDS)
+        self.planning_time = histogram("planning_time_seconds", "The core's time for one round of plans", STEP_SECONDS)
+        self._success = Counter(
+            "headrace_request_success", "Ended choices", ["model", "finish_reason"], registry=self.registry
+        )
+        self._kv_usage = Gauge(
+            "headrace_kv_cache_usage_perc",
+            "KV blocks in use, 0 to 1",
+            ["model", "worker"],
+            registry=self.registry,
+        )
+        self._step_time = Histogram(
+            "headrace_step_time_seconds", "Device time of a step", ["model", "worker"],
+            buckets=STEP_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._step_tokens = Histogram(
+            "headrace_iteration_tokens_total", "Tokens scheduled in a step", ["model", "worker"],
+            buckets=STEP_TOKENS, registry=self.registry,
+        )  # fmt: skip
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"headrace_{name}", text, ["model"], registry=self.registry).labels(model=self._model)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"headrace_{name}", text, ["model"], registry=self.registry).labels(model=self._model)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        whole = Histogram(f"headrace_{name}", text, ["model"], buckets=buckets, registry=self.registry)
+        return whole.labels(model=self._model)
+
+    def observe(self, stats: Stats, rate: float, inbox: int) -> None:
+        """Once a second: what the core counts, as gauges and as what was added to its running totals."""
+        self.running.set(stats.running)
+        self.waiting.set(stats.waiting)
+        self.inbox.set(inbox)
+        self.rate.set(rate)
+        self._kv_usage.clear()  # workers that have gone
+        for wid, worker in stats.workers.items():
+            self._kv_usage.labels(self._model, wid).set(worker.blocks_used / worker.blocks_total)
+        now, before = stats.counters, self._counted
+        self.preemptions.inc(now.preemptions - before.preemptions)
+        self.cache_queries.inc(now.prefix_queries - before.prefix_queries)
+        self.cache_hits.inc(now.prefix_hits - before.prefix_hits)
+        self.generation_tokens.inc(now.output_tokens - before.output_tokens)
+        self._counted = dataclasses.replace(now)
+
+    def step(self, wid: str, exec_us: int) -> None:
+        self._step_time.labels(self._model, wid).observe(exec_us / 1e6)
+
+    def planned(self, wid: str, plan: Plan) -> None:
+        tokens = sum(memoryview(plan.counts).cast("i")) if plan.counts else len(plan.seats) // 2
+        self._step_tokens.labels(self._model, wid).observe(tokens)
+
+    def leads(self, epoch: int) -> None:
+        self.takeovers.inc()
+        self.is_leader.set(1)
+        self.epoch.set(epoch)
+
+    def request_done(self, done: RequestDone) -> None:
+        """Count an ended request and write its log line. Figures only: never a prompt, never a token."""
+        self.prompt_tokens.inc(done.prompt_tokens)
+        self.queue_time.observe(done.queued_s)
+        self.prefill_time.observe(done.prefill_s)
+        self.decode_time.observe(done.decode_s)
+        for reason in done.finish_reasons:
+            self._success.labels(self._model, reason).inc()
+        line = {
+            "id": done.rid, "model": self._model, "tenant": done.tenant, "prompt_tokens": done.prompt_tokens,
+            "output_tokens": done.output_tokens, "cached_tokens": done.cached_tokens,
+            "queue_s": round(done.queued_s, 4), "prefill_s": round(done.prefill_s, 4),
+            "decode_s": round(done.decode_s, 4), "preemptions": done.preemptions, "finish_reasons": done.finish_reasons,
+        }  # fmt: skip
+        request_log.info("%s", json.dumps(line))
+
+    def request_refused(self, rid: str | None, tenant: str | None, code: str) -> None:
+        """A job that ended before admission: its code stands in the place of the figures."""
+        self.refused.inc()
+        line = {"id": rid, "model": self._model, "tenant": tenant, "finish_reasons": ["error"], "error": code}
+        request_log.info("%s", json.dumps(line))
+
+
+class Vitals:
+    """Signs of life that /health judges: the last time the lead was read or renewed, and the planner's."""
+
+    def __init__(self, limit_s: float = 10.0) -> None:
+        self._limit = limit_s
+        self._seen: dict[str, float] = {}
+        self.state = "starting"
+
+    def alive(self, part: str) -> Callable[[], None]:
+        """A function for ``part`` to call whenever it makes progress; from now on its silence is a fault."""
+
+        def note() -> None:
+            self._seen[part] = time.monotonic()
+
+        note()
+        return note
+
+    def silent(self) -> list[str]:
+        """Parts that should have given a sign and did not."""
+        now = time.monotonic()
+        return [part for part, seen in self._seen.items() if now - seen > self._limit]
+
+
+async def serve_status(metrics: Metrics, vitals: Vitals, host: str, port: int) -> web.AppRunner:
+    """Start the metrics port: /metrics and /health (503 naming what is stuck). Port 0 is the caller's to skip."""
+
+    async def health(_: web.Request) -> web.Response:
+        silent = vitals.silent()
+        body = {"status": "stuck" if silent else "ok", "state": vitals.state, "silent": silent}
+        return web.json_response(body, status=503 if silent else 200)
+
+    async def exposition(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app = web.Application()
+    app.add_routes([web.get("/health", health), web.get("/metrics", exposition)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as e:
+        await runner.cleanup()
+        raise StartError(f"cannot listen on {host}:{port}: {e.strerror}; choose another --metrics-port") from e
+    return runner

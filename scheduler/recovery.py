@@ -1,0 +1,110 @@
+"""From what Redis holds to what the core is told: the one rule of recovery, for a new leader and a lost worker alike.
+
+Known tokens = stored prompt ids + journaled ids; a sequence continues at its journal's end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Iterable
+
+from protocol.bus import Bus, CommitRow, RequestRecord
+from protocol.messages import Frame, Terminal, decode_frames, encode, unpack_ids
+from scheduler.events import Arrive, ChoiceState
+from scheduler.leadership import ServerClock
+
+ABREAST = 64  # reads in flight at once
+
+
+def choice_state(journal: bytes, placement: int, end: str | None) -> ChoiceState:
+    """Where a choice stands, from the bytes of its journal."""
+    frames = decode_frames(journal)
+    finish = end or (frames[-1].finish if frames else None)
+    output = array("i", (f.token for f in frames if f.token is not None))
+    return ChoiceState(output=output, cursor=len(journal), placement=placement, finish=finish)
+
+
+def arrive(record: RequestRecord, clock: ServerClock, choices: list[ChoiceState] | None = None) -> Arrive:
+    """The event of an ingested request; ``choices`` None: nothing was generated yet."""
+    job = record.job
+    return Arrive(
+        rid=record.rid,
+        tenant=record.tenant,
+        priority=job.priority,
+        prompts=[unpack_ids(p) for p in record.prompts],
+        sampling=job.sampling,
+        seed=record.seed or 0,
+        arrived=clock.monotonic(record.created_ms),
+        deadline=clock.monotonic(record.deadline_ms) if record.deadline_ms else None,
+        id=job.id,
+        wants_result=job.results is not None,
+        cache_salt=job.cache_salt or "",
+        attempts=record.attempts,
+        choices=choices,
+    )
+
+
+async def read_choices(bus: Bus, record: RequestRecord) -> list[ChoiceState]:
+    """The states of all choices of ``record``. A choice that has ended is not read: its end is all that matters."""
+
+    async def read(choice: int) -> ChoiceState:
+        placement, end = record.placements[choice], record.ends[choice]
+        if end is not None:
+            return ChoiceState(placement=placement, finish=end)
+        return choice_state(await bus.read_journal(record.rid, choice), placement, None)
+
+    return list(await asyncio.gather(*(read(i) for i in range(len(record.placements)))))
+
+
+async def read_sequences(bus: Bus, sequences: Iterable[tuple[str, int]]) -> dict[tuple[str, int], ChoiceState]:
+    """How far each (rid, choice) really came. Those whose request is gone count as ended (abort)."""
+    gate = asyncio.Semaphore(ABREAST)
+
+    async def read(rid: str, choice: int) -> tuple[tuple[str, int], ChoiceState]:
+        async with gate:
+            record = await bus.read_request(rid)
+            if record is None or choice >= len(record.placements):
+                return (rid, choice), ChoiceState(finish="abort")
+            journal = await bus.read_journal(rid, choice)
+            return (rid, choice), choice_state(journal, record.placements[choice], record.ends[choice])
+
+    return dict(await asyncio.gather(*(read(rid, choice) for rid, choice in sequences)))
+
+
+def terminal_row(
+    record: RequestRecord, choice: int, journal: bytes, reason: str, error: dict[str, str | None] | None = None
+) -> CommitRow:
+    """The row that ends a choice which no worker runs: held text comes out first, then the reason (and the error)."""
+    frames = decode_frames(journal)
+    held = (frames[-1].extra or {}).get("held", "") if frames else ""
+    result = None
+    if record.job.results is not None:
+        result = encode(_terminal(record, choice, frames, held, reason, error))
+    return CommitRow(
+        rid=record.rid,
+        choice=choice,
+        placement=record.placements[choice],
+        cursor=len(journal),
+        frames=encode(Frame(None, held, reason, error)),
+        finish=reason,
+        result=result,
+        id=record.job.id,
+    )
+
+
+def _terminal(
+    record: RequestRecord, choice: int, frames: list[Frame], held: str, reason: str, error: dict[str, str | None] | None
+) -> Terminal:
+    prompts = record.prompts
+    return Terminal(
+        rid=record.rid,
+        id=record.job.id,
+        choice=choice,
+        finish_reason=reason,
+        text="".join(f.text for f in frames) + held,
+        prompt_tokens=len(prompts[choice // record.job.sampling.n]) // 4 if prompts else 0,
+        completion_tokens=sum(f.token is not None for f in frames),
+        cached_tokens=(frames[0].extra or {}).get("cached", 0) if frames else 0,
+        error=error,
+    )

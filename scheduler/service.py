@@ -1,0 +1,132 @@
+"""A scheduler process: it stands by until it leads, then reigns until it is stopped or finds itself fenced.
+
+Everything that a reign knows it rebuilt from Redis when it began: nothing is handed over but the lead itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import socket
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from protocol.bus import Bus
+from protocol.errors import Fenced
+from protocol.keys import check_name
+from scheduler.ingest import Prompts
+from scheduler.leadership import ServerClock, Timing, keep_lead, stand_by
+from scheduler.metrics import Metrics, Vitals, serve_status
+from scheduler.reign import Reign
+
+log = logging.getLogger("headrace.scheduler")
+
+TOKENIZER_THREADS = 4
+RELEASE_S = 3.0  # how long the handing over of the lead may take
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What a scheduler is told at its start."""
+
+    model: str  # local directory or hub id
+    served_model_name: str
+    redis_url: str
+    name: str | None = None  # default: the host's name
+    max_model_len: int | None = None  # default: the model's own; never more than the workers offer
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None  # None or 0: no metrics port
+    retention_s: float = 600.0  # how long journals stay after a request's end
+    tenant_weights: dict[str, float] = field(default_factory=dict)  # share of served tokens; 1 where not named
+    timing: Timing = field(default_factory=Timing)
+
+
+async def run_scheduler(config: SchedulerConfig, stop: asyncio.Event | None = None) -> int:
+    """Serve until stopped (0) or deposed by another leader (1). StartError and ModelRefused say what to do.
+
+    ``stop`` ends it in order; without one SIGTERM and SIGINT do. The lead is handed over either way.
+    """
+    loop = asyncio.get_running_loop()
+    if stop is None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+    name = check_name(config.name, "name") if config.name else socket.gethostname()
+    threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="ingest")
+    metrics, vitals = Metrics(config.served_model_name), Vitals()
+    bus = Bus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
+    status = None
+    try:
+        if config.metrics_port:
+            status = await serve_status(metrics, vitals, config.metrics_host, config.metrics_port)
+        prompts = await loop.run_in_executor(threads, Prompts.load, config.model, config.max_model_len)
+        await bus.connect()
+        # a name of this incarnation alone: a restarted scheduler must not pass for its former self
+        life = _Life(config, bus, f"{name}.{secrets.token_hex(4)}", prompts, metrics, vitals, threads)
+        await _until(stop, life.run())
+    except Fenced:
+        log.error("deposed: another scheduler leads %s, this one ends", config.served_model_name)
+        return 1
+    finally:
+        if status is not None:
+            await status.cleanup()
+        await bus.close()
+        threads.shutdown(wait=False, cancel_futures=True)
+    return 0
+
+
+@dataclass
+class _Life:
+    """Standby, then leader, once each."""
+
+    config: SchedulerConfig
+    bus: Bus
+    owner: str
+    prompts: Prompts
+    metrics: Metrics
+    vitals: Vitals
+    threads: ThreadPoolExecutor
+
+    async def run(self) -> None:
+        """Ends only by cancellation (the lead is released then), by Fenced, or by a fault."""
+        self.vitals.state = "standby"
+        note = self.vitals.alive("leadership")
+        model, timing, clock = self.config.served_model_name, self.config.timing, ServerClock()
+        log.info("%s stands by for the lead of %s", self.owner, model)
+        epoch = await stand_by(self.bus, self.owner, timing, note)
+        log.info("%s leads %s in epoch %d", self.owner, model, epoch)
+        self.vitals.state = "leading"
+        self.metrics.leads(epoch)
+        reign = Reign(
+            self.bus, epoch, self.prompts, self.metrics, self.vitals, clock, self.threads, timing,
+            model=model, tenant_weights=self.config.tenant_weights,
+        )  # fmt: skip
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(keep_lead(self.bus, epoch, self.owner, timing, clock, note))
+                group.create_task(reign.run())
+        except* Fenced as fenced:
+            raise Fenced("epoch") from fenced
+        finally:
+            self.metrics.is_leader.set(0)
+            with contextlib.suppress(TimeoutError):  # a server that is away: standbys will count the beats
+                async with asyncio.timeout(RELEASE_S):
+                    await self.bus.release(epoch, self.owner)
+
+
+async def _until(stop: asyncio.Event, life: Coroutine[None, None, None]) -> None:
+    """Run ``life`` until ``stop`` is set, then cancel it and wait for its end. Its own fault is raised."""
+    living = asyncio.ensure_future(life)
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({living, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    living.cancel()
+    try:
+        await living
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
