@@ -1,0 +1,372 @@
+"""One request from accept to its last byte: submit, follow, answer, and give it up when its client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from gateway.auth import Caller
+from gateway.edge import encode_json, error_answer, error_body, json_answer
+from gateway.metrics import ACTIVE, DURATION, E2E, OUTPUT_TOKENS, PROMPT_TOKENS, REQUESTS
+from gateway.models import Model
+from gateway.openai.render import Chunks, EventId, Tally, whole_answer
+from gateway.openai.view import View
+from gateway.sse import EventReader, ReaderStalled
+from gateway.streams import Collector, Follower
+from protocol.bus import Accepted, Limits
+from protocol.errors import (
+    HeadraceError,
+    NotFound,
+    RequestError,
+    ServiceError,
+    StreamDiverged,
+    Unavailable,
+    http_status,
+)
+from protocol.messages import Job, body_hash, encode, new_rid
+
+log = logging.getLogger("headrace.gateway")
+request_log = logging.getLogger("headrace.gateway.requests")
+
+TOKEN_BYTES = 4  # of text, roughly, for the bounds on waiting work
+
+
+@dataclass(eq=False)
+class Ask:
+    """What one HTTP request asks of a model, and what becomes of it."""
+
+    model: Model
+    caller: Caller
+    job: Job
+    view: View
+    stream: bool = False
+    idempotency: str | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    # filled in on the way
+    rid: str = ""
+    follower: Follower | None = None
+    echoed: list[str] | None = None
+    status: int = 0
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"X-Request-Id": self.rid}
+
+
+class Draining(Unavailable):
+    """This gateway leaves; the request goes on and can be picked up anywhere."""
+
+
+class Answers:
+    """Answers requests of every model. ``name`` is this process's reply channel."""
+
+    def __init__(self, name: str, limits: Limits, stall_s: float) -> None:
+        self.name = name
+        self.limits = limits
+        self.stall_s = stall_s
+        self.draining = False
+        self.open: set[Ask] = set()
+        self._background: set[asyncio.Task[Any]] = set()
+
+    # -------------------------------------------------------------- a request's way
+
+    async def answer(self, ask: Ask, request: web.BaseRequest) -> web.StreamResponse:
+        """Run a new request and answer it, streamed or whole."""
+        ask.caller.begin()
+        try:
+            return await self._accounted(ask, self._run(ask, request))
+        finally:
+            usage = ask.follower.tally.usage() if ask.follower is not None else {}
+            ask.caller.end(usage.get("total_tokens", 0))
+
+    async def resume(self, ask: Ask, rid: str, shown: EventId | None, request: web.BaseRequest) -> web.StreamResponse:
+        """Continue the stream of request ``rid`` after the event ``shown`` (None: from its beginning)."""
+        return await self._accounted(ask, self._resume(ask, rid, shown, request))
+
+    async def _run(self, ask: Ask, request: web.BaseRequest) -> web.StreamResponse:
+        if ask.view.echo:
+            ask.echoed = await ask.model.prompt_texts(ask.job)
+        try:
+            await self._submit(ask)
+            return await (self._stream(ask, request) if ask.stream else self._whole(ask))
+        finally:
+            self._leave(ask)
+
+    async def _resume(self, ask: Ask, rid: str, shown: EventId | None, request: web.BaseRequest) -> web.StreamResponse:
+        if ask.view.echo:
+            ask.echoed = await ask.model.prompt_texts(ask.job)
+        ask.rid = rid
+        reader = self._reader(ask, rid, ask.job, ask.view, shown)
+        self._follow(ask, reader)
+        try:
+            record = await ask.model.bus.attach(rid, ask.caller.tenant, self.name)
+            ask.model.outlet.saw(rid, record.attached)
+            reader.learn(record)
+            if shown is not None:
+                await _replay(reader.chunks, shown, ask)
+            reader.fall_behind()
+            return await self._stream(ask, request)
+        finally:
+            self._leave(ask)
+
+    # -------------------------------------------------------------- submit
+
+    async def _submit(self, ask: Ask) -> None:
+        """Accept the job, with a follower in place before the first row can come. A client that goes away
+        meanwhile is answered by a cancel as soon as the accept is through."""
+        rid = new_rid()
+        follower = self._made(ask, rid, ask.job, ask.view)
+        self._follow(ask, follower)
+        accepting = self._spawn(self._accept(ask, rid))
+        try:
+            accepted = await asyncio.shield(accepting)
+        except asyncio.CancelledError:
+            ask.follower = None  # not known to be there yet
+            ask.model.outlet.remove(follower)
+            self._spawn(self._give_up_when_accepted(ask, accepting))
+            raise
+        except HeadraceError:
+            ask.follower = None
+            ask.model.outlet.remove(follower)
+            raise
+        ask.rid = accepted.rid
+        if accepted.joined:
+            ask.model.outlet.remove(follower)
+            await self._join(ask, accepted)
+
+    async def _accept(self, ask: Ask, rid: str) -> Accepted:
+        async with ask.model.accepting:
+            return await ask.model.bus.accept(
+                ask.job,
+                rid=rid,
+                idempotency=ask.idempotency,
+                reply_to=self.name,
+                limits=self.limits,
+                prompt_tokens=_prompt_tokens(ask.job),
+                fingerprint=_fingerprint(ask) if ask.idempotency else None,
+            )
+
+    async def _join(self, ask: Ask, accepted: Accepted) -> None:
+        """Follow the request that an idempotency key named, from its beginning, and show it as it was asked for."""
+        ask.follower = None
+        record = await ask.model.bus.read_request(accepted.rid)
+        if record is None:
+            raise NotFound("the request of this idempotency key is not there any more")
+        ask.view = View.of(record)
+        follower = self._made(ask, accepted.rid, record.job, ask.view)
+        self._follow(ask, follower, accepted.attached)
+        follower.learn(record)
+        follower.fall_behind()
+
+    def _made(self, ask: Ask, rid: str, job: Job, view: View) -> Follower:
+        return self._reader(ask, rid, job, view) if ask.stream else Collector(rid, job.choices)
+
+    def _reader(self, ask: Ask, rid: str, job: Job, view: View, shown: EventId | None = None) -> EventReader:
+        chunks = Chunks(rid, ask.model.name, view, job.choices, job.sampling.n, ask.echoed)
+        return EventReader(rid, chunks, ask.model.name, ask.arrived, shown)
+
+    def _follow(self, ask: Ask, follower: Follower, attached: int = 0) -> None:
+        ask.follower = follower
+        ask.model.outlet.add(follower, attached)
+
+    # -------------------------------------------------------------- answer
+
+    async def _stream(self, ask: Ask, request: web.BaseRequest) -> web.StreamResponse:
+        """The 200 goes out when the request is admitted. What fails before is an HTTP error, later an error event."""
+        reader = ask.follower
+        assert isinstance(reader, EventReader)
+        await self._until(reader, ask, begun=True)
+        if reader.over and (refusal := _refusal(reader, ask)):
+            return refusal
+        answer = await reader.begin(request, ask.headers)
+        ask.status = 200
+        if self.draining:
+            answer.force_close()
+        try:
+            await reader.run(ask.model.bus, self.stall_s)
+        except Draining:
+            reader.break_off()
+        except HeadraceError as error:
+            reader.write_error(error_body(error))
+        except ReaderStalled:
+            log.info("a reader stalled and was dropped: %s", ask.rid)
+        return answer
+
+    async def _whole(self, ask: Ask) -> web.StreamResponse:
+        collector = ask.follower
+        assert isinstance(collector, Collector)
+        await self._until(collector, ask, begun=False)
+        if refusal := _refusal(collector, ask):
+            return refusal
+        journals = [b"".join(pieces) for pieces in collector.journals]
+        body, _ = whole_answer(
+            ask.rid,
+            ask.model.name,
+            ask.view,
+            ask.job.sampling.n,
+            journals,
+            collector.tally.prompt_tokens or 0,
+            ask.echoed,
+        )
+        if ask.view.kind == "generate":
+            body = {"response": body["choices"][0]["text"]}
+        ask.status = 200
+        return json_answer(body, headers=ask.headers)
+
+    async def _until(self, follower: Follower, ask: Ask, *, begun: bool) -> None:
+        """Wait for the admission, or for the end with all that the answer needs."""
+        while not (follower.begun if begun else follower.over):
+            await follower.news.wait()
+            follower.news.clear()
+            if follower.behind:
+                await follower.catch_up(ask.model.bus)
+        while not follower.failed and follower.over and follower.tally.prompt_tokens is None:
+            await follower.catch_up(ask.model.bus)
+        follower.news.set()  # whoever goes on from here looks first
+
+    # -------------------------------------------------------------- the end
+
+    def _leave(self, ask: Ask) -> None:
+        """Stop following. A request that still runs is given up, unless it was asked to outlive its client."""
+        follower = ask.follower
+        if follower is None:
+            return
+        outlet = ask.model.outlet
+        seen = outlet.attached.get(ask.rid, 0)
+        outlet.remove(follower)
+        left_behind = isinstance(follower.failed, Draining) or self.draining
+        if follower.over or left_behind or ask.view.detached or not ask.rid:
+            return
+        self._spawn(self._give_up(ask, seen))
+
+    async def _give_up(self, ask: Ask, seen: int) -> None:
+        """Cancel after the grace, if nobody has picked the request up since."""
+        if ask.view.grace_s:
+            await asyncio.sleep(ask.view.grace_s)
+        if ask.model.outlet.follows(ask.rid):
+            return
+        try:
+            await ask.model.bus.cancel(ask.rid, ask.caller.tenant, attached=seen)
+        except HeadraceError as error:
+            log.warning("request %s could not be cancelled: %s", ask.rid, type(error).__name__)
+
+    async def _give_up_when_accepted(self, ask: Ask, accepting: asyncio.Task[Accepted]) -> None:
+        try:
+            accepted = await accepting
+        except HeadraceError:
+            return
+        if not ask.view.detached and not self.draining:
+            ask.rid = accepted.rid
+            await self._give_up(ask, accepted.attached)
+
+    # -------------------------------------------------------------- accounts
+
+    async def _accounted(self, ask: Ask, work: Coroutine[Any, Any, web.StreamResponse]) -> web.StreamResponse:
+        """Count, time and log one answer, however it ends."""
+        self.open.add(ask)
+        ACTIVE.labels(ask.model.name).inc()
+        try:
+            answer = await work
+            ask.status = ask.status or answer.status
+            return answer
+        except (RequestError, ServiceError) as error:
+            ask.status = error.status
+            return error_answer(error, ask.headers if ask.rid else None)
+        except (asyncio.CancelledError, ConnectionError):
+            ask.status = 499  # the client closed its connection
+            raise
+        except BaseException:
+            ask.status = 500
+            raise
+        finally:
+            self.open.discard(ask)
+            self._account(ask)
+
+    def _account(self, ask: Ask) -> None:
+        model, seconds = ask.model.name, time.monotonic() - ask.arrived
+        tally = ask.follower.tally if ask.follower is not None else Tally(1)
+        ACTIVE.labels(model).dec()
+        REQUESTS.labels(model, str(ask.status)).inc()
+        DURATION.observe(model, seconds)
+        if not tally.open:
+            E2E.observe(model, seconds)
+        PROMPT_TOKENS.labels(model).inc(tally.prompt_tokens or 0)
+        OUTPUT_TOKENS.labels(model).inc(tally.completion_tokens)
+        if request_log.isEnabledFor(logging.INFO):
+            first = getattr(ask.follower, "first_token_s", None)
+            line = {
+                "event": "request",
+                "id": ask.rid,
+                "model": model,
+                "tenant": ask.caller.tenant,
+                "kind": ask.view.kind,
+                "stream": ask.stream,
+                "status": ask.status,
+                "prompt_tokens": tally.prompt_tokens or 0,
+                "output_tokens": tally.completion_tokens,
+                "cached_tokens": tally.cached_tokens,
+                "first_token_s": None if first is None else round(first, 4),
+                "seconds": round(seconds, 4),
+                "finish_reasons": tally.ends,
+            }
+            request_log.info("%s", encode_json(line).decode())
+
+    # -------------------------------------------------------------- leaving
+
+    def break_off(self) -> None:
+        """End what is still open in a way that can be resumed."""
+        for ask in list(self.open):
+            if ask.follower is not None:
+                ask.follower.fail(Draining("this gateway is leaving; the request goes on", retry_after=1.0))
+
+    async def close(self) -> None:
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+def _refusal(follower: Follower, ask: Ask) -> web.StreamResponse | None:
+    """The HTTP error of a request that failed before anything of it was sent. Raises what ended the follower."""
+    if follower.failed is not None:
+        raise follower.failed
+    failure = follower.tally.failure()
+    if failure is None or (ask.stream and follower.tally.completion_tokens):
+        return None
+    return json_answer(failure, http_status(failure["error"]["code"]), ask.headers)
+
+
+async def _replay(chunks: Chunks, shown: EventId, ask: Ask) -> None:
+    """Bring ``chunks`` to where ``shown`` left off. StreamDiverged if the journals say otherwise."""
+    if len(shown.cursors) > chunks.choices:
+        raise StreamDiverged("the event id belongs to another stream")
+    journals = []
+    for choice, cursor in enumerate(shown.cursors):
+        whole = await ask.model.bus.read_journal(ask.rid, choice) if cursor else b""
+        journals.append(whole[:cursor])
+    chunks.replay(shown, journals)
+
+
+def _prompt_tokens(job: Job) -> int:
+    """How much work waits with this job: exact for ids, a guess for text."""
+    if job.messages is not None:
+        return sum(len(message["content"]) for message in job.messages) // TOKEN_BYTES
+    return sum(len(p) // TOKEN_BYTES if isinstance(p, str) else len(p) for p in job.prompts())
+
+
+def _fingerprint(ask: Ask) -> str:
+    """What two requests under one idempotency key must share: all but when they came."""
+    job = msgspec.structs.replace(ask.job, view={**(ask.job.view or {}), "created": 0, "stream": ask.stream})
+    return body_hash(encode(job))

@@ -1,0 +1,290 @@
+"""The routes: what each takes and what it answers. How a request is run is in answers.py."""
+
+from __future__ import annotations
+
+import math
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from gateway.answers import Answers, Ask
+from gateway.auth import Caller
+from gateway.edge import Routes, decode_body, json_answer, read_body
+from gateway.metrics import CONTENT_TYPE, exposition
+from gateway.models import Model, Models
+from gateway.openai import bodies
+from gateway.openai.render import EventId, whole_answer
+from gateway.openai.view import View, rid_of
+from protocol.bus import RequestRecord
+from protocol.errors import Expired, InvalidRequest, NotFound
+from protocol.keys import NAME
+from protocol.messages import Job, ModelCard
+
+MAX_GRACE_S = 86400.0
+MAX_DETOKENIZE = 1 << 17  # ids in one request
+
+
+class GenerateBody(msgspec.Struct, forbid_unknown_fields=True):
+    prompt: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    model: str | None = None
+
+
+class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
+    prompt: str | None = None
+    model: str | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
+    tokens: list[int] | None = None
+    model: str | None = None
+
+
+_generate = msgspec.json.Decoder(GenerateBody)
+_tokenize = msgspec.json.Decoder(TokenizeBody)
+_detokenize = msgspec.json.Decoder(DetokenizeBody)
+
+
+class Api:
+    def __init__(
+        self, models: Models, answers: Answers, *, guarded: bool, resume_grace: float, body_timeout: float
+    ) -> None:
+        self.models = models
+        self.answers = answers
+        self.guarded = guarded  # by API keys
+        self.resume_grace = resume_grace
+        self.body_timeout = body_timeout
+
+    def routes(self, metrics: bool) -> Routes:
+        """``metrics``: whether /metrics is served here, and not on a port of its own."""
+        routes = Routes()
+        routes.add("POST", "/v1/completions", self.completions)
+        routes.add("POST", "/v1/chat/completions", self.chat_completions)
+        routes.add("GET", "/v1/models", self.list_models)
+        routes.add("GET", "/v1/models/", self.show_model)
+        routes.add("GET", "/v1/streams/", self.resume_stream)
+        routes.add("GET", "/v1/requests/", self.show_request)
+        routes.add("DELETE", "/v1/requests/", self.cancel_request)
+        routes.add("POST", "/generate", self.generate)
+        routes.add("POST", "/tokenize", self.tokenize)
+        routes.add("POST", "/detokenize", self.detokenize)
+        routes.add("GET", "/health", self.health)
+        routes.add("GET", "/ready", self.ready)
+        routes.add("GET", "/version", self.version)
+        if metrics:
+            routes.add("GET", "/metrics", self.metrics)
+        return routes
+
+    # -------------------------------------------------------------- generating
+
+    async def completions(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        body = decode_body(await read_body(request, self.body_timeout), bodies.completion_decoder)
+        model = await self.models.get(bodies.model_name(body))
+        job = bodies.completion_job(body, model.card, caller.tenant, int(time.time()))
+        return await self._answer(request, model, caller, job, bool(body.stream), bool(body.background))
+
+    async def chat_completions(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        body = decode_body(await read_body(request, self.body_timeout), bodies.chat_decoder)
+        model = await self.models.get(bodies.model_name(body))
+        job = bodies.chat_job(body, model.card, caller.tenant, int(time.time()))
+        return await self._answer(request, model, caller, job, bool(body.stream), bool(body.background))
+
+    async def generate(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        """{prompt, max_tokens, temperature} -> {response}: the plainest way in."""
+        body = decode_body(await read_body(request, self.body_timeout), _generate)
+        model = await self.models.the_one(body.model)
+        asked = bodies.CompletionBody(prompt=body.prompt, max_tokens=body.max_tokens, temperature=body.temperature)
+        if not isinstance(body.prompt, str):
+            raise InvalidRequest("prompt is required", param="prompt")
+        job = bodies.completion_job(asked, model.card, caller.tenant, int(time.time()))
+        job.view = {**(job.view or {}), "kind": "generate"}
+        return await self._answer(request, model, caller, job, stream=False, detached=False)
+
+    async def _answer(
+        self, request: web.BaseRequest, model: Model, caller: Caller, job: Job, stream: bool, detached: bool
+    ) -> web.StreamResponse:
+        life: dict[str, Any] = {}
+        if detached or _flag(request, "X-Headrace-Detached"):
+            life["detached"] = True
+        if grace := self._grace(request):
+            life["grace_s"] = grace
+        job.view = {**(job.view or {}), **life}
+        ask = Ask(
+            model=model,
+            caller=caller,
+            job=job,
+            view=msgspec.convert(job.view, View),
+            stream=stream,
+            idempotency=_idempotency_key(request),
+        )
+        return await self.answers.answer(ask, request)
+
+    def _grace(self, request: web.BaseRequest) -> float:
+        """X-Headrace-Resume: how long the request goes on without its client."""
+        given = request.headers.get("X-Headrace-Resume")
+        if given is None:
+            return self.resume_grace
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds <= MAX_GRACE_S:
+            raise InvalidRequest(
+                f"X-Headrace-Resume must be seconds in [0, {MAX_GRACE_S:g}]", param="X-Headrace-Resume"
+            )
+        return seconds
+
+    # -------------------------------------------------------------- requests that are there
+
+    async def resume_stream(self, request: web.BaseRequest, caller: Caller, public: str) -> web.StreamResponse:
+        """The rest of a stream after Last-Event-ID (or ?after=), on any gateway."""
+        position = request.headers.get("Last-Event-ID") or request.query.get("after")
+        shown = EventId.parse(position) if position else None
+        found = await self._find(public, caller)
+        if found is None:
+            if shown is not None:
+                raise Expired("this request is not kept any more")
+            raise NotFound("no such request", param="id")
+        if shown is not None and shown.tail == "d":
+            return web.Response(status=204)  # it was read to its end; tells an EventSource to stop
+        model, record = found
+        ask = Ask(model=model, caller=caller, job=record.job, view=View.of(record), stream=True)
+        return await self.answers.resume(ask, record.rid, shown, request)
+
+    async def show_request(self, request: web.BaseRequest, caller: Caller, public: str) -> web.StreamResponse:
+        """State, and when ended the whole response."""
+        found = await self._find(public, caller)
+        if found is None:
+            raise NotFound("no such request", param="id")
+        model, record = found
+        return json_answer(await _shown(model, record), headers={"X-Request-Id": record.rid})
+
+    async def cancel_request(self, request: web.BaseRequest, caller: Caller, public: str) -> web.StreamResponse:
+        found = await self._find(public, caller)
+        if found is None:
+            raise NotFound("no such request", param="id")
+        model, record = found
+        cancelled = await model.bus.cancel(record.rid, caller.tenant)
+        body = {"id": View.of(record).public_id(record.rid), "object": "request", "cancelled": cancelled}
+        return json_answer(body, headers={"X-Request-Id": record.rid})
+
+    async def _find(self, public: str, caller: Caller) -> tuple[Model, RequestRecord] | None:
+        """The caller's own request. Another tenant's is as good as none."""
+        rid = rid_of(public)
+        found = await self.models.find_request(rid) if NAME.fullmatch(rid) else None
+        return found if found is not None and found[1].tenant == caller.tenant else None
+
+    # -------------------------------------------------------------- models, tokens
+
+    async def list_models(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        cards = await self.models.listed()
+        return json_answer({"object": "list", "data": [_model_object(card) for card in cards]})
+
+    async def show_model(self, request: web.BaseRequest, caller: Caller, name: str) -> web.StreamResponse:
+        return json_answer(_model_object((await self.models.get(name)).card))
+
+    async def tokenize(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        body = decode_body(await read_body(request, self.body_timeout), _tokenize)
+        if body.prompt is None:
+            raise InvalidRequest("prompt is required", param="prompt")
+        model = await self.models.the_one(body.model)
+        ids = await model.tokenize(body.prompt, body.add_special_tokens)
+        return json_answer({"count": len(ids), "max_model_len": model.card.max_model_len, "tokens": ids})
+
+    async def detokenize(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        body = decode_body(await read_body(request, self.body_timeout), _detokenize)
+        if body.tokens is None:
+            raise InvalidRequest("tokens is required", param="tokens")
+        if len(body.tokens) > MAX_DETOKENIZE:
+            raise InvalidRequest(f"tokens takes at most {MAX_DETOKENIZE} ids", param="tokens")
+        model = await self.models.the_one(body.model)
+        if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < model.card.vocab_size):
+            raise InvalidRequest(f"a token id must lie in [0, {model.card.vocab_size - 1}]", param="tokens")
+        return json_answer({"prompt": await model.detokenize(body.tokens)})
+
+    # -------------------------------------------------------------- the service itself
+
+    async def health(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        """Whether this process lives. The one route that never asks for a key."""
+        return json_answer({"status": "ok"})
+
+    async def ready(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        """200 while some model has a worker that serves and a leader whose beat moves, and we are not leaving."""
+        models = self.models.readiness()
+        ready = any(model["ready"] for model in models.values()) and not self.answers.draining
+        body: dict[str, Any] = {"ready": ready, "draining": self.answers.draining}
+        if not self.guarded:
+            body["models"] = models
+        return json_answer(body, 200 if ready else 503)
+
+    async def version(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        return json_answer({"version": _version()})
+
+    async def metrics(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        return web.Response(body=exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+
+# ------------------------------------------------------------------ parts
+
+
+async def _shown(model: Model, record: RequestRecord) -> dict[str, Any]:
+    """A request as GET /v1/requests shows it."""
+    view, rid, job = View.of(record), record.rid, record.job
+    body: dict[str, Any] = {
+        "id": view.public_id(rid),
+        "object": "request",
+        "status": "running" if record.prompts else "queued",
+        "model": model.name,
+        "created": view.created,
+        "response": None,
+        "error": None,
+    }
+    if record.open:
+        return body
+    journals = await model.bus.read_journals([(rid, choice) for choice in range(job.choices)])
+    prompt_tokens = sum(len(prompt) // 4 for prompt in record.prompts)
+    echoed = await model.prompt_texts(job) if view.echo else None
+    answer, tally = whole_answer(
+        rid, model.name, view, job.sampling.n, [raw or b"" for raw in journals], prompt_tokens, echoed
+    )
+    failure = tally.failure()
+    if failure is not None:
+        return {**body, "status": "failed", **failure}
+    cancelled = any(end == "abort" for end in record.ends)
+    return {**body, "status": "cancelled" if cancelled else "completed", "response": answer}
+
+
+def _model_object(card: ModelCard) -> dict[str, Any]:
+    return {
+        "id": card.model,
+        "object": "model",
+        "created": card.created,
+        "owned_by": "headrace",
+        "max_model_len": card.max_model_len,
+    }
+
+
+def _flag(request: web.BaseRequest, name: str) -> bool:
+    given = request.headers.get(name, "false").strip().lower()
+    if given not in ("true", "false"):
+        raise InvalidRequest(f"{name} must be true or false", param=name)
+    return given == "true"
+
+
+def _idempotency_key(request: web.BaseRequest) -> str | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not NAME.fullmatch(key):
+        raise InvalidRequest("Idempotency-Key must match [A-Za-z0-9_-]{1,64}", param="Idempotency-Key")
+    return key
+
+
+def _version() -> str:
+    try:
+        return version("headrace")
+    except PackageNotFoundError:
+        return "unknown"

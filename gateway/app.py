@@ -1,0 +1,191 @@
+"""The gateway process: HTTP in, events out. Keeps nothing that could be lost: any gateway can finish what one began."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from gateway.answers import Answers
+from gateway.api import Api
+from gateway.auth import Caller, KeyRing
+from gateway.edge import Server, error_answer
+from gateway.metrics import CONTENT_TYPE, exposition
+from gateway.models import Models
+from protocol.bus import Limits
+from protocol.errors import HeadraceError, NotFound, StartError
+
+log = logging.getLogger("headrace.gateway")
+
+OPEN_PATHS = ("/health", "/ready")  # never ask for a key
+ANYONE = Caller()
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """``name`` tells gateways apart in logs; the reply channel adds what makes it unique to this process.
+
+    /metrics is on the main port, unless API keys are set or ``metrics_port`` names another one: then it is on
+    ``metrics_port`` (0: any) of ``metrics_host``.
+    """
+
+    redis_url: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = "gateway"
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    api_keys_file: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    resume_grace: float = 0.0  # seconds that a request goes on without its client, unless it says itself
+    drain_timeout: float = 60.0  # seconds that open requests have to end after SIGTERM
+    ready_delay: float = 0.5  # seconds between /ready turning false and the port being closed
+    body_timeout: float = 30.0
+    stall_timeout: float = 30.0  # a reader that takes nothing for so long is dropped
+
+
+class Gateway:
+    """One gateway of this process. Use as an async context manager; ``port`` is where it listens."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.name = f"{config.name}-{secrets.token_hex(6)}"[-64:]
+        self.keys = KeyRing(config.api_keys_file)
+        self.models = Models(config.redis_url, self.name)
+        self.answers = Answers(self.name, config.limits, config.stall_timeout)
+        self._apart = self.keys.required or config.metrics_port is not None
+        api = Api(
+            self.models,
+            self.answers,
+            guarded=self.keys.required,
+            resume_grace=config.resume_grace,
+            body_timeout=config.body_timeout,
+        )
+        self._routes = api.routes(metrics=not self._apart)
+        self._runners: list[web.ServerRunner] = []
+        self._sites: list[web.TCPSite] = []
+        self.port = config.port
+        self.metrics_port = config.metrics_port
+
+    async def __aenter__(self) -> Gateway:
+        self.models.start()
+        try:
+            self.port = await self._listen(self._serve, self.config.host, self.config.port)
+            if self._apart:
+                self.metrics_port = await self._listen(
+                    self._serve_metrics, self.config.metrics_host, self.config.metrics_port or 0
+                )
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.answers.draining = True
+        self.answers.break_off()
+        for runner in self._runners:
+            await runner.cleanup()
+        await self.answers.close()
+        await self.models.close()
+
+    async def drain(self) -> None:
+        """Turn /ready false, stop listening, and let open requests end; what is left can be resumed elsewhere."""
+        self.answers.draining = True
+        await asyncio.sleep(self.config.ready_delay)
+        for site in self._sites:
+            await site.stop()
+        deadline = asyncio.get_running_loop().time() + self.config.drain_timeout
+        while self.answers.open and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 (many may end it)
+            await asyncio.sleep(0.05)
+        self.answers.break_off()
+
+    # -------------------------------------------------------------- parts
+
+    async def _listen(self, handler: Handler, host: str, port: int) -> int:
+        runner = web.ServerRunner(Server(handler), shutdown_timeout=2.0)
+        await runner.setup()
+        self._runners.append(runner)
+        site = web.TCPSite(runner, host, port, backlog=4096)
+        try:
+            await site.start()
+        except OSError as error:
+            raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        self._sites.append(site)
+        address: tuple[str, int] = runner.addresses[0]
+        return address[1]
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The main port. Without a key nothing is told but whether we live, not even which routes there are."""
+        try:
+            caller = ANYONE if request.path in OPEN_PATHS else self.keys.identify(request)
+            handler, rest = self._routes.find(request.method, request.path)
+            answer = await handler(request, caller, rest)
+        except HeadraceError as error:
+            answer = error_answer(error)
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception as error:
+            log.exception("a request failed: %s", type(error).__name__)
+            answer = error_answer(HeadraceError())
+        if self.answers.draining and not answer.prepared:
+            answer.force_close()
+        return answer
+
+    async def _serve_metrics(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path != "/metrics":
+            return error_answer(NotFound("there is no such route", code="route_not_found"))
+        return web.Response(body=exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+
+# ------------------------------------------------------------------ the process
+
+
+async def run_gateway(config: GatewayConfig, *, ready: Callable[[Gateway], None] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once. Returns the exit code.
+
+    ``ready`` is called once the port is open. StartError says why it cannot be.
+    """
+    _log_requests()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (stop_now if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        async with Gateway(config) as gateway:
+            log.info("listening on http://%s:%d", config.host, gateway.port)
+            if ready is not None:
+                ready(gateway)
+            await stop.wait()
+            log.info("draining")
+            draining = asyncio.create_task(gateway.drain())
+            hurried = asyncio.create_task(stop_now.wait())
+            await asyncio.wait({draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (draining, hurried):
+                task.cancel()
+            await asyncio.gather(draining, hurried, return_exceptions=True)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+    return 1 if stop_now.is_set() else 0
+
+
+def _log_requests() -> None:
+    """The request log is one JSON object a line, on stderr, whatever the rest of the log looks like."""
+    logger = logging.getLogger("headrace.gateway.requests")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(logging.INFO)

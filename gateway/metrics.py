@@ -1,0 +1,68 @@
+"""What the gateway counts, under the names that dashboards of LLM servers read.
+
+Histograms that are fed once per step are kept as plain lists: an observation costs a bisection.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector as MetricSource
+
+REGISTRY = CollectorRegistry()
+ProcessCollector(registry=REGISTRY)
+PlatformCollector(registry=REGISTRY)
+
+CONTENT_TYPE = "text/plain; version=0.0.4"
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+
+class Histogram(MetricSource):
+    """A histogram by model whose ``observe`` is cheap enough for every row of every step."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
+        self.name = name
+        self.text = text
+        self.bounds = bounds
+        self._series: dict[str, list[float]] = {}  # model -> counts per bucket, then the sum
+        REGISTRY.register(self)
+
+    def of(self, model: str) -> list[float]:
+        return self._series.setdefault(model, [0.0] * (len(self.bounds) + 2))
+
+    def observe(self, model: str, value: float) -> None:
+        series = self._series.get(model) or self.of(model)
+        series[bisect_left(self.bounds, value)] += 1
+        series[-1] += value
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self.name, self.text, labels=["model"])
+        for model, series in self._series.items():
+            total = 0.0
+            buckets = []
+            for bound, count in zip((*map(str, self.bounds), "+Inf"), series, strict=False):
+                total += count
+                buckets.append((bound, total))
+            family.add_metric([model], buckets, sum_value=series[-1])
+        yield family
+
+
+REQUESTS = Counter("llm_requests", "Requests answered, by HTTP status.", ["model", "status"], registry=REGISTRY)
+ACTIVE = Gauge("llm_active_requests", "Requests being answered now.", ["model"], registry=REGISTRY)
+DURATION = Histogram("llm_request_duration_seconds", "From the request to the end of its answer.", SECONDS)
+TTFT = Histogram("headrace_time_to_first_token_seconds", "From the request to its first token.", SECONDS)
+INTER_TOKEN = Histogram("headrace_inter_token_latency_seconds", "Between the tokens of a choice.", STEP_SECONDS)
+E2E = Histogram("headrace_e2e_request_latency_seconds", "From the request to its last token.", SECONDS)
+PROMPT_TOKENS = Counter("headrace_gateway_prompt_tokens", "Prompt tokens answered.", ["model"], registry=REGISTRY)
+OUTPUT_TOKENS = Counter("headrace_gateway_generation_tokens", "Tokens sent.", ["model"], registry=REGISTRY)
+RESYNCS = Counter("headrace_stream_resyncs", "Journals read since a publication was missed.", registry=REGISTRY)
+DROPPED = Counter("headrace_readers_dropped", "Readers that stalled for too long.", registry=REGISTRY)
+
+
+def exposition() -> bytes:
+    return generate_latest(REGISTRY)

@@ -1,0 +1,222 @@
+"""The served models: learnt from the registry, each with its bus and its outlet, opened at first use.
+
+A model is ready while a worker of it serves and its leader's beat moves: both are looked at by the second, and
+what has not been seen to move is not believed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gateway.streams import Outlet
+from protocol.bus import Bus, RequestRecord
+from protocol.errors import HeadraceError, InvalidRequest, NotFound, ServiceError, StartError, Unavailable
+from protocol.messages import Job, ModelCard
+
+log = logging.getLogger("headrace.gateway")
+
+REFRESH_S = 3.0  # how often the registry is read
+MISS_S = 0.5  # and how soon again for a name that is not in it
+LOOK_S = 0.5  # how often workers and leaders are looked at
+STILL_S = 6.0  # a leader whose beat has not moved for this long is gone
+PATIENCE_S = 3.0  # how long a request waits for the server to come back
+ACCEPTS_AT_ONCE = 64  # each takes a connection
+
+
+class Model:
+    """One served model as this process sees it."""
+
+    def __init__(self, url: str, card: ModelCard, name: str) -> None:
+        self.card = card
+        self.bus = Bus(url, card.model, patience=PATIENCE_S)
+        self.outlet = Outlet(self.bus, name)
+        self.accepting = asyncio.Semaphore(ACCEPTS_AT_ONCE)
+        self.workers = 0  # serving now
+        self._beat: tuple[int, int] | None = None
+        self._moved: float | None = None  # when the leader's beat was last seen to move
+        self._tokenizer: tuple[int, Tokenizer] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.card.model
+
+    async def open(self) -> None:
+        """Connect and subscribe. Unavailable if the server cannot be used now."""
+        try:
+            await self.bus.connect()
+        except StartError as error:
+            raise Unavailable(str(error)) from None
+        await self.outlet.start()
+
+    async def close(self) -> None:
+        await self.outlet.close()
+        await self.bus.close()
+
+    # -------------------------------------------------------------- readiness
+
+    @property
+    def led(self) -> bool:
+        return self._moved is not None and time.monotonic() - self._moved < STILL_S
+
+    @property
+    def ready(self) -> bool:
+        return self.workers > 0 and self.led
+
+    async def look(self) -> None:
+        """Note which workers serve and whether the leader's beat moves."""
+        try:
+            leader = await self.bus.read_leader()
+            self.workers = sum(worker.state == "serving" for worker in await self.bus.list_workers())
+        except HeadraceError:
+            self.workers = 0
+            return
+        beat = (leader.epoch, leader.beat)
+        if self._beat is not None and beat != self._beat:
+            self._moved = time.monotonic()
+        self._beat = beat
+
+    # -------------------------------------------------------------- tokens and text
+
+    async def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None or self._tokenizer[0] != self.card.created:
+            raw = await self.bus.read_tokenizer()
+            if raw is None:
+                raise Unavailable("the tokenizer of this model is not known here (it has no tokenizer.json)")
+            made = await asyncio.to_thread(Tokenizer.from_str, raw.decode("utf-8"))
+            self._tokenizer = (self.card.created, made)
+        return self._tokenizer[1]
+
+    async def tokenize(self, text: str, special: bool) -> list[int]:
+        tokenizer = await self.tokenizer()
+        ids: list[int] = (await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)).ids
+        return ids
+
+    async def detokenize(self, ids: list[int], skip_special: bool = False) -> str:
+        tokenizer = await self.tokenizer()
+        text: str = await asyncio.to_thread(tokenizer.decode, ids, skip_special_tokens=skip_special)
+        return text
+
+    async def prompt_texts(self, job: Job) -> list[str]:
+        """The prompts of a job as texts, for echo."""
+        texts = []
+        for prompt in job.prompts():
+            texts.append(prompt if isinstance(prompt, str) else await self.detokenize(prompt))
+        return texts
+
+
+class Models:
+    """All models of the registry. ``name`` is this process's reply channel."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.url = url
+        self.name = name
+        self.cards: dict[str, ModelCard] = {}
+        self.reachable = False
+        self._open: dict[str, Model] = {}
+        self._opening: dict[str, asyncio.Lock] = {}
+        self._refreshing = asyncio.Lock()
+        self._read_at = float("-inf")
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._refresh_often()), asyncio.create_task(self._look_often())]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for model in self._open.values():
+            await model.close()
+
+    async def get(self, name: str) -> Model:
+        """The model, opened. NotFound (model_not_found), or Unavailable."""
+        if name not in self.cards:
+            await self.refresh(MISS_S)
+        card = self.cards.get(name)
+        if card is None:
+            if not self.reachable:
+                raise Unavailable("the queue cannot be reached")
+            raise NotFound("this model is not served here", param="model", code="model_not_found")
+        model = self._open.get(name)
+        if model is None:
+            model = await self._opened(card)
+        model.card = card
+        return model
+
+    async def the_one(self, name: str | None) -> Model:
+        """The model of this name, or the only one there is."""
+        if name is None:
+            await self.refresh(REFRESH_S)
+            if len(self.cards) > 1:
+                raise InvalidRequest("model is required where several are served", param="model")
+            name = next(iter(self.cards), None)
+            if name is None:
+                raise Unavailable("no model is served yet")
+        return await self.get(name)
+
+    async def listed(self) -> list[ModelCard]:
+        await self.refresh(MISS_S)
+        return sorted(self.cards.values(), key=lambda card: card.model)
+
+    async def find_request(self, rid: str) -> tuple[Model, RequestRecord] | None:
+        """The request of this id, of whichever model."""
+        await self.refresh(REFRESH_S)
+        for name in list(self.cards):
+            model = await self.get(name)
+            record = await model.bus.read_request(rid)
+            if record is not None:
+                return model, record
+        return None
+
+    async def refresh(self, older_than_s: float = 0.0) -> None:
+        """Read the registry unless it was read within ``older_than_s``. A lost server keeps the last cards."""
+        async with self._refreshing:
+            if time.monotonic() - self._read_at < older_than_s:
+                return
+            try:
+                self.cards = await Bus.models(self.url, patience=PATIENCE_S)
+                self.reachable = True
+            except ServiceError:
+                self.reachable = False
+            self._read_at = time.monotonic()
+
+    def readiness(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {"ready": model.ready, "workers": model.workers, "scheduler": model.led}
+            for name, model in sorted(self._open.items())
+            if name in self.cards
+        }
+
+    async def _opened(self, card: ModelCard) -> Model:
+        async with self._opening.setdefault(card.model, asyncio.Lock()):
+            model = self._open.get(card.model)
+            if model is None:
+                model = Model(self.url, card, self.name)
+                try:
+                    await model.open()
+                except BaseException:
+                    await model.close()
+                    raise
+                self._open[card.model] = model
+            return model
+
+    async def _refresh_often(self) -> None:
+        while True:
+            await self.refresh()
+            await asyncio.sleep(REFRESH_S if self.cards else MISS_S)
+
+    async def _look_often(self) -> None:
+        while True:
+            for name in list(self.cards):
+                try:
+                    await (await self.get(name)).look()
+                except HeadraceError:
+                    continue
+                except Exception:
+                    log.exception("looking at a model failed")
+            await asyncio.sleep(LOOK_S)

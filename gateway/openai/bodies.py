@@ -1,0 +1,344 @@
+"""The bodies of /v1/completions and /v1/chat/completions, and what they ask of the service.
+
+A field is supported, ignored on purpose, or refused by name: nothing that could change the answer is passed
+over in silence. The field lists follow OpenAI's specification and, for sampling, what vLLM added to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from gateway.openai.view import View
+from protocol.errors import ContextLengthExceeded, InvalidRequest, NotFound
+from protocol.keys import check_name
+from protocol.messages import (
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    MAX_REQUEST_CHOICES,
+    PRIORITIES,
+    Job,
+    ModelCard,
+)
+from protocol.sampling import MAX_TOP_LOGPROBS, SamplingParams
+
+DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI's
+MAX_TIMEOUT_S = 86400.0
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # ignored: padding against traffic analysis is the proxy's matter
+
+
+class CommonBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # sampling
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    # the request's life
+    priority: str | None = None
+    timeout_s: float | None = None
+    request_id: str | None = None
+    cache_salt: str | None = None
+    background: bool | None = None
+    return_token_ids: bool | None = None
+    # accepted and ignored
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    verbosity: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prediction: Any = None
+    # accepted only where they say nothing
+    response_format: Any = None
+    structured_outputs: Any = None
+    prompt_logprobs: Any = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class CompletionBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
+    prompt: str | list[int | str | list[int]] | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: Any = None
+
+
+class Part(msgspec.Struct, forbid_unknown_fields=True):
+    type: str
+    text: str | None = None
+    image_url: Any = None
+    input_audio: Any = None
+    file: Any = None
+    refusal: Any = None
+    prompt_cache_breakpoint: Any = None  # ignored, as prompt_cache_key is
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str | list[Part] | None = None
+    name: str | None = None
+    refusal: Any = None
+    audio: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+    function_call: Any = None
+    annotations: Any = None  # what our own and OpenAI's answers carry, sent back
+
+
+class ChatBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
+    messages: list[Message] | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    # accepted only where they say nothing
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: Any = None
+    audio: Any = None
+    reasoning_effort: Any = None
+    web_search_options: Any = None
+    moderation: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+
+
+# The values, besides null, that leave an unsupported field without meaning.
+NO_OP: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "prompt_logprobs": (),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "audio": (),
+    "reasoning_effort": ("none",),
+    "web_search_options": (),
+    "moderation": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+}
+TEMPLATE_KWARGS_REFUSED = ("chat_template", "tokenize", "conversation", "messages", "tools", "documents")
+
+completion_decoder = msgspec.json.Decoder(CompletionBody)
+chat_decoder = msgspec.json.Decoder(ChatBody)
+
+
+def model_name(body: CommonBody) -> str:
+    if not body.model:
+        raise NotFound("model is missing; GET /v1/models lists what is served", param="model", code="model_not_found")
+    return body.model
+
+
+def completion_job(body: CompletionBody, card: ModelCard, tenant: str, created: int) -> Job:
+    """The job of a /v1/completions body. InvalidRequest names the field."""
+    _refuse_unsupported(body)
+    prompt = _prompt(body.prompt, card)
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise InvalidRequest("best_of is supported only where it equals n", param="best_of")
+    if body.echo and body.logprobs is not None:
+        raise InvalidRequest("echo together with logprobs is not supported", param="logprobs")
+    sampling = _sampling(body, card, max_tokens=DEFAULT_MAX_TOKENS, logprobs=body.logprobs)
+    job = _job(body, sampling, tenant)
+    job.prompt = prompt
+    _check_size(job, card)
+    job.view = View(
+        kind="completion",
+        created=created,
+        usage=body.include_usage,
+        echo=bool(body.echo),
+        logprobs=body.logprobs,
+        ids=bool(body.return_token_ids),
+    ).asdict()
+    return job
+
+
+def chat_job(body: ChatBody, card: ModelCard, tenant: str, created: int) -> Job:
+    """The job of a /v1/chat/completions body. InvalidRequest names the field."""
+    _refuse_unsupported(body)
+    if not card.chat:
+        raise InvalidRequest("this model has no chat template: use /v1/completions", param="messages")
+    logprobs = _chat_logprobs(body)
+    if body.max_completion_tokens is not None:
+        if body.max_tokens not in (None, body.max_completion_tokens):
+            raise InvalidRequest("max_tokens and max_completion_tokens differ", param="max_tokens")
+        if body.max_completion_tokens < 1:
+            raise InvalidRequest("max_completion_tokens must be at least 1", param="max_completion_tokens")
+        body.max_tokens = body.max_completion_tokens
+    sampling = _sampling(body, card, max_tokens=None, logprobs=logprobs)
+    job = _job(body, sampling, tenant)
+    job.messages = _messages(body.messages)
+    for key in body.chat_template_kwargs or ():
+        if key in TEMPLATE_KWARGS_REFUSED:
+            raise InvalidRequest(f"{key} may not be given", param=f"chat_template_kwargs.{key}")
+    job.chat_template_kwargs = body.chat_template_kwargs or None
+    job.view = View(
+        kind="chat", created=created, usage=body.include_usage, logprobs=logprobs, ids=bool(body.return_token_ids)
+    ).asdict()
+    return job
+
+
+# ------------------------------------------------------------------ parts
+
+
+def _refuse_unsupported(body: CommonBody) -> None:
+    for name, no_ops in NO_OP.items():
+        value = getattr(body, name, None)
+        if value is not None and value not in no_ops:
+            raise InvalidRequest(f"{name} is not supported", param=name, code="unsupported_parameter")
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream", param="stream_options")
+
+
+def _sampling(body: CommonBody, card: ModelCard, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    given: dict[str, Any] = {
+        name: value
+        for name in SamplingParams.__struct_fields__
+        if name not in ("logprobs", "stop") and (value := getattr(body, name)) is not None
+    }
+    given.setdefault("max_tokens", max_tokens)
+    if body.stop is not None:
+        given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+    if body.top_k == -1:
+        given["top_k"] = 0
+    sampling = SamplingParams(logprobs=logprobs, **given)
+    sampling.check(card.vocab_size)
+    return sampling
+
+
+def _chat_logprobs(body: ChatBody) -> int | None:
+    if body.top_logprobs is None:
+        return 0 if body.logprobs else None
+    if not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+    if not 0 <= body.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise InvalidRequest(f"top_logprobs must lie in [0, {MAX_TOP_LOGPROBS}]", param="top_logprobs")
+    return body.top_logprobs
+
+
+def _job(body: CommonBody, sampling: SamplingParams, tenant: str) -> Job:
+    priority = body.priority or "standard"
+    if priority not in PRIORITIES:
+        raise InvalidRequest(f"priority must be one of {', '.join(PRIORITIES)}", param="priority")
+    if body.timeout_s is not None and not 0 < body.timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidRequest(f"timeout_s must lie in (0, {MAX_TIMEOUT_S:g}]", param="timeout_s")
+    if body.request_id is not None:
+        check_name(body.request_id, "request_id")
+    if body.cache_salt is not None and not 1 <= len(body.cache_salt) <= 256:
+        raise InvalidRequest("cache_salt must have 1 to 256 characters", param="cache_salt")
+    return Job(
+        id=body.request_id,
+        sampling=sampling,
+        tenant=tenant,
+        priority=priority,
+        timeout_s=body.timeout_s,
+        cache_salt=body.cache_salt,
+    )
+
+
+def _prompt(given: Any, card: ModelCard) -> Any:
+    """Text, ids, or a list of either, none of them empty, with every id in the vocabulary."""
+    if given is None:
+        raise InvalidRequest("prompt is required", param="prompt")
+    if isinstance(given, str):
+        prompts: list[Any] = [given]
+    elif given and all(isinstance(item, int) for item in given):
+        prompts = [given]
+    else:
+        prompts = given
+    if not prompts:
+        raise InvalidRequest("prompt must not be empty", param="prompt")
+    if len(prompts) > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt takes at most {MAX_PROMPTS} prompts", param="prompt")
+    kinds = {type(item) for item in prompts}
+    if len(kinds) != 1 or kinds <= {int}:
+        raise InvalidRequest("prompt must be all texts or all lists of token ids", param="prompt")
+    for item in prompts:
+        if not item:
+            raise InvalidRequest("prompt must not be empty", param="prompt")
+        if isinstance(item, list) and not (min(item) >= 0 and max(item) < card.vocab_size):
+            raise InvalidRequest(f"a token id must lie in [0, {card.vocab_size - 1}]", param="prompt")
+    return given
+
+
+def _check_size(job: Job, card: ModelCard) -> None:
+    if job.choices > MAX_REQUEST_CHOICES:
+        raise InvalidRequest(f"prompts times n may be at most {MAX_REQUEST_CHOICES}", param="n")
+    for prompt in job.prompts():
+        if isinstance(prompt, list) and len(prompt) + (job.sampling.max_tokens or 1) > card.max_model_len:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {job.sampling.max_tokens}; "
+                f"together they may be at most {card.max_model_len}",
+                param="prompt",
+            )
+
+
+def _messages(messages: list[Message] | None) -> list[dict[str, Any]]:
+    if not messages:
+        raise InvalidRequest("messages must hold at least one message", param="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"messages takes at most {MAX_MESSAGES} messages", param="messages")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _message(message: Message, at: str) -> dict[str, Any]:
+    """Role and text only, as every chat template understands them; `developer` is the newer word for `system`."""
+    for name in ("tool_calls", "tool_call_id", "function_call", "audio"):
+        if getattr(message, name) not in (None, []):
+            raise InvalidRequest(f"{at}.{name} is not supported", param=f"{at}.{name}", code="unsupported_parameter")
+    role = ROLES.get(message.role)
+    if role is None:
+        raise InvalidRequest(f"{at}.role must be one of {', '.join(ROLES)}", param=f"{at}.role")
+    if message.content is None:
+        raise InvalidRequest(f"{at}.content must not be null", param=f"{at}.content")
+    rendered: dict[str, Any] = {"role": role, "content": _text(message.content, f"{at}.content")}
+    if message.name is not None:
+        rendered["name"] = message.name
+    return rendered
+
+
+def _text(content: str | list[Part], at: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not content:
+        raise InvalidRequest(f"{at} must hold at least one part", param=at)
+    for i, part in enumerate(content):
+        if part.type != "text":
+            raise InvalidRequest(
+                f"{at}[{i}]: only parts of type text are supported", param=f"{at}[{i}]", code="unsupported_parameter"
+            )
+        if part.text is None:
+            raise InvalidRequest(f"{at}[{i}].text is required", param=f"{at}[{i}].text")
+    return "\n".join(part.text or "" for part in content)

@@ -1,0 +1,304 @@
+"""From journal frames to OpenAI's shapes: the chunks of a stream, and the whole answer. Pure: no I/O, no clock.
+
+One event per frame. Every event's id says how far each choice's journal has been shown, with a check of the
+bytes before: ``c0.c1...-CHECK`` (byte cursors of the choices opened so far, then eight hex digits), and a
+last letter ``u`` after the usage chunk or ``d`` after [DONE]. A stream is a function of the request's record
+and its journals, so whoever replays the journals up to an id goes on with the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import msgspec
+
+from gateway.edge import encode_json, error_object
+from gateway.openai.view import View
+from protocol.errors import InvalidRequest, StreamDiverged, http_status
+from protocol.messages import Frame, split_stream
+
+decode_frame = msgspec.msgpack.Decoder(Frame).decode
+DONE = b"data: [DONE]\n\n"
+_EVENT_ID = re.compile(r"((?:\d{1,12}(?:\.\d{1,12}){0,255})?)-([0-9a-f]{8})([ud]?)")
+
+
+@dataclass(frozen=True)
+class EventId:
+    """Where a reader stands: ``cursors`` of the choices opened, ``check`` of the bytes before, ``tail`` u or d."""
+
+    cursors: tuple[int, ...]
+    check: int
+    tail: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> EventId:
+        found = _EVENT_ID.fullmatch(text.strip())
+        if found is None:
+            raise InvalidRequest("Last-Event-ID is not an event id of this service", param="Last-Event-ID")
+        cursors = tuple(int(c) for c in found.group(1).split(".")) if found.group(1) else ()
+        return cls(cursors, int(found.group(2), 16), found.group(3))
+
+
+def check_of(checks: list[int]) -> int:
+    """One check for all choices: a lone choice's CRC-32 of its journal bytes, else the CRC of these."""
+    return checks[0] if len(checks) == 1 else crc32(struct.pack(f"<{len(checks)}I", *checks))
+
+
+def split_frames(raw: bytes) -> list[tuple[bytes, Frame]]:
+    """The frames of ``raw`` with the bytes of each. One frame, the usual case, needs no splitting."""
+    try:
+        return [(raw, decode_frame(raw))]
+    except msgspec.DecodeError:
+        return [(piece, decode_frame(piece)) for piece in split_stream(raw)]
+
+
+class Tally:
+    """How far the journals of one request have been read, and what they add up to.
+
+    ``choices`` journals; ``n`` of them share a prompt. ``error`` is the first error frame's extra.
+    """
+
+    def __init__(self, choices: int, n: int = 1) -> None:
+        self.choices = choices
+        self.n = n
+        self.cursors = [0] * choices
+        self.checks = [0] * choices
+        self.ends: list[str | None] = [None] * choices
+        self.open = choices
+        self.prompt_tokens: int | None = None  # None: not admitted yet
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.error: dict[str, Any] | None = None
+
+    def count(self, choice: int, piece: bytes, frame: Frame) -> None:
+        self.cursors[choice] += len(piece)
+        self.checks[choice] = crc32(piece, self.checks[choice])
+        if frame.token is not None:
+            self.completion_tokens += 1
+        extra = frame.extra
+        if extra is not None and choice % self.n == 0:
+            self.cached_tokens += extra.get("cached", 0)
+        if frame.finish is not None and self.ends[choice] is None:
+            self.ends[choice] = frame.finish
+            self.open -= 1
+            if frame.finish == "error" and self.error is None:
+                self.error = extra or {}
+
+    def failure(self) -> dict[str, Any] | None:
+        """The error object of a request that failed: an error frame, or a deadline before any token."""
+        if self.error is not None:
+            code = str(self.error.get("code") or "engine_failed")
+            kind = "invalid_request_error" if http_status(code) < 500 else "server_error"
+            message = str(self.error.get("message") or "the request failed")
+            return error_object(message, kind, self.error.get("param"), code)
+        if not self.open and not self.completion_tokens and all(end == "deadline" for end in self.ends):
+            return error_object(
+                "the deadline passed before the first token", "timeout_error", "timeout_s", "deadline_exceeded"
+            )
+        return None
+
+    def usage(self) -> dict[str, Any]:
+        prompt = self.prompt_tokens or 0
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": prompt + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Chunks(Tally):
+    """The events of one stream, as bytes. ``prompts`` are the texts to echo, one per prompt."""
+
+    def __init__(self, rid: str, model: str, view: View, choices: int, n: int, prompts: list[str] | None = None):
+        super().__init__(choices, n)
+        self.view = view
+        self.prompts = prompts
+        chat = view.kind == "chat"
+        self._opening = chat or prompts is not None
+        self.opened = 0 if self._opening else choices
+        kind = "chat.completion.chunk" if chat else "text_completion"
+        head = {"id": view.public_id(rid), "object": kind, "created": view.created, "model": model}
+        self._head = encode_json(head)[:-1] + b',"choices":['
+        self._heads = [self._head + b'{"index":%d,"%s":' % (i, b"delta" if chat else b"text") for i in range(choices)]
+        self._foot = b',"usage":null}\n\n' if view.usage else b"}\n\n"
+        self._plain = b',"logprobs":null,"finish_reason":null}]' + self._foot
+        if chat:
+            self._heads = [h + b'{"content":' for h in self._heads]
+            self._plain = b"}" + self._plain
+        self._simple = view.logprobs is None and not view.ids
+        self._offsets = [len(prompts[i // n]) if prompts else 0 for i in range(choices)]
+
+    # -------------------------------------------------------------- events
+
+    def openings(self) -> bytes:
+        """What comes before any token: the role of each choice's message, or its echoed prompt."""
+        out: list[bytes] = []
+        while self.opened < self.choices:
+            choice = self.opened
+            self.opened += 1
+            if self.view.kind == "chat":
+                body = b'{"index":%d,"delta":{"role":"assistant","content":""}' % choice
+            else:
+                assert self.prompts is not None
+                body = self._heads[choice][len(self._head) :] + encode_json(self.prompts[choice // self.n])
+            tail = b',"logprobs":null,"finish_reason":null}]' + self._foot
+            out += (self._id(), self._head, body, tail)
+        return b"".join(out)
+
+    def events(self, choice: int, raw: bytes) -> bytes:
+        """The events of the frames ``raw``, which begin at this choice's cursor. What follows an end is ignored."""
+        out: list[bytes] = []
+        for piece, frame in split_frames(raw):
+            if self.ends[choice] is not None:
+                break
+            self.count(choice, piece, frame)
+            if self._simple and frame.finish is None:
+                out += (self._id(), self._heads[choice], encode_json(frame.text), self._plain)
+            elif frame.finish != "error" or frame.text:
+                out += (self._id(), self._heads[choice], self._rest(choice, frame))
+        return b"".join(out)
+
+    def closing(self, tail: str = "") -> bytes:
+        """What ends the stream, after the events that ``tail`` says were shown already."""
+        if failure := self.failure():
+            return b"data: " + encode_json(failure) + b"\n\n"
+        out = b""
+        if self.view.usage and tail != "u":
+            out = self._id(b"u") + self._head + b'],"usage":' + encode_json(self.usage()) + b"}\n\n"
+        return out + self._id(b"d")[: -len(b"data: ")] + DONE
+
+    def replay(self, shown: EventId, journals: list[bytes]) -> None:
+        """Count silently what a reader has seen: ``journals`` hold each opened choice's bytes up to its cursor.
+        StreamDiverged if these are not the bytes that the reader was shown."""
+        if len(shown.cursors) > self.choices or (not self._opening and len(shown.cursors) != self.choices):
+            raise StreamDiverged("the event id belongs to another stream")
+        checks = [crc32(raw) for raw in journals] + [0] * (self.choices - len(journals))
+        if [len(raw) for raw in journals] != list(shown.cursors) or check_of(checks) != shown.check:
+            raise StreamDiverged("the journal is not the one that this event id was taken from")
+        for choice, raw in enumerate(journals):
+            for piece, frame in split_frames(raw) if raw else ():
+                self.count(choice, piece, frame)
+                self._advance(choice, frame)
+        self.opened = max(self.opened, len(shown.cursors))
+
+    # -------------------------------------------------------------- parts
+
+    def _id(self, tail: bytes = b"") -> bytes:
+        if self.choices == 1 and self.opened:
+            return b"id: %d-%08x%b\ndata: " % (self.cursors[0], self.checks[0], tail)
+        cursors = ".".join(map(str, self.cursors[: self.opened])).encode()
+        return b"id: %b-%08x%b\ndata: " % (cursors, check_of(self.checks), tail)
+
+    def _rest(self, choice: int, frame: Frame) -> bytes:
+        """A choice after its head: text, logprobs, end, ids."""
+        logprobs = None
+        if self.view.logprobs is not None and frame.extra is not None and "lp" in frame.extra:
+            logprobs = self._logprobs(choice, frame)
+        self._advance(choice, frame)
+        finish = None if frame.finish == "error" else frame.finish
+        out = encode_json(frame.text) + (b"}" if self.view.kind == "chat" else b"")
+        out += b',"logprobs":' + encode_json(logprobs) + b',"finish_reason":' + encode_json(finish)
+        if self.view.ids:
+            out += b',"token_ids":' + encode_json([] if frame.token is None else [frame.token])
+        return out + b"}]" + self._foot
+
+    def _logprobs(self, choice: int, frame: Frame) -> dict[str, Any]:
+        if self.view.kind == "chat":
+            return {"content": [chat_logprob(frame)], "refusal": None}
+        return completion_logprobs([frame], self._offsets[choice])
+
+    def _advance(self, choice: int, frame: Frame) -> None:
+        if self.view.logprobs is not None and frame.extra is not None and "tok" in frame.extra:
+            self._offsets[choice] += len(token_text(frame.extra["tok"]))
+
+
+# ------------------------------------------------------------------ the whole answer
+
+
+def whole_answer(
+    rid: str,
+    model: str,
+    view: View,
+    n: int,
+    journals: list[bytes],
+    prompt_tokens: int,
+    prompts: list[str] | None = None,
+) -> tuple[dict[str, Any], Tally]:
+    """The body of a response that is not streamed, from complete journals."""
+    tally = Tally(len(journals), n)
+    tally.prompt_tokens = prompt_tokens
+    choices = []
+    for i, raw in enumerate(journals):
+        frames = []
+        for piece, frame in split_frames(raw) if raw else ():
+            tally.count(i, piece, frame)
+            frames.append(frame)
+        choices.append(_whole_choice(i, view, frames, tally.ends[i], prompts[i // n] if prompts else ""))
+    body = {
+        "id": view.public_id(rid),
+        "object": "chat.completion" if view.kind == "chat" else "text_completion",
+        "created": view.created,
+        "model": model,
+        "choices": choices,
+        "usage": tally.usage(),
+    }
+    return body, tally
+
+
+def _whole_choice(index: int, view: View, frames: list[Frame], end: str | None, echoed: str) -> dict[str, Any]:
+    text = "".join(frame.text for frame in frames)
+    told = [f for f in frames if view.logprobs is not None and f.extra is not None and "lp" in f.extra]
+    choice: dict[str, Any] = {"index": index}
+    if view.kind == "chat":
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        choice["logprobs"] = (
+            None if view.logprobs is None else {"content": list(map(chat_logprob, told)), "refusal": None}
+        )
+    else:
+        choice["text"] = echoed + text
+        choice["logprobs"] = None if view.logprobs is None else completion_logprobs(told, len(echoed))
+    choice["finish_reason"] = end
+    if view.ids:
+        choice["token_ids"] = [frame.token for frame in frames if frame.token is not None]
+    return choice
+
+
+def chat_logprob(frame: Frame) -> dict[str, Any]:
+    extra = frame.extra or {}
+    entry = _logprob_entry(extra.get("tok", b""), extra["lp"])
+    entry["top_logprobs"] = [_logprob_entry(raw, lp) for _, raw, lp in extra.get("top", ())]
+    return entry
+
+
+def completion_logprobs(frames: list[Frame], offset: int) -> dict[str, Any]:
+    """The older parallel lists. ``offset``: characters before the first of ``frames``."""
+    lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for frame in frames:
+        extra = frame.extra or {}
+        text = token_text(extra.get("tok", b""))
+        lists["tokens"].append(text)
+        lists["token_logprobs"].append(finite(extra["lp"]))
+        top = {token_text(raw): finite(lp) for _, raw, lp in extra.get("top", ())}
+        lists["top_logprobs"].append({**top, text: finite(extra["lp"])})
+        lists["text_offset"].append(offset)
+        offset += len(text)
+    return lists
+
+
+def token_text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
+
+
+def finite(value: float) -> float:
+    """JSON has no infinities; a logprob of minus infinity is told as OpenAI does."""
+    return value if math.isfinite(value) else -9999.0
+
+
+def _logprob_entry(raw: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": token_text(raw), "logprob": finite(logprob), "bytes": list(raw)}

@@ -1,0 +1,53 @@
+"""View: how the answer to a request is to be shown. It travels in Job.view, so that any gateway can show it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from protocol.bus import RequestRecord
+from protocol.messages import Job
+
+
+class View(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    kind: Literal["completion", "chat", "generate"] = "completion"
+    created: int = 0  # Unix seconds, at the first gateway
+    usage: bool = False  # a stream ends with a usage chunk
+    echo: bool = False  # the prompt comes before its completion
+    logprobs: int | None = None  # None: not shown
+    ids: bool = False  # token ids are shown
+    grace_s: float = 0.0  # how long the request goes on without a reader
+    detached: bool = False  # it goes on without one for as long as it takes
+
+    def asdict(self) -> dict[str, Any]:
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        return fields
+
+    @classmethod
+    def of(cls, record: RequestRecord) -> View:
+        """The view of a stored request; a producer's push has none and is shown as OpenAI would."""
+        job: Job = record.job
+        if job.view:
+            try:
+                return msgspec.convert(job.view, cls)
+            except msgspec.ValidationError:
+                pass  # written by a producer for a reader of its own
+        return cls(
+            kind="chat" if job.messages is not None else "completion",
+            created=record.created_ms // 1000,
+            logprobs=job.sampling.logprobs,
+            detached=True,
+        )
+
+    def public_id(self, rid: str) -> str:
+        """The `id` of response bodies."""
+        return ("chatcmpl-" if self.kind == "chat" else "cmpl-") + rid
+
+
+def rid_of(public: str) -> str:
+    """The rid in an id as bodies show it, or in a bare one."""
+    for prefix in ("chatcmpl-", "cmpl-"):
+        if public.startswith(prefix):
+            return public[len(prefix) :]
+    return public
