@@ -200,8 +200,7 @@ class Outputs:
             return
         text, finish, stop = self._advance(output, token)
         extra = self._logprobs(output, token, sampled)
-        if output.cursor == 0 and output.new.cached_tokens:
-            extra["cached"] = output.new.cached_tokens
+        extra |= _cached(output)
         if stop is not None:
             extra["stop"] = stop
         if finish is None and (held := output.held):
@@ -234,7 +233,7 @@ class Outputs:
 
     def _end(self, output: Output, reason: str) -> None:
         """The terminal frame of a sequence that the scheduler ends: cancelled, or past its deadline."""
-        self._add(output, None, encode((None, self._flush(output), reason, None)))
+        self._add(output, None, encode((None, self._flush(output), reason, _cached(output) or None)))
         self._close(output, reason)
 
     def _add(self, output: Output, token: int | None, frame: bytes) -> None:
@@ -277,6 +276,11 @@ class Outputs:
             "tok": token_bytes(token),
             "top": [[i, token_bytes(i), value] for i, value in top],
         }
+
+
+def _cached(output: Output) -> dict[str, Any]:
+    """The first frame of a journal says how many prompt tokens the prefix cache had."""
+    return {"cached": output.new.cached_tokens} if output.cursor == 0 and output.new.cached_tokens else {}
 
 
 def _finite(values: np.ndarray) -> list[float]:

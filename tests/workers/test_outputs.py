@@ -1,0 +1,277 @@
+"""Outputs: stop checks, frames, rows and results, without an engine or a server."""
+
+from __future__ import annotations
+
+from array import array
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.messages import Frame, NewSequence, Plan, Terminal, decode_frames, pack_ids, unpack_ids
+from protocol.sampling import SamplingParams
+from workers.engine import Sampled
+from workers.outputs import Batch, Outputs, StopStrings
+from workers.simulated import EOS, byte_vocabulary
+
+PROMPT = b"Once upon"
+
+
+def sequence(seat: int = 0, output: bytes | list[int] = b"", **fields: object) -> NewSequence:
+    """A sequence whose ids are bytes; ``sampling`` fields by name, others are NewSequence's."""
+    ours = set(NewSequence.__struct_fields__)
+    sampling = {"max_tokens": 1000, **{k: v for k, v in fields.items() if k not in ours}}
+    ids = [*PROMPT, *output]
+    return NewSequence(**{
+        "seat": seat, "rid": f"r{seat}", "choice": 0, "placement": 1, "token_ids": pack_ids(ids),
+        "prompt_len": len(PROMPT), "sampling": SamplingParams(**sampling), "seed": 0, "cursor": 0, "block_table": b"",
+        "computed": 0, **{k: v for k, v in fields.items() if k in ours},
+    })  # type: ignore[arg-type]  # fmt: skip
+
+
+class Steps:
+    """Feeds steps by hand and takes what a commit would."""
+
+    def __init__(self, **fields: object) -> None:
+        self.outputs = Outputs(byte_vocabulary(), frozenset([EOS]))
+        self.number = 0
+        if fields.pop("start", True):
+            self.step({}, new=[sequence(**fields)])  # type: ignore[arg-type]
+
+    def step(self, tokens: dict[int, int], logprobs: dict | None = None, **fields: object) -> int:
+        self.number += 1
+        plan = Plan(1, 1, self.number, seats=array("H", tokens).tobytes(), **fields)  # type: ignore[arg-type]
+        drawn = np.array(list(tokens.values()), np.int32)
+        sampled = Sampled(np.array(list(tokens), np.int32), drawn, logprobs or {}, 100)
+        return self.outputs.step(plan, sampled, f"{self.number}-0", 7)
+
+    def take(self) -> Batch:
+        batch = self.outputs.take()
+        assert batch is not None
+        return batch
+
+    def frames(self, text: bytes | list[int], seat: int = 0) -> list[Frame]:
+        for token in text:
+            self.step({seat: token})
+        rows = self.take().commit_rows()
+        return decode_frames(rows[0].frames) if rows else []
+
+
+def text_of(frames: list[Frame]) -> str:
+    return "".join(frame.text for frame in frames)
+
+
+def extra_of(frame: Frame) -> dict:
+    return frame.extra or {}
+
+
+# ---------------------------------------------------------------- frames and ends
+
+
+def test_one_frame_a_token_and_length_at_the_last() -> None:
+    frames = Steps(max_tokens=3).frames(b"abcdef")
+    assert [(f.token, f.text, f.finish) for f in frames] == [(97, "a", None), (98, "b", None), (99, "c", "length")]
+    assert all(f.extra is None for f in frames)
+
+
+def test_half_a_character_is_held_and_an_end_gives_it_up() -> None:
+    frames = Steps(max_tokens=4).frames([*"é".encode(), 0xE2, 0x82])
+    assert [(f.text, extra_of(f).get("held")) for f in frames] == [("", "�"), ("é", None), ("", "�"), ("�", None)]
+    assert frames[-1].finish == "length"
+
+
+def test_eos_ends_and_says_nothing_more() -> None:
+    frames = Steps().frames([*b"ab", EOS, *b"cd"])
+    assert [(f.token, f.text, f.finish, f.extra) for f in frames][2:] == [(EOS, "", "stop", None)]
+
+
+def test_ignored_eos_goes_on_and_a_stop_id_still_ends() -> None:
+    frames = Steps(ignore_eos=True, stop_token_ids=[99]).frames([EOS, *b"bcd"])
+    assert [f.token for f in frames] == [EOS, 98, 99]
+    assert (frames[-1].finish, frames[-1].text, frames[-1].extra) == ("stop", "", {"stop": 99})
+
+
+def test_a_stop_id_is_shown_where_the_client_wants_stops_in_its_output() -> None:
+    frames = Steps(stop_token_ids=[99], include_stop_str_in_output=True).frames(b"bc")
+    assert (text_of(frames), frames[-1].finish) == ("bc", "stop")
+
+
+def test_min_tokens_keeps_ids_and_strings_from_ending() -> None:
+    frames = Steps(min_tokens=3, stop=["b"], stop_token_ids=[99]).frames([98, 99, EOS, 98])
+    assert [(f.text, f.finish) for f in frames] == [("b", None), ("c", None), ("", None), ("", "stop")]
+    assert frames[-1].extra == {"stop": "b"}
+
+
+def test_cached_tokens_stand_in_the_first_frame_of_the_journal_only() -> None:
+    assert [f.extra for f in Steps(cached_tokens=5).frames(b"ab")] == [{"cached": 5}, None]
+    assert [f.extra for f in Steps(cached_tokens=5, cursor=9, output=b"x").frames(b"ab")] == [None, None]
+
+
+def test_logprobs() -> None:
+    steps = Steps(logprobs=2)
+    values = np.array([-0.5, -np.inf], np.float32)
+    steps.step({0: 97}, {0: (-0.5, np.array([97, 0xE4], np.int32), values)})
+    (frame,) = decode_frames(steps.take().commit_rows()[0].frames)
+    assert frame.extra == {"lp": -0.5, "tok": b"a", "top": [[97, b"a", -0.5], [0xE4, b"\xe4", -9999.0]]}
+
+
+def test_the_scheduler_ends_a_sequence_and_held_text_comes_out() -> None:
+    steps = Steps(stop=["xyz"])
+    steps.step({0: ord("a")})
+    steps.step({0: ord("x")}, ends=[(0, "deadline")])
+    row = steps.take().commit_rows()[0]
+    frames = decode_frames(row.frames)
+    assert [(f.token, f.text, f.finish) for f in frames] == [
+        (97, "a", None), (120, "", None), (None, "x", "deadline")
+    ]  # fmt: skip
+    assert frames[1].extra == {"held": "x"}
+    assert row.finish == "deadline"
+    steps.step({}, ends=[(0, "abort")])
+    assert steps.take().rows == []  # it had ended
+
+
+# ---------------------------------------------------------------- stop strings
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_over_several_tokens(include: bool) -> None:
+    frames = Steps(stop=["END"], include_stop_str_in_output=include).frames(b"aEENDz")
+    assert text_of(frames) == ("aEEND" if include else "aE")
+    assert (frames[-1].finish, frames[-1].extra) == ("stop", {"stop": "END"})
+    assert [extra_of(f).get("held") for f in frames] == [None, "E", "E", "EN", None]
+
+
+def brute_force(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The first end of any stop string, then the longest one that ends there."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            stop = max(found, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.text("abc", max_size=4), max_size=12),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4),
+)
+def test_stop_strings_are_found_wherever_they_lie(parts: list[str], stops: list[str]) -> None:
+    search, shown, stop = StopStrings(stops, include=False), "", None
+    for part in parts:
+        text, stop = search.feed(part)
+        shown += text
+        if stop is not None:
+            break
+    assert (shown + search.held, stop) == brute_force("".join(parts), stops)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.binary(max_size=24), st.integers(0, 24), st.lists(st.sampled_from(["ab", "é", "\x00b", "aab"]), max_size=3),
+    st.integers(0, 5),
+)  # fmt: skip
+def test_a_move_at_any_token_changes_nothing(output: bytes, at: int, stops: list[str], min_tokens: int) -> None:
+    """The journal of a sequence that moved equals that of one that stayed, byte for byte; the result as well."""
+    fields = {"stop": stops, "min_tokens": min_tokens, "max_tokens": 20, "wants_result": True, "id": "x"}
+    stayed = Steps(**fields)
+    for token in output:
+        stayed.step({0: token})
+    (whole,) = stayed.take().commit_rows() or [None]
+
+    before = Steps(**fields)
+    for token in output[:at]:
+        before.step({0: token})
+    (first,) = before.take().commit_rows() or [None]
+    if first is None or first.finish:
+        return
+    after = Steps(output=output[:at], cursor=len(first.frames), **fields)
+    for token in output[at:]:
+        after.step({0: token})
+    (second,) = after.take().commit_rows() or [None]
+    assert whole is not None
+    assert first.frames + (second.frames if second else b"") == whole.frames
+    assert (second.result if second else None) == whole.result
+
+
+# ---------------------------------------------------------------- results
+
+
+def test_a_result_has_the_whole_text_and_the_counts() -> None:
+    steps = Steps(wants_result=True, stop=["."], output=b"He", cursor=20, cached_tokens=4, id="job-1", choice=2)
+    steps.frames(b"")
+    for token in b"llo.":
+        steps.step({0: token})
+    result = msgspec.msgpack.decode(steps.take().commit_rows()[0].result or b"", type=Terminal)
+    assert result == Terminal(
+        rid="r0", id="job-1", choice=2, finish_reason="stop", text="Hello", prompt_tokens=len(PROMPT),
+        completion_tokens=6, cached_tokens=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "text"), [([*b"ab", 0xC3], "ab�"), ([*b"ab", EOS], "ab"), (b"axy", "axy")])
+def test_results_hold_the_text_of_the_frames(tokens: list[int], text: str) -> None:
+    steps = Steps(wants_result=True, stop=["xyz"], max_tokens=3)
+    for token in tokens:
+        steps.step({0: token})
+    row = steps.take().commit_rows()[0]
+    assert msgspec.msgpack.decode(row.result or b"", type=Terminal).text == text == text_of(decode_frames(row.frames))
+
+
+# ---------------------------------------------------------------- rows, hints, verdicts
+
+
+def test_several_steps_make_one_row_and_one_hint_row_per_sequence() -> None:
+    steps = Steps(start=False)
+    steps.step({}, new=[sequence(0), sequence(1, cursor=50, output=b"x")])
+    for a, b in zip(b"abc", b"xyz", strict=True):
+        steps.step({0: a, 1: b})
+    batch = steps.take()
+    assert (batch.steps, batch.step, batch.executed, batch.exec_us, batch.idle_us) == (4, 4, "4-0", 400, 28)
+    rows, hints = batch.commit_rows(), batch.hint_rows()
+    assert [(r.rid, r.cursor, [f.token for f in decode_frames(r.frames)]) for r in rows] == [
+        ("r0", 0, [*b"abc"]), ("r1", 50, [*b"xyz"])
+    ]  # fmt: skip
+    ends = [row.cursor + len(row.frames) for row in rows]
+    assert [(h.seat, list(unpack_ids(h.tokens)), h.cursor) for h in hints] == [
+        (0, [*b"abc"], ends[0]), (1, [*b"xyz"], ends[1])
+    ]  # fmt: skip
+    assert steps.outputs.take() is None
+    steps.step({})
+    assert steps.take().rows == []  # a step without rows is committed too: its hint counts
+
+
+def test_rows_past_the_end_are_thrown_away_until_the_seat_is_used_again() -> None:
+    steps = Steps(max_tokens=1)
+    assert [steps.step({0: 97}), steps.step({0: 98}), steps.step({0: 99})] == [1, 0, 0]
+    assert steps.outputs.live == 0
+    steps.step({0: 100}, frees=[0], new=[sequence(0, rid="next")])
+    rows = steps.take().commit_rows()
+    assert [(r.rid, [f.token for f in decode_frames(r.frames)]) for r in rows] == [("r0", [97]), ("next", [100])]
+    with pytest.raises(KeyError):
+        steps.step({9: 1})  # a seat that no plan named: a fault of ours, never silent
+
+
+@pytest.mark.parametrize("verdict", ["s", "c"])
+def test_what_did_not_land_is_dropped_with_all_that_follows(verdict: str) -> None:
+    steps = Steps(start=False)
+    steps.step({0: 97, 1: 98}, new=[sequence(0), sequence(1)])
+    batch = steps.take()
+    steps.step({0: 97, 1: 98})  # while the commit runs
+    steps.outputs.settle(batch, verdict + "l")
+    steps.step({0: 97, 1: 98})
+    rows = steps.take().commit_rows()
+    assert [(r.rid, len(decode_frames(r.frames))) for r in rows] == [("r1", 2)]
+
+
+def test_a_verdict_does_not_touch_the_next_sequence_in_the_seat() -> None:
+    steps = Steps()
+    steps.step({0: 97})
+    batch = steps.take()
+    steps.step({0: 98}, frees=[0], new=[sequence(0, rid="next", placement=7)])
+    steps.outputs.settle(batch, "s")
+    steps.step({0: 99})
+    rows = steps.take().commit_rows()
+    assert [(r.rid, r.placement, len(decode_frames(r.frames))) for r in rows] == [("next", 7, 2)]
