@@ -132,9 +132,9 @@ def _check_prompt(prompt: Any, vocab_size: int | None) -> None:
                 raise InvalidRequest("prompt must not mix texts and lists of token ids", param="prompt")
             if not one:
                 raise InvalidRequest("prompt must not be empty", param="prompt")
-            if kind is str:
+            if isinstance(one, str):
                 _check_text(one, "prompt")
-            else:
+            elif isinstance(one, list):
                 _check_token_ids(one, vocab_size)
         return None
     return _check_token_ids(prompt, vocab_size)

@@ -241,11 +241,11 @@ class Terminal(Struct, kw_only=True, omit_defaults=True):
 
 _frame_decoder = msgspec.msgpack.Decoder(Frame)
 _row_decoder = msgspec.msgpack.Decoder(Row)
-_splitter_decoder = msgspec.msgpack.Decoder(Any)
+_ONE_FRAME_BYTES = 40
 
 
 def split_stream(raw: bytes) -> Iterator[bytes]:
-    """Split concatenated MessagePack values into the bytes of each.
+    """Split concatenated MessagePack values into the bytes of each. Raises msgspec.DecodeError on a torn one.
 
     msgspec has no streaming reader; the msgpack package's Unpacker tells where each value ends.
     """
@@ -255,7 +255,10 @@ def split_stream(raw: bytes) -> Iterator[bytes]:
     unpacker.feed(raw)
     start = 0
     while start < len(raw):
-        unpacker.skip()
+        try:
+            unpacker.skip()
+        except (msgpack.UnpackException, ValueError):
+            raise msgspec.DecodeError("a MessagePack value is torn") from None
         end = unpacker.tell()
         yield raw[start:end]
         start = end
@@ -263,6 +266,11 @@ def split_stream(raw: bytes) -> Iterator[bytes]:
 
 def decode_frames(raw: bytes) -> list[Frame]:
     """The frames of a journal or of a row, in order. Raises msgspec.DecodeError on a torn one."""
+    if len(raw) <= _ONE_FRAME_BYTES:  # likely one frame, as in most rows: no need to split
+        try:
+            return [_frame_decoder.decode(raw)]
+        except msgspec.DecodeError:
+            pass
     return [_frame_decoder.decode(piece) for piece in split_stream(raw)]
 
 

@@ -72,8 +72,7 @@ class Event:
     rid: str | None = None
 
 
-@dataclass(frozen=True)
-class CommitRow:
+class CommitRow(msgspec.Struct, frozen=True):  # a Struct: one is made per token
     """One row to journal: ``frames`` end to end, appended if the journal is ``cursor`` bytes long."""
 
     rid: str
