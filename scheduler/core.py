@@ -53,7 +53,8 @@ class WorkerStats:
 
 @dataclass(frozen=True)
 class Stats:
-    running: int
+    requests: int  # not ended
+    running: int  # sequences
     waiting: int  # requests
     waiting_tokens: int
     tenants: dict[str, tuple[int, int]]  # waiting requests and tokens
@@ -151,6 +152,7 @@ class Core:
         """Figures for metrics and `depth`; cheap."""
         waiting = self._queue.waiting
         return Stats(
+            requests=len(self._ledger.requests),
             running=sum(lane.running for lane in self._lanes.values()),
             waiting=sum(requests for requests, _ in waiting.values()),
             waiting_tokens=sum(tokens for _, tokens in waiting.values()),
