@@ -97,8 +97,15 @@ A gateway learns the served models from the queue; it needs no model and no GPU.
 def gateway(args: argparse.Namespace) -> int:
     _start_logging(args.log_level)
     from gateway.app import GatewayConfig, run_gateway
+    from protocol.bus import Limits
 
-    values = vars(args) | {"redis_url": args.redis_url or _default_redis()}
+    limits = Limits(
+        requests=args.max_waiting_requests,
+        tokens=args.max_waiting_tokens,
+        tenant_requests=args.max_tenant_requests,
+        tenant_tokens=args.max_tenant_tokens,
+    )
+    values = vars(args) | {"redis_url": args.redis_url or _default_redis(), "limits": limits}
     return _run(run_gateway(config_of(GatewayConfig, values)))
 
 
@@ -117,7 +124,7 @@ def scheduler(args: argparse.Namespace) -> int:
     values = _with_model(vars(args)) | {"redis_url": args.redis_url or _default_redis()}
     from scheduler.service import SchedulerConfig, run_scheduler
 
-    return _run(run_scheduler(config_of(SchedulerConfig, values)))
+    return _run(run_scheduler(config_of(SchedulerConfig, values | {"retention_s": args.retention})))
 
 
 @command(
@@ -247,8 +254,9 @@ def _start_logging(level: str) -> None:
     )
     lines = logging.StreamHandler(sys.stdout)
     lines.setFormatter(logging.Formatter("%(message)s"))
-    requests = logging.getLogger("headrace.requests")
-    requests.handlers, requests.propagate = [lines], False
+    for name in ("headrace.requests", "headrace.gateway.requests"):
+        requests = logging.getLogger(name)
+        requests.handlers, requests.propagate = [lines], False
 
 
 def _run(service: Coroutine[Any, Any, int]) -> int:

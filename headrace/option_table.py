@@ -87,6 +87,27 @@ OPTIONS: tuple[Option, ...] = (
         metavar="SECONDS",
     ),
     Option(
+        "--max-waiting-requests", "serve gateway", "more than so many waiting requests are refused (429)", count, 4096
+    ),
+    Option("--max-waiting-tokens", "serve gateway", "the same for prompt tokens that wait (default: no bound)", count),
+    Option(
+        "--max-tenant-requests", "serve gateway", "the same for the requests of one tenant (default: no bound)", count
+    ),
+    Option(
+        "--max-tenant-tokens",
+        "serve gateway",
+        "the same for the prompt tokens of one tenant (default: no bound)",
+        count,
+    ),
+    Option(
+        "--retention",
+        "serve scheduler worker",
+        "how long a request's journal stays after its end, for readers that come late",
+        seconds,
+        600.0,
+        "SECONDS",
+    ),
+    Option(
         "--drain-timeout",
         "serve gateway worker",
         "how long running requests may take to end when a process is asked to leave",
@@ -98,8 +119,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--name", "gateway scheduler worker", "name of this process among its kind (default: made up)"),
     Option(
         "--metrics-port",
-        "serve scheduler worker",
-        "port of /metrics on 127.0.0.1 (default: none; serve: the first of several, free ones by default)",
+        "serve gateway scheduler worker",
+        "port of /metrics on 127.0.0.1 (default: a gateway's own port, or none; serve: free ones, else N, N+1, ...)",
         port,
     ),
     Option(

@@ -77,7 +77,9 @@ def resolve(values: Mapping[str, Any]) -> Layout:
     if not MODEL_NAME.fullmatch(name):
         raise StartError(f"--served-model-name {name!r} must match [A-Za-z0-9._:/-]{{1,128}}")
     ports = choose_ports(values["host"], values["port"], values["gateways"], "--port")
-    others = [f"{role}-{k}" for role in ("scheduler", "worker") for k in range(values[f"{role}s"])]
+    # a gateway's metrics are on its main port, but for one that asks for keys
+    apart = ("gateway", "scheduler", "worker") if values["api_keys_file"] else ("scheduler", "worker")
+    others = [f"{role}-{k}" for role in apart for k in range(values[f"{role}s"])]
     metrics = choose_ports("127.0.0.1", values["metrics_port"] or 0, len(others), "--metrics-port")
     state = options.state_dir()
     data_dir = Path(values["data_dir"] or state / "data").expanduser().resolve()
@@ -216,11 +218,9 @@ class Stack:
         for role in ("scheduler", "gateway", "worker"):
             for index in range(values[f"{role}s"]):
                 name = f"{role}-{index}"
-                own: dict[str, Any] = {"name": name}
+                own = {"name": name, "metrics_port": layout.metrics_ports.get(name)}
                 if role == "gateway":
                     own["port"] = layout.ports[index]
-                else:
-                    own["metrics_port"] = layout.metrics_ports[name]
                 argv = [sys.executable, "-m", "headrace", role, *options.argv_of(options_of(role), {**values, **own})]
                 self.supervisor.start(Program(role, name, argv, env))
         await self._until_ready()

@@ -1,0 +1,216 @@
+"""The command line: every option is explained and has its environment variable; what is wrong is said in a sentence."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace import cli, serve
+from headrace.option_table import OPTIONS, options_of
+from headrace.options import argv_of, child_environment, served_name
+from protocol.errors import StartError
+
+COMMANDS = sorted(cli.COMMANDS)
+
+
+def run(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "headrace", *args], capture_output=True, text=True, timeout=120, env=env
+    )
+
+
+def parsed(argv: list[str], environ: dict[str, str] | None = None) -> dict[str, Any]:
+    return vars(cli.build_parser(environ or {}).parse_args(argv))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option_and_its_variable(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.build_parser({}).parse_args([command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    unwrapped = shown.replace("\n", "").replace(" ", "")
+    for option in options_of(command):
+        assert option.flag in shown
+        assert f"[{option.env}]" in unwrapped
+        assert option.help.replace(" ", "") in unwrapped
+    if command != "version":
+        assert "example" in shown
+
+
+def test_no_two_options_of_a_command_share_a_flag_or_a_variable() -> None:
+    for command in COMMANDS:
+        options = options_of(command)
+        assert len({o.flag for o in options}) == len(options)
+        assert len({o.env for o in options}) == len(options)
+    assert {c for o in OPTIONS for c in o.commands.split()} <= set(COMMANDS)
+
+
+SAMPLES = {"port": "9000", "count": "3", "whole": "3", "seconds": "90s", "size": "2GiB", "boolean": "yes",
+           "number": "0.5", "rate": "2.5", "span": "8:16", "json_object": '{"top_k": 1}', "str": "x"}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_read_from_the_environment_and_the_command_line_wins(command: str) -> None:
+    for option in options_of(command):
+        text = option.choices[-1] if option.choices else SAMPLES[option.kind.__name__]
+        value = option.kind(text)
+        assert parsed([command], {option.env: text})[option.dest] == value
+        assert parsed([command], {option.env: ""})[option.dest] == option.default
+        if not option.switch:
+            assert parsed([command, option.flag, text], {option.env: "nonsense"})[option.dest] == value
+
+
+@dataclass(frozen=True)
+class Value:
+    kind: str
+    text: str
+    value: object  # None: refused
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Value("size", "2GiB", 2 << 30), Value("size", "512M", 512 << 20), Value("size", "1.5GB", 1_500_000_000),
+        Value("size", "4096", 4096), Value("size", "1 KiB", 1024), Value("size", "two", None),
+        Value("size", "-1", None), Value("size", "2XB", None),
+        Value("seconds", "30", 30.0), Value("seconds", "500ms", 0.5), Value("seconds", "10m", 600.0),
+        Value("seconds", "2h", 7200.0), Value("seconds", "soon", None), Value("seconds", "-3", None),
+        Value("port", "0", 0), Value("port", "65535", 65535), Value("port", "65536", None), Value("port", "http", None),
+        Value("count", "1", 1), Value("count", "0", None), Value("count", "1.5", None),
+        Value("whole", "0", 0), Value("whole", "-1", None),
+        Value("boolean", "on", True), Value("boolean", "0", False), Value("boolean", "maybe", None),
+        Value("span", "64", (64, 64)), Value("span", "8:16", (8, 16)), Value("span", "16:8", None),
+        Value("span", ":", None),
+        Value("rate", "2.5", 2.5), Value("rate", "0", None), Value("rate", "inf", None), Value("number", "nan", None),
+        Value("json_object", '{"a": 1}', {"a": 1}), Value("json_object", "[1]", None),
+        Value("json_object", "{", None),
+    ],
+    ids=lambda case: f"{case.kind} {case.text}",
+)  # fmt: skip
+def test_values(case: Value) -> None:
+    kind = next(o.kind for o in OPTIONS if o.kind.__name__ == case.kind)
+    if case.value is not None:
+        assert kind(case.text) == case.value
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"is|:"):
+            kind(case.text)
+
+
+def test_what_serve_hands_on_comes_back_the_same() -> None:
+    """A child's command line and environment together repeat the values, whatever the environment of serve says."""
+    given = parsed(
+        ["serve", "--model", "m", "--kv-cache-memory", "1.5GiB", "--drain-timeout", "500ms", "--threads", "2"]
+    )
+    given |= {"name": "worker-0", "redis_url": "redis://user:secret@queue/0"}
+    argv = argv_of(options_of("worker"), given)
+    assert "secret" not in " ".join(argv)
+    environ = child_environment(OPTIONS, given["redis_url"], {"HEADRACE_THREADS": "64", "HOME": "/h"})
+    assert environ["HOME"] == "/h"
+    received = parsed(["worker", *argv], environ)
+    for option in options_of("worker"):
+        assert received[option.dest] == given[option.dest], option.flag
+
+
+def test_a_bad_variable_stops_only_who_reads_it() -> None:
+    import os
+
+    env = {**os.environ, "HEADRACE_PORT": "abc"}
+    refused = run("gateway", env=env)
+    assert refused.returncode == 2
+    assert "HEADRACE_PORT: 'abc' is no whole number" in refused.stderr
+    assert run("version", env=env).returncode == 0
+
+
+def test_the_command_line_itself_loads_no_service() -> None:
+    code = "import sys, headrace.cli as c; c.build_parser(); print([m for m in sys.modules if m.split('.')[0] in " \
+           "('torch', 'transformers', 'aiohttp', 'redis', 'numpy', 'rich')])"  # fmt: skip
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------ what serve decides before it starts anything
+
+
+def wanted(*args: str) -> serve.Layout:
+    return serve.resolve(parsed(["serve", *args]))
+
+
+def model_dir(tmp_path: Path) -> Path:
+    path = tmp_path / "my-model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def test_defaults_are_decided_once(tmp_path: Path) -> None:
+    layout = wanted("--model", str(model_dir(tmp_path)), "--port", "0", "--gateways", "2", "--workers", "2")
+    assert layout.values["served_model_name"] == "my-model"
+    assert len(set(layout.ports)) == 2
+    assert all(layout.ports)
+    assert set(layout.metrics_ports) == {"scheduler-0", "worker-0", "worker-1"}
+    assert layout.data_dir is not None
+    assert wanted("--model", "a/b", "--redis-url", "redis://x", "--port", "0").data_dir is None
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--model", "/nowhere/at/all"], "no such directory"),
+        (["--model", "./gone"], "no such directory"),
+        (["--model", "{empty}"], "has no config.json"),
+        (["--model", "a/b", "--served-model-name", "two words"], "--served-model-name"),
+        (["--model", "a/b", "--port", "{busy}"], "in use.*--port"),
+        (["--model", "a/b", "--port", "65535", "--gateways", "2"], "no port number"),
+    ],
+)
+def test_what_cannot_start_is_said_first(args: list[str], says: str, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        places = {"empty": str(tmp_path), "busy": str(busy.getsockname()[1])}
+        with pytest.raises(StartError, match=says):
+            wanted(*(a.format(**places) for a in args))
+
+
+def test_served_names() -> None:
+    assert served_name("Qwen/Qwen2.5-0.5B-Instruct") == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert served_name(str(Path(__file__).parent)) == "headrace"
+
+
+def test_a_second_serve_in_the_same_place_is_refused(tmp_path: Path) -> None:
+    with serve.exclusive(tmp_path), pytest.raises(StartError, match="in use by another"), serve.exclusive(tmp_path):
+        pass
+    with serve.exclusive(tmp_path):
+        pass
+
+
+def test_a_start_error_is_one_sentence_and_exit_code_78() -> None:
+    ended = run("serve", "--model", "/nowhere/at/all")
+    assert ended.returncode == cli.EX_CONFIG
+    assert ended.stderr == (
+        "headrace serve: --model /nowhere/at/all: no such directory (a hub id has the form owner/name)\n"
+    )
+
+
+def test_addresses(tmp_path: Path) -> None:
+    model = ("--model", "a/b", "--port", "0")
+    assert wanted(*model, "--host", "0.0.0.0").url.startswith("http://127.0.0.1:")
+    assert wanted(*model, "--host", "127.0.0.1").url.startswith("http://127.0.0.1:")
+
+
+def test_threads_leave_room_where_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, workers, threads in ((1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 3), (16, 1, 14), (16, 2, 7), (2, 8, 1)):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(serve.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert serve.worker_threads(workers) == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert serve.worker_threads(1) == 5
