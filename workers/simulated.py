@@ -7,6 +7,7 @@ what an engine relies on: that plans follow each other, and that every computed 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class SimulatedConfig:
     token_range: tuple[int, int] | None = None  # sampled ids lie in [low, high); default: printable ones
     eos_token_ids: tuple[int, ...] = (EOS,)
     eos_one_in: int = 0  # one sampled token in so many is an end; 0: never
+    random: bool = False  # truly random tokens: one that is drawn twice shows (for failure tests)
 
 
 def byte_vocabulary() -> Vocabulary:
@@ -148,6 +150,8 @@ class SimulatedEngine:
         if np.any(self._computed[seats] != self._known[seats]):
             raise ValueError("plan: a row samples before all known tokens are computed")
         drawn = _mix(self._keys[seats] + self._known[seats].astype(np.uint64) * GOLDEN)
+        if self.config.random:
+            drawn = np.frombuffer(os.urandom(8 * len(seats)), np.uint64)
         low, high = self._range
         tokens = (low + drawn % np.uint64(high - low)).astype(np.int32)
         if self.config.eos_one_in and self.eos_token_ids:

@@ -32,6 +32,7 @@ from protocol.bus import Bus
 from tests.chaos.history import History, leftovers
 from tests.chaos.load import Load
 from tests.chaos.proxy import Proxy
+from tests.models import save_tiny_model
 from tests.stack import Stack, free_port
 
 MODEL = "chaos"
@@ -67,8 +68,8 @@ class Chaos:
         await self.proxy.start()
         direct, proxied = (f"redis://127.0.0.1:{port}/0" for port in (self.redis_port, self.proxy.port))
         self.stack = Stack(
-            self.folder / "stack", "--redis-url", proxied, "--engine", "simulated", "--served-model-name", MODEL,
-            "--workers", "2", "--schedulers", "2", "--gateways", "2", *self.args, env=self.env,
+            self.folder / "stack", "--redis-url", proxied, "--model", str(self._model()), "--served-model-name", MODEL,
+            "--engine", "simulated", "--engine-options", '{"random": true}', "--workers", "2", "--schedulers", "2", "--gateways", "2", *self.args, env=self.env,
         )  # fmt: skip
         bus = Bus(direct, MODEL)
         try:
@@ -96,6 +97,13 @@ class Chaos:
             self._stop_server()
         if code:
             self.history.blame(f"serve ended with {code}")
+
+    def _model(self) -> Path:
+        """Only its tokenizer and config are read: the engine is simulated."""
+        path = self.folder / "model"
+        path.mkdir(parents=True)
+        save_tiny_model("llama", path)
+        return path
 
     # -------------------------------------------------------------- the server
 
@@ -220,7 +228,7 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}")
     with tempfile.TemporaryDirectory(prefix="headrace-chaos-") as folder:
-        chaos = Chaos(Path(folder), options.seed, env={"HEADRACE_SIMULATED_RANDOM": "1"})
+        chaos = Chaos(Path(folder), options.seed)
         asyncio.run(chaos.run(options.minutes * 60, options.every, options.kinds))
     print(chaos.report())
     return 1 if chaos.history.violations else 0
