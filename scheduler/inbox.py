@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from protocol.bus import Bus, InboxEntry, RequestRecord
-from protocol.errors import DeadlineExceeded, EngineFailed, Fenced, RequestError, ServiceError, StoreFailed
+from protocol.errors import DeadlineExceeded, EngineFailed, Fenced, RequestError, ServiceError
 from protocol.jobs import decode_job
 from protocol.keys import NAME
 from protocol.messages import DEFAULT_TENANT, Job, body_hash, new_rid, pack_ids
@@ -22,14 +22,14 @@ from scheduler.events import Arrive
 from scheduler.ingest import Prompts
 from scheduler.leadership import ServerClock
 from scheduler.metrics import Metrics
-from scheduler.recovery import arrive, terminal_row
+from scheduler.recovery import UNREADABLE, arrive, terminal_row
 
 log = logging.getLogger("headrace.scheduler")
 
 
 MAX_ADDRESS_BYTES = 16 << 20  # a payload beyond this is not even looked into
 
-UNREADABLE = EngineFailed("the job could not be read or ended")
+UNFORESEEN = EngineFailed("the job could not be read or prepared")
 
 
 class Inbox:
@@ -72,14 +72,20 @@ class Inbox:
         self._metrics.ingest_time.observe(time.monotonic() - started)
 
     async def _bury(self, entry: InboxEntry) -> None:
-        """What cannot even be ended (its keys hold something foreign) leaves the inbox as a dead letter."""
+        """End what nobody foresaw: an accepted request by error frames; what is not even readable by a dead letter."""
+        try:
+            if entry.rid is not None and (record := await self._bus.read_request(entry.rid)) is not None:
+                await self._end(entry, record, "error", UNFORESEEN)
+                return
+        except UNREADABLE:
+            pass
         payload_hash = body_hash(entry.payload or (entry.rid or "").encode())
         try:
             await self._bus.reject(
-                self._epoch, entry.entry_id, payload_hash=payload_hash, error=_error_fields(UNREADABLE)
+                self._epoch, entry.entry_id, payload_hash=payload_hash, error=_error_fields(UNFORESEEN)
             )
-        except StoreFailed as e:
-            log.error("job %s stays in the inbox: %s", entry.entry_id, e.message)
+        except UNREADABLE as e:
+            log.error("job %s stays in the inbox: %s", entry.entry_id, type(e).__name__)
 
     # -------------------------------------------------------------- accepted by a gateway or a client
 

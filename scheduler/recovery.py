@@ -6,15 +6,23 @@ Known tokens = stored prompt ids + journaled ids; a sequence continues at its jo
 from __future__ import annotations
 
 import asyncio
+import logging
 from array import array
 from collections.abc import Iterable
 
+import msgspec
+
 from protocol.bus import Bus, CommitRow, RequestRecord
+from protocol.errors import StoreFailed
 from protocol.messages import Frame, Terminal, decode_frames, encode, unpack_ids
 from scheduler.events import Arrive, ChoiceState
 from scheduler.leadership import ServerClock
 
+log = logging.getLogger("headrace.scheduler")
+
 ABREAST = 64  # reads in flight at once
+# what reading a request raises if its keys hold something that is not ours
+UNREADABLE = (StoreFailed, msgspec.DecodeError, ValueError)
 
 
 def choice_state(journal: bytes, placement: int, end: str | None) -> ChoiceState:
@@ -57,17 +65,26 @@ async def read_choices(bus: Bus, record: RequestRecord) -> list[ChoiceState]:
     return list(await asyncio.gather(*(read(i) for i in range(len(record.placements)))))
 
 
+async def read_state(bus: Bus, rid: str, choice: int) -> ChoiceState:
+    """Where a choice really stands. One whose request is gone, or whose keys hold something foreign, has ended."""
+    try:
+        record = await bus.read_request(rid)
+        if record is None or choice >= len(record.placements):
+            return ChoiceState(finish="abort")
+        journal = await bus.read_journal(rid, choice)
+        return choice_state(journal, record.placements[choice], record.ends[choice])
+    except UNREADABLE as e:
+        log.error("request %s cannot be read, it is given up: %s", rid, type(e).__name__)
+        return ChoiceState(finish="error")
+
+
 async def read_sequences(bus: Bus, sequences: Iterable[tuple[str, int]]) -> dict[tuple[str, int], ChoiceState]:
-    """How far each (rid, choice) really came. Those whose request is gone count as ended (abort)."""
+    """How far each (rid, choice) really came."""
     gate = asyncio.Semaphore(ABREAST)
 
     async def read(rid: str, choice: int) -> tuple[tuple[str, int], ChoiceState]:
         async with gate:
-            record = await bus.read_request(rid)
-            if record is None or choice >= len(record.placements):
-                return (rid, choice), ChoiceState(finish="abort")
-            journal = await bus.read_journal(rid, choice)
-            return (rid, choice), choice_state(journal, record.placements[choice], record.ends[choice])
+            return (rid, choice), await read_state(bus, rid, choice)
 
     return dict(await asyncio.gather(*(read(rid, choice) for rid, choice in sequences)))
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from protocol import bus as wire
 from protocol.bus import Bus, InboxEntry
-from protocol.messages import STALE, body_hash, encode
+from protocol.messages import LANDED, body_hash, encode
 from scheduler.core import Core, CoreConfig, Stats
 from scheduler.events import (
     Arrive,
@@ -35,7 +35,7 @@ from scheduler.inbox import Inbox
 from scheduler.ingest import Prompts
 from scheduler.leadership import ServerClock, Timing
 from scheduler.metrics import Metrics, Vitals
-from scheduler.recovery import ABREAST, arrive, choice_state, read_choices, terminal_row
+from scheduler.recovery import ABREAST, UNREADABLE, arrive, read_choices, read_state, terminal_row
 
 log = logging.getLogger("headrace.scheduler")
 
@@ -123,10 +123,14 @@ class Reign:
         """Give the core a request that was ingested before, from its record and journals. Others are left alone."""
         if rid in self._known:
             return
-        record = await self._bus.read_request(rid)
-        if record is None or not record.open or not record.prompts:
+        try:
+            record = await self._bus.read_request(rid)
+            if record is None or not record.open or not record.prompts:
+                return
+            choices = await read_choices(self._bus, record)
+        except UNREADABLE as e:
+            log.error("request %s cannot be read, it is left alone: %s", rid, type(e).__name__)
             return
-        choices = await read_choices(self._bus, record)
         self._admit(arrive(record, self._clock, choices))
         if record.cancel is not None:
             self._apply(Cancel(rid, record.cancel))
@@ -165,12 +169,15 @@ class Reign:
             self._group.create_task(self._cancel(event.rid))
 
     async def _cancel(self, rid: str) -> None:
-        record = await self._bus.read_request(rid)
-        if record is None or record.cancel is None:
+        try:
+            record = await self._bus.read_request(rid)
+        except UNREADABLE:
+            return
+        if record is None or record.cancel is None or not record.open:
             return
         if rid in self._known:
             self._apply(Cancel(rid, record.cancel))
-        elif record.open:
+        else:
             self._early_cancels[rid] = (record.cancel, time.monotonic())
 
     # -------------------------------------------------------------- the inbox
@@ -245,39 +252,39 @@ class Reign:
             self._group.create_task(self._finish(rid, choices))
 
     async def _finish(self, rid: str, choices: list[FinishChoice]) -> None:
-        """Write the terminal frame of choices that no worker runs; the core hears how each of them stands then."""
+        """Write the terminal frames of choices that no worker runs; the core hears how each of them stands then."""
         async with self._finish_gate:
-            record = await self._bus.read_request(rid)
-            rows, dead = [], None
+            try:
+                left = await self._write_ends(rid, choices)
+            except UNREADABLE:
+                left = {choice.choice for choice in choices}  # read_state says what it is
             for choice in choices:
-                if record is None or record.ends[choice.choice] is not None:
-                    self._apply(ChoiceEnded(rid, choice.choice))
-                    continue
-                journal = await self._bus.read_journal(rid, choice.choice)
-                if len(journal) != choice.cursor:
-                    state = choice_state(journal, record.placements[choice.choice], None)
-                    self._apply(Resynced(rid, choice.choice, state))
-                    continue
-                error = _error(choice)
-                rows.append(terminal_row(record, choice.choice, journal, choice.reason, error))
-                if choice.dead and error:
-                    dead = {"rid": rid, "hash": body_hash(encode(record.job)), **_texts(error)}
-            if not rows:
-                return
-            verdicts = await self._bus.finish(self._epoch, rows, dead=dead)
-            for row, verdict in zip(rows, verdicts, strict=True):
-                if verdict == STALE:
-                    await self._resync(Resync(rid, row.choice))
+                if choice.choice in left:
+                    await self._resync(Resync(rid, choice.choice))
                 else:
-                    self._apply(ChoiceEnded(rid, row.choice))
+                    self._apply(ChoiceEnded(rid, choice.choice))
+
+    async def _write_ends(self, rid: str, choices: list[FinishChoice]) -> set[int]:
+        """Returns the choices that stand otherwise than the core thought."""
+        record = await self._bus.read_request(rid)
+        if record is None:
+            return {choice.choice for choice in choices}
+        rows, dead, left = [], None, set()
+        journals = await self._bus.read_journals([(rid, choice.choice) for choice in choices])
+        for choice, raw in zip(choices, journals, strict=True):
+            journal = raw or b""
+            if len(journal) != choice.cursor or record.ends[choice.choice] is not None:
+                left.add(choice.choice)
+                continue
+            error = _error(choice)
+            rows.append(terminal_row(record, choice.choice, journal, choice.reason, error))
+            if choice.dead and error:
+                dead = {"rid": rid, "hash": body_hash(encode(record.job)), **_texts(error)}
+        verdicts = await self._bus.finish(self._epoch, rows, dead=dead) if rows else ""
+        return left | {row.choice for row, verdict in zip(rows, verdicts, strict=True) if verdict != LANDED}
 
     async def _resync(self, effect: Resync) -> None:
-        record = await self._bus.read_request(effect.rid)
-        if record is None:
-            self._apply(ChoiceEnded(effect.rid, effect.choice))
-            return
-        journal = await self._bus.read_journal(effect.rid, effect.choice)
-        state = choice_state(journal, record.placements[effect.choice], record.ends[effect.choice])
+        state = await read_state(self._bus, effect.rid, effect.choice)
         self._apply(Resynced(effect.rid, effect.choice, state))
 
     # -------------------------------------------------------------- the slow tick

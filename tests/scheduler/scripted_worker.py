@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 from protocol.bus import Bus, CommitRow
 from protocol.errors import Fenced
@@ -63,6 +64,8 @@ class ScriptedWorker:
     max_model_len: int = 512
     running: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: it neither executes nor beats
     held_at: int | None = None  # output length at which it stops working (as if it hung)
+    hold_text: bool = False  # frames from `held_at` on hold their text back
+    step_s: float = 0.0
     state: str = "serving"
     gen: int = 0
     epoch: int = 0
@@ -138,6 +141,7 @@ class ScriptedWorker:
             if not seat.ended:
                 self._row(seat, Frame(None, "", reason), rows, done, number)
         self.steps += 1
+        await asyncio.sleep(self.step_s)
         verdicts = await self.bus.commit(
             self.wid, plan.epoch, self.gen, rows, Hint(self.wid, self.gen, plan.step, done, exec_us=500),
             executed=plan_id,
@@ -156,8 +160,11 @@ class ScriptedWorker:
         finish = "length" if made >= seat.new.sampling.max_tokens else None
         if token in seat.new.sampling.stop_token_ids:
             finish = "stop"
-        first = {"cached": seat.new.cached_tokens} if made == 1 else None
-        self._row(seat, Frame(token, f"<{token}>", finish, first), rows, done, seat.new.seat)
+        extra: dict[str, Any] | None = {"cached": seat.new.cached_tokens} if made == 1 else None
+        text = f"<{token}>"
+        if self.hold_text and made == self.held_at:
+            text, extra = "", {"held": "held"}
+        self._row(seat, Frame(token, text, finish, extra), rows, done, seat.new.seat)
         if self.held_at is not None and made >= self.held_at:
             self.running.clear()
 

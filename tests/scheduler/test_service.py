@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
+from typing import Any
+
+import aiohttp
+import msgpack
+import pytest
+import redis
+
+from protocol.bus import Bus
+from protocol.messages import Admitted, Frame, Job, Row, decode_frames, encode
+from scheduler.ingest import Prompts
+from tests.conftest import leaked_keys
+from tests.models import BOS, byte_tokenizer
 from tests.scheduler.conftest import Stage
 from tests.scheduler.scripted_worker import expected_tokens
 
 
-async def test_a_text_is_ingested_planned_and_ends(stage: Stage) -> None:
+def error_of(frames: list[Frame]) -> tuple[str | None, str, str | None]:
+    """Finish reason, error code and param of the last frame."""
+    extra = frames[-1].extra or {}
+    return frames[-1].finish, extra.get("code", ""), extra.get("param")
+
+
+# ------------------------------------------------------------------ what runs
+
+
+async def test_a_text_is_ingested_planned_and_ends(stage: Stage, raw: redis.Redis) -> None:
     stage.scheduler()
     stage.worker()
     rid = await stage.accept("hello", max_tokens=5)
@@ -14,3 +38,411 @@ async def test_a_text_is_ingested_planned_and_ends(stage: Stage) -> None:
     assert [f.token for f in frames] == expected_tokens(list(b"hello"), 7, 0, 5)
     assert frames[-1].finish == "length"
     await stage.at_rest()
+    assert leaked_keys(raw) == []
+
+
+async def test_every_choice_of_every_prompt(stage: Stage) -> None:
+    stage.scheduler()
+    stage.worker()
+    rid = await stage.accept(["ab", "cd", "ef"], max_tokens=4, n=2)
+    for choice in range(6):
+        prompt = [b"ab", b"cd", b"ef"][choice // 2]
+        assert await stage.tokens(rid, choice) == expected_tokens(list(prompt), 7, choice, 4)
+    await stage.at_rest()
+
+
+async def test_a_chat_and_ids(stage: Stage) -> None:
+    stage.scheduler()
+    stage.worker()
+    messages = [{"role": "user", "content": "hi"}]
+    chat = await stage.accept(job={"messages": messages}, max_tokens=3)
+    ids = await stage.accept([BOS, 1, 2], max_tokens=3)
+    rendered = byte_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert await stage.tokens(chat) == expected_tokens(rendered, 7, 0, 3)
+    assert await stage.tokens(ids) == expected_tokens([BOS, 1, 2], 7, 0, 3)
+
+
+async def test_many_requests_in_a_small_pool(stage: Stage) -> None:
+    """More than fits at once: chunked prefills, preemptions and queueing change nothing of what comes out."""
+    stage.scheduler()
+    stage.worker(blocks=12, block_size=8, token_budget=24, max_num_seqs=6)
+    prompts = [bytes([97 + k]) * (5 + 3 * k) for k in range(12)]
+    rids = [await stage.accept(p.decode(), max_tokens=20, seed=k) for k, p in enumerate(prompts)]
+    for k, (prompt, rid) in enumerate(zip(prompts, rids, strict=True)):
+        assert await stage.tokens(rid) == expected_tokens(list(prompt), k, 0, 20)
+    await stage.at_rest()
+
+
+async def test_without_a_seed_one_is_drawn_and_kept(stage: Stage) -> None:
+    stage.scheduler()
+    stage.worker()
+    rids = [await stage.accept("x", max_tokens=3, seed=None) for _ in range(2)]
+    seeds = []
+    for rid in rids:
+        tokens = await stage.tokens(rid)
+        record = await stage.bus.read_request(rid)
+        assert record is not None
+        assert record.seed is not None
+        seeds.append(record.seed)
+        assert tokens == expected_tokens([ord("x")], record.seed, 0, 3)
+    assert seeds[0] != seeds[1]
+
+
+async def test_requests_wait_for_a_worker(stage: Stage) -> None:
+    stage.scheduler()
+    rid = await stage.accept("early", max_tokens=2)
+
+    async def ingested() -> bool:
+        record = await stage.bus.read_request(rid)
+        return record is not None and bool(record.prompts)
+
+    await stage.until(ingested)
+    stage.worker()
+    assert await stage.tokens(rid) == expected_tokens(list(b"early"), 7, 0, 2)
+
+
+async def test_the_registry_and_the_tokenizer_are_published(stage: Stage, redis_url: str) -> None:
+    stage.scheduler()
+    stage.worker(max_model_len=100)
+
+    async def card() -> Any:
+        return (await Bus.models(redis_url)).get("test/model")
+
+    first = await stage.until(card)
+    assert first.chat
+    assert first.vocab_size == 264
+
+    async def follows_the_worker() -> bool:
+        return (await card()).max_model_len == 100
+
+    await stage.until(follows_the_worker)
+    raw = await stage.bus.read_tokenizer()
+    assert raw is not None
+    assert json.loads(raw)["model"]["type"] == "BPE"
+    rid = await stage.accept("x" * 99, max_tokens=2)
+    assert error_of(await stage.frames(rid)) == ("error", "context_length_exceeded", "max_tokens")
+
+
+# ------------------------------------------------------------------ producers
+
+
+async def test_a_producers_push_live_and_as_a_result(stage: Stage) -> None:
+    subscription = stage.bus.subscribe("me")
+    await subscription.start()
+    stage.scheduler()
+    stage.worker()
+    job = {
+        "v": 1, "id": "job-1", "prompt": "hey", "reply_to": "me", "results": "mine",
+        "sampling": {"max_tokens": 3, "seed": 5},
+    }  # fmt: skip
+    await stage.bus.push(msgpack.packb(job))
+    await stage.bus.push(json.dumps(job).encode())  # the same id again: one run, one result
+    rows: list[Row] = []
+    async for batch in subscription:
+        rows += batch
+        if rows and rows[-1].choice == 0 and decode_frames(rows[-1].frames)[-1].finish:
+            break
+    await subscription.close()
+    assert all(row.id == "job-1" for row in rows)
+    assert rows[0].choice == -1
+    assert rows[0].frames == encode(Admitted(3))
+    await stage.at_rest()
+    ((_, result),) = await stage.bus.read_results("mine")
+    assert (result.id, result.finish_reason, result.prompt_tokens, result.completion_tokens) == (
+        "job-1",
+        "length",
+        3,
+        3,
+    )
+    expected = expected_tokens(list(b"hey"), 5, 0, 3)
+    assert result.text == "".join(f"<{t}>" for t in expected)
+    assert await stage.bus.find_request("default", "job-1") == result.rid
+
+
+BAD_PUSHES: list[tuple[str, bytes, str, str | None]] = [
+    # what, payload, error code, the id under which one error result is expected
+    ("nothing", b"", "invalid_request", None),
+    ("pickle", b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94.", "invalid_request", None),
+    ("no map", msgpack.packb([1, 2]), "invalid_request", None),
+    ("torn", msgpack.packb({"v": 1, "prompt": "x" * 50})[:20], "invalid_request", None),
+    ("a version to come", msgpack.packb({"v": 2, "id": "v2", "prompt": "x", "results": "r"}), "invalid_request", "v2"),
+    ("an unknown field", b'{"id": "uf", "prompt": "x", "results": "r", "colour": 1}', "invalid_request", "uf"),
+    ("no prompt", b'{"id": "np", "results": "r"}', "invalid_request", "np"),
+    ("a bad channel", b'{"id": "bc", "prompt": "x", "results": "r", "reply_to": "a b"}', "invalid_request", "bc"),
+    ("a bad id", b'{"id": "\\u0000", "prompt": "x", "results": "r"}', "invalid_request", "*"),
+    ("too many tokens", b'{"id": "tm", "prompt": "x", "results": "r", "sampling": {"max_tokens": 9999}}',
+     "context_length_exceeded", "tm"),
+    ("oversized", json.dumps({"id": "os", "results": "r", "prompt": "x" * 1100000}).encode(), "too_large", "os"),
+    ("an id past the vocabulary", b'{"id": "pv", "prompt": [5, 9999], "results": "r"}', "invalid_request", "pv"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("payload", "code", "producer_id"), [b[1:] for b in BAD_PUSHES], ids=[b[0] for b in BAD_PUSHES]
+)
+async def test_a_bad_push_is_one_dead_letter_and_one_result_where_an_id_exists(
+    stage: Stage, raw: redis.Redis, payload: bytes, code: str, producer_id: str | None
+) -> None:
+    stage.scheduler()
+    stage.worker()
+    entry = await stage.bus.push(payload)
+    rid = await stage.accept("after", max_tokens=1)
+    assert len(await stage.tokens(rid)) == 1  # the scheduler goes on
+    await stage.at_rest()
+    ((_, letter),) = raw.xrange(stage.bus.keys.dead)
+    assert letter[b"code"].decode() == code
+    results = await stage.bus.read_results("r")
+    if producer_id is None:
+        assert results == []
+    else:
+        ((_, result),) = results
+        assert result.id == (entry if producer_id == "*" else producer_id)
+        assert result.finish_reason == "error"
+        assert (result.error or {})["code"] == code
+
+
+async def test_a_push_that_lay_past_its_deadline(stage: Stage, raw: redis.Redis) -> None:
+    job = {"id": "late", "prompt": "x", "results": "r", "timeout_s": 0.001}
+    await stage.bus.push(json.dumps(job).encode())
+    await asyncio.sleep(0.01)
+    stage.scheduler()
+    await stage.at_rest()
+    ((_, result),) = await stage.bus.read_results("r")
+    assert (result.error or {})["code"] == "deadline_exceeded"
+    assert raw.xlen(stage.bus.keys.dead) == 1
+
+
+# ------------------------------------------------------------------ what is refused, cancelled, late
+
+
+async def test_an_accepted_request_that_cannot_run_gets_one_error_per_choice(stage: Stage) -> None:
+    stage.scheduler()
+    stage.worker()
+    subscription = stage.bus.subscribe("gateway")
+    await subscription.start()
+    job = {"reply_to": "gateway", "results": "r", "id": "bad"}
+    rid = await stage.accept([1] * 600, job=job, max_tokens=3, n=2)
+    for choice in range(2):
+        frames = await stage.frames(rid, choice)
+        assert len(frames) == 1
+        assert error_of(frames) == ("error", "context_length_exceeded", "prompt")
+    rows: list[Row] = []
+    async for batch in subscription:
+        rows += batch
+        if len(rows) == 2:
+            break
+    await subscription.close()
+    assert [row.choice for row in rows] == [0, 1]  # and no notice of admission
+    results = await stage.bus.read_results("r")
+    assert [(r.id, r.choice, r.finish_reason) for _, r in results] == [("bad", 0, "error"), ("bad", 1, "error")]
+    await stage.at_rest()
+
+
+async def test_what_nobody_foresaw_ends_that_job_alone(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = Prompts.ids
+
+    def broken(self: Prompts, job: Job) -> Any:
+        if job.prompt == "poison":
+            raise ZeroDivisionError("poison")
+        return real(self, job)
+
+    monkeypatch.setattr(Prompts, "ids", broken)
+    stage.scheduler()
+    stage.worker()
+    bad = await stage.accept("poison")
+    good = await stage.accept("fine", max_tokens=2)
+    assert error_of(await stage.frames(bad)) == ("error", "engine_failed", None)
+    assert len(await stage.tokens(good)) == 2
+    assert "ZeroDivisionError" in caplog.text
+    assert "poison" not in caplog.text
+
+
+async def test_a_foreign_type_under_our_key_stops_nothing(stage: Stage, raw: redis.Redis) -> None:
+    rid = await stage.accept("x")
+    raw.delete(stage.bus.keys.request(rid))
+    raw.set(stage.bus.keys.request(rid), "not a hash")
+    other = await stage.accept("fine", max_tokens=2)
+    stage.scheduler()
+    stage.worker()
+    assert len(await stage.tokens(other)) == 2
+
+    async def buried() -> bool:
+        return await stage.bus.inbox_length() == 0
+
+    await stage.until(buried)
+    assert raw.xlen(stage.bus.keys.dead) == 1
+    raw.delete(stage.bus.keys.request(rid))
+
+
+async def test_cancel_before_ingest(stage: Stage) -> None:
+    rid = await stage.accept("never", max_tokens=5, n=2)
+    assert await stage.bus.cancel(rid, "default")
+    stage.scheduler()
+    stage.worker()
+    for choice in range(2):
+        assert [(f.token, f.finish) for f in await stage.frames(rid, choice)] == [(None, "abort")]
+    await stage.at_rest()
+
+
+async def test_cancel_while_it_waits(stage: Stage) -> None:
+    stage.scheduler()
+    rid = await stage.accept("waits", max_tokens=5)
+
+    async def ingested() -> bool:
+        record = await stage.bus.read_request(rid)
+        return record is not None and bool(record.prompts)
+
+    await stage.until(ingested)
+    assert await stage.bus.cancel(rid, "default")
+    assert [(f.token, f.finish) for f in await stage.frames(rid)] == [(None, "abort")]
+    await stage.at_rest()
+
+
+async def test_cancel_while_it_runs(stage: Stage) -> None:
+    stage.scheduler()
+    worker = stage.worker()
+    rid = await stage.accept("runs", max_tokens=400)
+
+    async def running() -> bool:
+        return bool(await stage.bus.read_journal(rid, 0))
+
+    await stage.until(running)
+    assert await stage.bus.cancel(rid, "default")
+    frames = await stage.frames(rid)
+    assert frames[-1].finish == "abort"
+    tokens = [f.token for f in frames if f.token is not None]
+    assert tokens == expected_tokens(list(b"runs"), 7, 0, 400)[: len(tokens)]
+
+    async def seat_empty() -> bool:
+        return not worker.seats
+
+    await stage.until(seat_empty)
+    await stage.at_rest()
+
+
+async def test_deadline_while_it_waits_and_before_it_is_ingested(stage: Stage) -> None:
+    early = await stage.accept("early", job={"timeout_s": 0.001})
+    await asyncio.sleep(0.01)
+    stage.scheduler()
+    late = await stage.accept("late", job={"timeout_s": 1.0})
+    for rid in (early, late):
+        assert [(f.token, f.finish) for f in await stage.frames(rid)] == [(None, "deadline")]
+    await stage.at_rest()
+
+
+async def test_deadline_while_it_runs_keeps_what_was_generated(stage: Stage) -> None:
+    stage.scheduler()
+    worker = stage.worker()
+    worker.step_s = 0.05
+    rid = await stage.accept("slow", job={"timeout_s": 2.0}, max_tokens=400)
+    frames = await stage.frames(rid)
+    assert frames[-1].finish == "deadline"
+    tokens = [f.token for f in frames if f.token is not None]
+    assert tokens == expected_tokens(list(b"slow"), 7, 0, 400)[: len(tokens)]
+
+
+async def test_held_text_comes_out_with_the_end(stage: Stage) -> None:
+    """A choice whose worker is gone is ended by the scheduler: what its last frame held back is emitted first."""
+    rid = await stage.accept("x", job={"results": "r"}, max_tokens=9)
+    task, stop = stage.scheduler()
+    worker = stage.worker()
+    worker.held_at = 3
+    worker.hold_text = True
+
+    async def held() -> bool:
+        return len(decode_frames(await stage.bus.read_journal(rid, 0))) >= 3
+
+    await stage.until(held)
+    worker.task.cancel()  # type: ignore[union-attr]
+    stop.set()
+    assert await task == 0
+    assert await stage.bus.cancel(rid, "default")
+    stage.scheduler()
+    frames = await stage.frames(rid)
+    assert [(f.text, f.finish) for f in frames[2:]] == [("", None), ("held", "abort")]
+    ((_, result),) = await stage.bus.read_results("r")
+    assert result.text == "".join(f.text for f in frames)
+    assert (result.finish_reason, result.completion_tokens, result.prompt_tokens) == ("abort", 3, 1)
+    await stage.at_rest()
+
+
+# ------------------------------------------------------------------ what it tells
+
+
+async def test_the_request_line_has_figures_and_no_prompt(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    stage.scheduler()
+    stage.worker()
+    rid = await stage.accept("sesame", max_tokens=4)
+    refused = await stage.accept("sesame", max_tokens=9999)
+    await stage.frames(rid)
+    await stage.frames(refused)
+
+    def lines() -> dict[str, Any]:
+        found = [json.loads(r.message) for r in caplog.records if r.name == "headrace.requests"]
+        return {line["id"]: line for line in found}
+
+    async def both() -> bool:
+        return {rid, refused} <= set(lines())
+
+    await stage.until(both)
+    line = lines()[rid]
+    assert (line["model"], line["tenant"]) == ("test/model", "default")
+    assert (line["prompt_tokens"], line["output_tokens"], line["finish_reasons"]) == (6, 4, ["length"])
+    assert min(line["queue_s"], line["prefill_s"], line["decode_s"]) >= 0
+    assert lines()[refused]["error"] == "context_length_exceeded"
+    assert "sesame" not in caplog.text
+
+
+async def test_metrics_and_health(stage: Stage, unused_tcp_port: int) -> None:
+    stage.scheduler(metrics_port=unused_tcp_port)
+    stage.worker()
+    await stage.frames(await stage.accept("hello", max_tokens=5))
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    async with aiohttp.ClientSession() as session:
+
+        async def counted() -> str:
+            async with session.get(url + "/metrics") as reply:
+                text = await reply.text()
+            return text if 'headrace_generation_tokens_total{model="test/model"} 5.0' in text else ""
+
+        text = await stage.until(counted)
+        async with session.get(url + "/health") as reply:
+            assert reply.status == 200
+            assert (await reply.json())["state"] == "leading"
+    for line in (
+        'headrace_request_success_total{finish_reason="length",model="test/model"} 1.0',
+        'headrace_prompt_tokens_total{model="test/model"} 5.0',
+        'headrace_is_leader{model="test/model"} 1.0',
+        'headrace_epoch{model="test/model"} 1.0',
+        'headrace_kv_cache_usage_perc{model="test/model",worker="worker-0"}',
+        'headrace_request_queue_time_seconds_count{model="test/model"} 1.0',
+        'headrace_inbox_length{model="test/model"} 0.0',
+    ):
+        assert line in text
+
+
+async def test_depth_is_written_and_cleared(stage: Stage, raw: redis.Redis) -> None:
+    stage.scheduler()
+    rids = [await stage.accept("abcd", job={"tenant": "t"}, max_tokens=1) for _ in range(3)]
+
+    def depth() -> dict[bytes, bytes]:
+        return raw.hgetall(stage.bus.keys.depth)
+
+    async def waiting() -> bool:
+        found = depth()
+        return found.get(b"requests") == b"3" and found.get(b"requests:t") == b"3"
+
+    await stage.until(waiting)
+    assert float(depth()[b"tokens"]) >= 12
+    stage.worker()
+    for rid in rids:
+        await stage.frames(rid)
+
+    async def empty() -> bool:
+        found = depth()
+        return found.get(b"requests") == b"0" and found.get(b"tokens") == b"0" and float(found[b"rate"]) > 0
+
+    await stage.until(empty)
