@@ -154,7 +154,7 @@ class Worker:
         if config.metrics_port is not None:
             runner = await serve_metrics(self.metrics, config.metrics_host, config.metrics_port, self.health)
         try:
-            gen = await self.bus.register(config.name, None, self.state)
+            gen = await self.bus.register(config.name, None, "loading")
             log.info("registered as %s, generation %d", config.name, gen)
             loaded = await self._load_while_beating(gen)
             return await self._serve(*loaded) if loaded is not None else 0
@@ -184,8 +184,7 @@ class Worker:
         """(gen, capacity, vocabulary), or None if the worker is to leave before it has loaded."""
         held = [gen]
 
-        async def beat() -> None:
-            said = self.state
+        async def beat(said: str) -> None:
             while True:
                 await asyncio.sleep(PULSE_S)
                 state = self.state
@@ -196,7 +195,7 @@ class Worker:
                 said = state
 
         loading = asyncio.ensure_future(self.device.start(self._load))
-        others = [asyncio.ensure_future(beat()), asyncio.ensure_future(self.draining.wait())]
+        others = [asyncio.ensure_future(beat(said="loading")), asyncio.ensure_future(self.draining.wait())]
         try:
             await asyncio.wait([loading, *others], return_when=asyncio.FIRST_COMPLETED)
             if self.draining.is_set():
