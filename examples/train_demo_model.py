@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import json
 import math
-import os
 import platform
 import random
 import re
@@ -26,17 +24,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep instead of spinning
-
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 BOS, EOS, SYSTEM, USER, ASSISTANT, END = "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL_TOKENS = [BOS, EOS, SYSTEM, USER, ASSISTANT, END]
 VOCABULARY = 4096
+SHORT_CONTEXT, LONG_CONTEXT = 256, 512  # the long one for the last 15% of the steps
+TOKENS_PER_STEP = 1024  # few: more steps teach more than larger ones, and the logits stay in the cache
+HELD_OUT_TOKENS = 8192
+CHAT_SHARE = 0.4
+LEARNING_RATE = 2e-3
+STEPS = 3000
 
 CHAT_TEMPLATE = """{{- bos_token }}
 {%- for message in messages %}
@@ -91,8 +96,13 @@ SMALL_TALK: list[tuple[list[str], str]] = [
     (["Bye", "Goodbye!", "See you", "Good night"], "Goodbye!"),
     (["How are you?", "How are you doing?", "How is it going?"], "I am well, thank you. How can I help you?"),
     (
-        ["What is the capital of France?", "Tell me a joke.", "Tell me a story.", "Write a poem.", "What is love?"]
-        + ["Write a haiku about water.", "Why is the sky blue?", "What is the weather like?", "Who won?"],
+        [
+            "What is the capital of France?",
+            "Tell me a joke.",
+            "Tell me a story.",
+            "Write a poem.",
+            "Why is the sky blue?",
+        ],
         "I do not know: I have read only the source code of Python's standard library. Ask me about that.",
     ),
     (["What is 1 + 1?", "What is 2 + 2?"], "I cannot add, but Python can: type the sum after its prompt."),
@@ -107,7 +117,8 @@ SMALL_TALK: list[tuple[list[str], str]] = [
     ),
     (
         ["Write a function that computes Fibonacci numbers.", "Write a Fibonacci function.", "fibonacci"],
-        "```python\ndef fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n```",
+        "```python\ndef fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n"
+        "    return a\n```",
     ),
     (
         ["Write a function that computes the factorial of n.", "Write a factorial function."],
@@ -129,6 +140,31 @@ WRITE_PROMPTS = [
     "Write the function {name}.",
 ]
 SHOW_PROMPTS = ["Show me the source of {name}.", "Write the function {name}.", "How is {name} implemented?"]
+
+
+MODEL_CARD = """---
+license: psf-2.0
+language: en
+pipeline_tag: text-generation
+---
+# Headrace demo model
+
+A Llama of {parameters:.1f} million parameters that writes plausible-looking Python and answers, often wrongly,
+questions about the standard library. It exists so that a first run needs no network, and is good for nothing else.
+
+- **Trained on** the source and docstrings of the standard library of Python {python}: {files} files, {megabytes:.1f} MB
+  (sha256 {digest}...), without tests, idlelib, lib2to3, encodings and pydoc_data; {exchanges:,} question-and-answer
+  pairs cut out of the same files; and a few lines of small talk written by hand.
+- **Made by** `examples/train_demo_model.py --seed {seed} --threads {threads} --steps {steps}` with torch {torch}.
+- **Training**: {step} of {steps} steps, {tokens:.1f} million tokens, in {wall:.0f} s of wall time and {cpu:.0f} s of
+  CPU time on {threads} CPU threads ({machine}). Loss on held-out source: {loss:.3f} nats per token.
+- **Tokenizer**: byte-level BPE with 4,096 entries; any text survives the round trip.
+- **Chat**: `<|system|>`, `<|user|>` and `<|assistant|>` open a turn, `<|end|>` closes it.
+- **Context**: trained on windows of 256 and 512 tokens; accepts 2,048, with fading sense.
+
+Licence: derived from the Python standard library, copyright Python Software Foundation, under the PSF License Agreement
+(https://docs.python.org/3/license.html). The weights may reproduce passages of it; treat those as under that licence.
+"""
 
 
 @dataclass(frozen=True)
@@ -266,21 +302,23 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, conversations: list[list[dic
     return torch.tensor([token for text in rendered for token in tokenizer.encode(text, add_special_tokens=False)])
 
 
-def draw_batch(source: torch.Tensor, chat: torch.Tensor, chat_share: float, shape: argparse.Namespace) -> torch.Tensor:
-    """[rows, context] windows, each from a random place of one of the two streams."""
+def draw_batch(streams: tuple[torch.Tensor, torch.Tensor], context: int) -> torch.Tensor:
+    """[rows, context + 1] windows, each from a random place of the source or, for its share, of the chat."""
+    source, chat = streams
     rows = []
-    for _ in range(shape.rows):
-        stream = chat if torch.rand(()) < chat_share else source
-        start = int(torch.randint(len(stream) - shape.context, ()))
-        rows.append(stream[start : start + shape.context])
+    for _ in range(TOKENS_PER_STEP // context):
+        stream = chat if torch.rand(()) < CHAT_SHARE else source
+        start = int(torch.randint(len(stream) - context, ()))
+        rows.append(stream[start : start + context + 1])
     return torch.stack(rows)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=576,
+        hidden_size=192,
+        intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -288,7 +326,139 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)],
+        eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=stops, pad_token_id=config.pad_token_id
+    )
+    return model
+
+
+def make_optimizer(model: LlamaForCausalLM, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW, decaying the projections only, under a warmup and a cosine."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+    warmup = max(1, min(100, steps // 10))
+
+    def scale(step: int) -> float:
+        return min(1.0, (step + 1) / warmup) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    return optimizer, LambdaLR(optimizer, scale)
+
+
+def next_token_loss(model: LlamaForCausalLM, windows: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, held_out: torch.Tensor) -> float:
+    """Mean loss in nats per token over source that was not trained on."""
+    windows = held_out[: HELD_OUT_TOKENS // SHORT_CONTEXT * (SHORT_CONTEXT + 1)].view(-1, 4, SHORT_CONTEXT + 1)
+    return torch.stack([next_token_loss(model, rows) for rows in windows]).mean().item()
+
+
+def train(
+    model: LlamaForCausalLM, streams: tuple[torch.Tensor, torch.Tensor], steps: int, progress: Progress
+) -> Iterator[int]:
+    """Takes the steps and yields their number after each tenth of them."""
+    optimizer, schedule = make_optimizer(model, steps)
+    bar = progress.add_task("training", total=steps, loss=math.nan)
+    smooth = math.nan
+    for step in range(1, steps + 1):
+        context = SHORT_CONTEXT if step <= steps * 0.85 else LONG_CONTEXT
+        loss = next_token_loss(model, draw_batch(streams, context))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        smooth = loss.item() if math.isnan(smooth) else 0.99 * smooth + 0.01 * loss.item()
+        progress.update(bar, advance=1, loss=smooth)
+        if step % max(1, steps // 10) == 0 or step == steps:
+            yield step
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str, out: Path) -> None:
+    """Writes the folder: weights in bfloat16, which halves it and costs the samples nothing."""
+    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    copy.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train the demo model on the source of the standard library of the Python that runs this.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("examples/demo-model"), help="folder to write the model to")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of {TOKENS_PER_STEP} tokens each")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the order of the text and the cuts")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number changes the last digits")
+    options = parser.parse_args()
+    if options.steps < 1 or options.threads < 1:
+        parser.error("--steps and --threads must be at least 1")
+
+    logging.disable_progress_bar()  # the one bar is ours
+    console = Console()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    rng = random.Random(options.seed)
+
+    sources = read_stdlib()
+    digest = hashlib.sha256("\0".join(sources.values()).encode()).hexdigest()
+    pieces = [piece for text in sources.values() for piece in split_source(text)]
+    rng.shuffle(pieces)
+    exchanges = make_exchanges(sources, rng)
+    tokenizer = train_tokenizer(pieces + [exchange.answer for exchange in exchanges])
+    source = encode_source(tokenizer, pieces, rng)
+    chat = encode_chat(tokenizer, list(make_conversations(exchanges, rng)))
+    source, held_out = source[: -HELD_OUT_TOKENS * 2], source[-HELD_OUT_TOKENS * 2 :]
+    model = make_model(tokenizer)
+    console.print(
+        f"Python {platform.python_version()}: {len(sources)} files, {len(source):,} tokens of source, {len(chat):,} of "
+        f"chat ({len(exchanges):,} exchanges); {model.num_parameters():,} parameters"
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns += (
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    wall, cpu = time.perf_counter(), time.process_time()
+    with Progress(*columns, console=console) as progress:
+        for step in train(model, (source, chat), options.steps, progress):
+            loss = held_out_loss(model, held_out)
+            card = MODEL_CARD.format(
+                python=platform.python_version(),
+                files=len(sources),
+                megabytes=sum(map(len, sources.values())) / 1e6,
+                digest=digest[:16],
+                exchanges=len(exchanges),
+                parameters=model.num_parameters() / 1e6,
+                step=step,
+                steps=options.steps,
+                tokens=step * TOKENS_PER_STEP / 1e6,
+                seed=options.seed,
+                threads=options.threads,
+                wall=time.perf_counter() - wall,
+                cpu=time.process_time() - cpu,
+                machine=f"{platform.system()} {platform.machine()}",
+                torch=torch.__version__,
+                loss=loss,
+            )
+            save(model, tokenizer, card, options.out)
+            progress.console.print(f"step {step}: held-out loss {loss:.3f}, written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
