@@ -75,6 +75,13 @@ OPTIONS: tuple[Option, ...] = (
         metavar="SIZE",
     ),
     Option("--block-size", "serve worker", "tokens in one block of the KV cache", count),
+    Option(
+        "--engine-options",
+        "serve worker",
+        "further fields of the engine's configuration, such as '{\"step_us\": 10000}' for the simulated one",
+        json_object,
+        metavar="JSON",
+    ),
     Option("--threads", "serve worker", "CPU threads of a worker (default: its share of the cores)", count),
     # life of requests and processes
     Option("--api-keys-file", "serve gateway", "JSON file of hashed API keys (default: no key is asked for)"),

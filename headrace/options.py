@@ -192,7 +192,7 @@ def argv_of(rows: Iterable[Option], values: Mapping[str, Any]) -> list[str]:
         if option.switch:
             argv.append(option.flag if value else "--no-" + option.flag.removeprefix("--"))
         else:
-            argv += [option.flag, str(value)]
+            argv += [option.flag, json.dumps(value) if isinstance(value, dict) else str(value)]
     return argv
 
 

@@ -55,7 +55,7 @@ class WorkerConfig:
     kv_cache_memory: int | None = None
     block_size: int | None = None
     threads: int | None = None
-    engine_options: dict[str, Any] = dataclasses.field(default_factory=dict)  # further fields of the engine's own
+    engine_options: dict[str, Any] | None = None  # further fields of the engine's own
     drain_timeout: float = 60.0
     stall_timeout: float = 60.0  # a step without any progress for so long ends the process
     metrics_host: str = "127.0.0.1"
@@ -101,7 +101,10 @@ def make_engine(config: WorkerConfig) -> Engine:
 def _engine_config(kind: type[Any], config: WorkerConfig) -> Any:
     names = {f.name for f in dataclasses.fields(kind)}
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in names}
-    return kind(**{k: v for k, v in given.items() if v is not None} | config.engine_options)
+    try:
+        return kind(**{k: v for k, v in given.items() if v is not None} | (config.engine_options or {}))
+    except TypeError as error:
+        raise StartError(f"--engine-options: {error}") from error
 
 
 def load_vocabulary(engine: Engine) -> Vocabulary | WindowVocabulary:

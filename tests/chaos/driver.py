@@ -69,7 +69,8 @@ class Chaos:
         direct, proxied = (f"redis://127.0.0.1:{port}/0" for port in (self.redis_port, self.proxy.port))
         self.stack = Stack(
             self.folder / "stack", "--redis-url", proxied, "--model", str(self._model()), "--served-model-name", MODEL,
-            "--engine", "simulated", "--engine-options", '{"random": true}', "--workers", "2", "--schedulers", "2", "--gateways", "2", *self.args, env=self.env,
+            "--engine", "simulated", "--engine-options", '{"random": true}',
+            "--workers", "2", "--schedulers", "2", "--gateways", "2", *self.args, env=self.env,
         )  # fmt: skip
         bus = Bus(direct, MODEL)
         try:
