@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from headrace.option_table import options_of
 from headrace.options import Unusable, add_option, demo_model, served_name, state_dir
-from protocol.errors import HeadraceError, RequestError, StartError
+from protocol.errors import HeadraceError, StartError
 
 EX_CONFIG = 78
 DEFAULT_REDIS = "redis://127.0.0.1:6379/0"
@@ -35,12 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(value.reason)
     try:
         return int(args.run(args) or 0)
-    except StartError as error:
-        print(f"headrace {args.command}: {error}", file=sys.stderr)
-        return EX_CONFIG
-    except (RequestError, HeadraceError) as error:
-        print(f"headrace {args.command}: {error}", file=sys.stderr)
-        return 1
+    except HeadraceError as error:
+        return _say(args.command, error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `headrace submit ... | head`
@@ -106,7 +103,7 @@ def gateway(args: argparse.Namespace) -> int:
         tenant_tokens=args.max_tenant_tokens,
     )
     values = vars(args) | {"redis_url": args.redis_url or _default_redis(), "limits": limits}
-    return _run(run_gateway(config_of(GatewayConfig, values)))
+    _run("gateway", run_gateway(config_of(GatewayConfig, values)))
 
 
 @command(
@@ -124,7 +121,7 @@ def scheduler(args: argparse.Namespace) -> int:
     values = _with_model(vars(args)) | {"redis_url": args.redis_url or _default_redis()}
     from scheduler.service import SchedulerConfig, run_scheduler
 
-    return _run(run_scheduler(config_of(SchedulerConfig, values | {"retention_s": args.retention})))
+    _run("scheduler", run_scheduler(config_of(SchedulerConfig, values | {"retention_s": args.retention})))
 
 
 @command(
@@ -143,7 +140,7 @@ def worker(args: argparse.Namespace) -> int:
     from headrace.progress import reporter
     from workers.service import WorkerConfig, run_worker
 
-    return _run(run_worker(config_of(WorkerConfig, values), progress=reporter()))
+    _run("worker", run_worker(config_of(WorkerConfig, values), progress=reporter()))
 
 
 @command(
@@ -259,12 +256,29 @@ def _start_logging(level: str) -> None:
         requests.handlers, requests.propagate = [lines], False
 
 
-def _run(service: Coroutine[Any, Any, int]) -> int:
+def _run(role: str, service: Coroutine[Any, Any, int]) -> NoReturn:
+    """Run a service to its end and leave at once: taking an interpreter with torch apart lasts seconds, and a thread
+    that hangs in a device must not keep a dead process alive."""
+    runner: Any = asyncio
+    with contextlib.suppress(ImportError):  # not on every platform
+        import uvloop as runner
     try:
-        import uvloop
-    except ImportError:  # not on every platform
-        return asyncio.run(service)
-    return uvloop.run(service)
+        code = runner.run(service)
+    except HeadraceError as error:
+        code = _say(role, error)
+    except BaseException:
+        logging.getLogger(f"headrace.{role}").critical("ended by a fault", exc_info=True)
+        code = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _say(role: str, error: HeadraceError) -> int:
+    """One line for a person; returns the exit code."""
+    print(f"headrace {role}: {error}", file=sys.stderr, flush=True)
+    return EX_CONFIG if isinstance(error, StartError) else 1
 
 
 if __name__ == "__main__":
