@@ -59,10 +59,13 @@ def server_url(data_dir: Path) -> str:
     return f"unix://{socket_path(Path(data_dir))}"
 
 
-def server_command(data_dir: Path, *, port: int = 0, settings: dict[str, str] | None = None) -> list[str]:
+def server_command(
+    data_dir: Path, *, port: int = 0, settings: dict[str, str] | None = None, binary: str | None = None
+) -> list[str]:
     """The command line that serves ``data_dir`` in the foreground. ``port`` 0: the unix socket alone.
 
-    Makes the directories that it needs. ``settings`` override the durable ones (DURABLE).
+    Makes the directories that it needs. ``settings`` take the place of the durable ones (DURABLE); ``binary`` that of
+    the server found.
     """
     data_dir = Path(data_dir).resolve()
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -83,16 +86,24 @@ def server_command(data_dir: Path, *, port: int = 0, settings: dict[str, str] | 
         "loglevel": "warning",
         **(DURABLE if settings is None else settings),
     }
-    return [find_server(), *(part for name, value in options.items() for part in (f"--{name}", value))]
+    return [binary or find_server(), *(part for name, value in options.items() for part in (f"--{name}", value))]
 
 
 class EmbeddedServer:
     """One server process over ``data_dir``. Its append-only file lives there: a restart finds its jobs again."""
 
-    def __init__(self, data_dir: Path | str, *, port: int = 0, settings: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: Path | str,
+        *,
+        port: int = 0,
+        settings: dict[str, str] | None = None,
+        binary: str | None = None,
+    ) -> None:
         self.data_dir = Path(data_dir).resolve()
         self.port = port
         self.settings = settings
+        self.binary = binary
         self.process: subprocess.Popen[bytes] | None = None
         self._lock: int | None = None
 
@@ -106,7 +117,7 @@ class EmbeddedServer:
 
     def start(self, timeout_s: float = 60.0) -> EmbeddedServer:
         """Start and wait until it answers PING. StartError if it cannot, or if the directory is in use."""
-        command = server_command(self.data_dir, port=self.port, settings=self.settings)
+        command = server_command(self.data_dir, port=self.port, settings=self.settings, binary=self.binary)
         self._lock = lock_data_dir(self.data_dir)
         log_file = self.data_dir / "server.log"
         with log_file.open("ab") as log:

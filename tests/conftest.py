@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -19,10 +20,13 @@ MODEL = "test/model"
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[EmbeddedServer]:
-    """A real server that forgets everything when it ends. Its unix socket's path must be short."""
+    """A real server that forgets everything when it ends. Its unix socket's path must be short.
+
+    HEADRACE_TEST_REDIS_SERVER names another server binary to run the tests against.
+    """
     data_dir = Path(tempfile.mkdtemp(prefix="headrace-test-"))
     try:
-        with EmbeddedServer(data_dir, settings=FAST) as running:
+        with EmbeddedServer(data_dir, settings=FAST, binary=os.environ.get("HEADRACE_TEST_REDIS_SERVER")) as running:
             yield running
     finally:
         shutil.rmtree(data_dir, ignore_errors=True)
