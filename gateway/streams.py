@@ -101,11 +101,12 @@ class Follower:
             if self.tally.prompt_tokens is None:
                 self.learn(await bus.read_request(self.rid))
             open_choices = [c for c in range(self.tally.choices) if self.tally.ends[c] is None]
+            before = list(self.cursors)  # the live tail moves them on while the lengths are read
             lengths = await bus.journal_lengths([(self.rid, c) for c in open_choices])
             for choice, length in zip(open_choices, lengths, strict=True):
-                position = self.cursors[choice]
-                if length < position:
+                if length < before[choice]:
                     raise StreamDiverged("the journal is shorter than what was read of it")
+                position = self.cursors[choice]
                 if length > position:
                     raw = await bus.read_journal(self.rid, choice, position)
                     # the live tail may have come in meanwhile
