@@ -152,7 +152,7 @@ async def run_gateway(config: GatewayConfig, *, ready: Callable[[Gateway], None]
 
     ``ready`` is called once the port is open. StartError says why it cannot be.
     """
-    _log_requests()
+    log_requests()
     stop, stop_now = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -180,7 +180,7 @@ async def run_gateway(config: GatewayConfig, *, ready: Callable[[Gateway], None]
     return 1 if stop_now.is_set() else 0
 
 
-def _log_requests() -> None:
+def log_requests() -> None:
     """The request log is one JSON object a line, on stderr, whatever the rest of the log looks like."""
     logger = logging.getLogger("headrace.gateway.requests")
     if not logger.handlers:
