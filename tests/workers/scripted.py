@@ -43,6 +43,7 @@ class ScriptedScheduler:
         assert epoch is not None
         self.epoch = epoch
         self.step = 0
+        self._after = await self.bus.last_event_id()  # hints of an earlier reign are not ours
 
     async def adopt(self, wid: str, beyond: int = 0) -> WorkerRecord:
         """Wait for ``wid`` to serve under a gen above ``beyond``; plans go to it from now on."""
