@@ -1,0 +1,188 @@
+"""How many tokens one gateway process can stream: N open streams, fed by publications made up on the spot.
+
+A real server, a real gateway process and real HTTP clients; only the scheduler and the workers are missing: this
+program ingests the requests and publishes one row per stream and step, at a given pace. Told are the tokens that
+arrived, the gateway's CPU time per token (from it: what one core could stream), and how long a token took from
+its publication to the client.
+
+    python benchmarks/gateway.py --streams 1000 --rate 10000 --seconds 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from multiprocessing import Process, Queue
+from pathlib import Path
+from typing import Any
+
+import redis.asyncio
+import uvloop
+
+from headrace.embedded import FAST, EmbeddedServer
+from protocol.bus import Bus
+from protocol.messages import Capacity, Frame, ModelCard, PoolCapacity, encode, pack_ids, row_edges
+
+MODEL = "bench/gateway"
+MEASURED = 32  # streams whose tokens are timed one by one
+GATEWAY = """
+import asyncio, logging, sys, uvloop
+logging.basicConfig(level="INFO", stream=sys.stdout, format="%(message)s")
+from gateway.app import GatewayConfig, run_gateway
+raise SystemExit(uvloop.run(run_gateway(GatewayConfig(redis_url=sys.argv[1], port=0, drain_timeout=0.0))))
+"""
+
+
+# ------------------------------------------------------------------ the clients: a process of their own
+
+
+class Reader(asyncio.Protocol):
+    """One stream: counts its events; a measured one also notes how old each token is on arrival."""
+
+    def __init__(self, body: bytes, measured: bool, totals: dict[str, Any], done: asyncio.Future[None]) -> None:
+        self.body, self.measured, self.totals, self.done = body, measured, totals, done
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        transport.write(head % len(self.body) + self.body)  # type: ignore[attr-defined]
+
+    def data_received(self, received: bytes) -> None:
+        self.totals["events"] += received.count(b"data: {")
+        self.totals["bytes"] += len(received)
+        if self.measured:
+            now = time.monotonic()
+            self.totals["ages"] += [now - float(at) for at in re.findall(rb'"text":"@([0-9.]+)', received)]
+        if b"data: [DONE]" in received:
+            self.transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+async def read_streams(port: int, streams: int, queue: Queue[Any]) -> None:
+    loop = asyncio.get_running_loop()
+    totals: dict[str, Any] = {"events": 0, "bytes": 0, "ages": []}
+    body = json.dumps({"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 100000, "stream": True}).encode()
+    waiting = []
+    for i in range(streams):
+        done = loop.create_future()
+        waiting.append(done)
+        await loop.create_connection(lambda i=i, d=done: Reader(body, i < MEASURED, totals, d), "127.0.0.1", port)  # type: ignore[misc]
+    await asyncio.gather(*waiting)
+    queue.put(totals)
+
+
+def run_clients(port: int, streams: int, queue: Queue[Any]) -> None:
+    uvloop.run(read_streams(port, streams, queue))
+
+
+# ------------------------------------------------------------------ the backend
+
+
+class Source:
+    """Ingests what arrives, then publishes a token to every stream at each step."""
+
+    def __init__(self, url: str) -> None:
+        self.bus = Bus(url, MODEL)
+        self.raw = redis.asyncio.Redis.from_url(url)
+        self.cursors: dict[str, int] = {}
+        self.channel = ""
+
+    async def start(self) -> None:
+        await self.bus.connect()
+        card = ModelCard(model=MODEL, created=1, max_model_len=1 << 20, vocab_size=1000)
+        await self.bus.publish_card(card, None)
+        epoch = await self.bus.lead("bench", await self.bus.read_leader())
+        assert epoch is not None
+        self.epoch = epoch
+        await self.bus.register("w0", Capacity(MODEL, 1 << 20, 1, 1, [PoolCapacity("full", 1, 1)], 1000), "serving")
+
+    async def ingest(self, streams: int) -> None:
+        while len(self.cursors) < streams:
+            for entry in await self.bus.read_jobs("reign", 256, 1000):
+                assert entry.rid is not None
+                await self.bus.ingest(self.epoch, entry.entry_id, rid=entry.rid, prompts=[pack_ids([1, 2, 3])], seed=1)
+                self.cursors[entry.rid] = 0
+        names = {n for channels in (await self.bus.scan_live()).values() for n in channels}
+        (self.channel,) = names
+
+    async def step(self, last: bool = False) -> None:
+        frame = encode(Frame(7, f"@{time.monotonic():.6f} tok", "stop" if last else None))
+        parts: list[bytes] = []
+        for rid, cursor in self.cursors.items():
+            head, tail = row_edges(rid, 0, cursor, len(frame), None)
+            parts += (head, frame, tail)
+            self.cursors[rid] = cursor + len(frame)
+        per_row = 3 * 256  # one commit carries at most 256 rows
+        for at in range(0, len(parts), per_row):
+            await self.raw.publish(self.bus.keys.out(self.channel), b"".join(parts[at : at + per_row]))
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def measure(url: str, streams: int, rate: float, seconds: float) -> dict[str, Any]:
+    source = Source(url)
+    await source.start()
+    gateway = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", GATEWAY, url, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    assert gateway.stdout is not None
+    line = (await gateway.stdout.readline()).decode()
+    port = int(line.rsplit(":", 1)[1])
+    queue: Queue[Any] = Queue()
+    clients = Process(target=run_clients, args=(port, streams, queue))
+    clients.start()
+    await source.ingest(streams)
+    await asyncio.sleep(1.0)
+    interval = streams / rate
+    steps = max(2, int(seconds / interval))
+    cpu, started = cpu_seconds(gateway.pid), time.monotonic()
+    for step in range(steps):
+        await source.step(last=step == steps - 1)
+        await asyncio.sleep(max(0.0, started + (step + 1) * interval - time.monotonic()))
+    totals = await asyncio.to_thread(queue.get)
+    wall, cpu = time.monotonic() - started, cpu_seconds(gateway.pid) - cpu
+    clients.join()
+    memory = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{gateway.pid}/status").read_text())[0]) / 1024
+    gateway.terminate()
+    await gateway.wait()
+    ages = sorted(totals["ages"])
+    tokens = streams * steps
+    return {
+        "streams": streams,
+        "tokens": tokens,
+        "arrived": totals["events"],
+        "tokens_per_s": round(tokens / wall),
+        "cpu_us_per_token": round(1e6 * cpu / tokens, 1),
+        "tokens_per_cpu_s": round(tokens / cpu),
+        "cpu_share": round(cpu / wall, 2),
+        "age_p50_ms": round(1e3 * ages[len(ages) // 2], 1),
+        "age_p99_ms": round(1e3 * ages[int(len(ages) * 0.99)], 1),
+        "bytes_per_token": round(totals["bytes"] / tokens),
+        "rss_mib": round(memory),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=1000)
+    parser.add_argument("--rate", type=float, default=10000.0, help="tokens per second, over all streams")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder), settings=FAST) as server:
+        print(json.dumps(uvloop.run(measure(server.url, args.streams, args.rate, args.seconds)), indent=1))
+
+
+if __name__ == "__main__":
+    main()
