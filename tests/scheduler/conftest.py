@@ -64,6 +64,10 @@ class Stage:
         self._tasks.append(worker.task)
         return worker
 
+    def watch(self, task: asyncio.Task[Any]) -> None:
+        """A task of the test's own, ended with the test."""
+        self._tasks.append(task)
+
     async def accept(self, prompt: Any = None, *, job: dict[str, Any] | None = None, **sampling: Any) -> str:
         fields = {"sampling": SamplingParams(**{"seed": 7, **sampling}), **(job or {})}
         rid = new_rid()

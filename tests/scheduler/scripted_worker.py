@@ -113,6 +113,7 @@ class ScriptedWorker:
                     if fenced.cause != "epoch":
                         raise
                     self.seats.clear()
+                    self.epoch = plan.epoch + 1
             await self.running.wait()
             await self.bus.pulse(self.wid, self.gen)
 
