@@ -237,7 +237,7 @@ class Assembly:
                 excused=excused,
                 vacated=[*lane.frees, *(seat for seat, _ in lane.ends)],
                 first=complete,
-                alone=lane.alone,
+                alone=lane.alone if rows else None,
             )
         )
         for seat, _ in lane.ends:

@@ -287,7 +287,7 @@ class Core:
         if lane is None or lane.gen != event.gen:
             return
         suspects = self.rids_in_flight(event.wid) if event.died else []
-        culprit = lane.alone if event.died and lane.flights else None
+        culprit = next((flight.alone for flight in lane.flights if flight.alone), None) if event.died else None
         for rid in suspects:
             self._ledger.requests[rid].attempts += 1
         self._unassign(lane)

@@ -1,4 +1,4 @@
-"""Builders of the small things that scheduler tests are made of. Every argument has a default that fits a tiny worker."""
+"""Builders of the small things that scheduler tests are made of; every argument has a default for a tiny worker."""
 
 from __future__ import annotations
 

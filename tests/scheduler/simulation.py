@@ -299,6 +299,7 @@ class SimWorker:
                 self.start()
             else:
                 self.clear()
+                self.epoch += 1
             return
         for (row, number), verdict in zip(batch, verdicts, strict=True):
             if verdict != LANDED:
@@ -473,7 +474,7 @@ class SimScheduler:
                     self.world.count["released"] += 1
                     self.todo.append(lambda w=wid, g=gen: self.lose(w, g, died=False))
                 case RequestDone():
-                    self.world.done(effect)
+                    self.world.done(self, effect)
 
     # -------------------------------------------------------------- turns
 
@@ -499,7 +500,10 @@ class SimScheduler:
 
     def hint(self, event: StepDone) -> None:
         chance = self.world.rng.random()
-        if chance < self.world.hint_loss:
+        lane_step = max(
+            (p.step for p in self.world.server.workers[event.wid].plans if p.epoch == self.epoch), default=0
+        )
+        if chance < self.world.hint_loss and event.step < lane_step:  # another follows, which shows the gap
             self.world.count["lost hints"] += 1
             return
         self.apply(event)
@@ -616,7 +620,9 @@ class World:
         if self.verbose:
             print(f"{self.turns:6d} {self.now:8.3f}", *what)
 
-    def done(self, effect: RequestDone) -> None:
+    def done(self, scheduler: SimScheduler, effect: RequestDone) -> None:
+        if scheduler.epoch < self.server.epoch:
+            return  # deposed, it may take a newer reign's hints for its own: nothing that it writes will land
         record = self.server.records[effect.rid]
         if any(choice.finish is None for choice in record.choices):
             raise Violation(f"{effect.rid}: done before its choices ended")
@@ -720,6 +726,8 @@ class World:
         core = self.schedulers[-1].core
         core.check_integrity()
         stats = core.stats()
+        self.count["preemptions"] += stats.counters.preemptions
+        self.count["prefix hits"] += stats.counters.prefix_hits
         if stats.running or stats.waiting or any(worker.blocks_used for worker in stats.workers.values()):
             raise Violation("not everything was given back")
 
