@@ -27,15 +27,18 @@ class StopStrings:
     The string that is complete first wins, then the longer one: so the outcome depends on the text alone.
     """
 
-    __slots__ = ("_include", "_stops", "held")
+    __slots__ = ("_first", "_include", "_stops", "held")
 
     def __init__(self, stops: list[str], include: bool) -> None:
         self._stops = stops
+        self._first = frozenset(stop[0] for stop in stops)
         self._include = include
         self.held = ""  # text that may become a stop string
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """(text that is safe to show, the stop string that was found or None)."""
+        if not self.held and self._first.isdisjoint(text):
+            return text, None
         text = self.held + text
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
