@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from protocol.bus import Bus
 from protocol.errors import Fenced
 from protocol.keys import check_name
-from scheduler.ingest import Prompts
+from scheduler.ingest import Prompts, hide_torch
 from scheduler.leadership import ServerClock, Timing, keep_lead, stand_by
 from scheduler.metrics import Metrics, Vitals, serve_status
 from scheduler.reign import Reign
@@ -48,13 +48,15 @@ class SchedulerConfig:
 async def run_scheduler(config: SchedulerConfig, stop: asyncio.Event | None = None) -> int:
     """Serve until stopped (0) or deposed by another leader (1). StartError and ModelRefused say what to do.
 
-    ``stop`` ends it in order; without one SIGTERM and SIGINT do. The lead is handed over either way.
+    ``stop`` ends it in order; without one the process is the scheduler's own, and SIGTERM and SIGINT do. The lead is
+    handed over either way.
     """
     loop = asyncio.get_running_loop()
     if stop is None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        hide_torch()
     name = check_name(config.name, "name") if config.name else socket.gethostname()
     threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="ingest")
     metrics, vitals = Metrics(config.served_model_name), Vitals()
