@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from protocol.errors import EngineFailed
-from protocol.messages import CLOSED, PRIORITIES, STALE, unpack_ids
+from protocol.messages import CLOSED, LANDED, PRIORITIES
 from scheduler import events
 from scheduler.assembly import Assembly
 from scheduler.events import ChoiceState, Effect, Event
 from scheduler.lane import Flight, Lane
 from scheduler.ledger import Counters, Ledger
-from scheduler.sequence import Request, Sequence, State
+from scheduler.sequence import ID_BYTES, Request, Sequence, State, append_ids
 from scheduler.waiting import WaitingQueue
 
 LATE_S = 1e-4  # a shorter wait of the device is its own loop's, not ours
@@ -341,30 +341,39 @@ class Core:
             self._ledger.settle(sequence)
 
     def _read_rows(self, lane: Lane, event: events.StepDone) -> int:
-        """Take over what was journaled; returns the number of tokens."""
-        seats, tokens = lane.seats, 0
-        for k, row in enumerate(event.rows):
+        """Take over what was journaled; returns the number of tokens. The one loop over all sequences of a step."""
+        seats, size = lane.seats, 0
+        refused = self._read_verdicts(lane, event) if event.verdicts else ()
+        for row in event.rows:
             sequence = seats[row.seat]
-            if sequence is None:
+            if sequence is None or row.seat in refused:
                 continue
-            if event.verdicts and event.verdicts[k] == STALE:
-                self._ledger.leave(sequence, lost_track=True)
-                continue
-            if event.verdicts and event.verdicts[k] == CLOSED:
-                self._ledger.ended(sequence, row.finish or "closed")
-                continue
-            ids = unpack_ids(row.tokens)
-            tokens += len(ids)
-            sequence.output.extend(ids)
+            raw = row.tokens
+            size += len(raw)
+            append_ids(sequence.output, raw)
             sequence.cursor = row.cursor
             if row.finish is not None:
                 self._ledger.ended(sequence, row.finish)
-        return tokens
+        return size // ID_BYTES
+
+    def _read_verdicts(self, lane: Lane, event: events.StepDone) -> set[int]:
+        """Seats of which a row did not land: closed elsewhere, or of a placement that is not the journal's."""
+        refused = set()
+        for row, verdict in zip(event.rows, event.verdicts, strict=True):
+            sequence = lane.seats[row.seat]
+            if verdict == LANDED or sequence is None:
+                continue
+            refused.add(row.seat)
+            if verdict == CLOSED:
+                self._ledger.ended(sequence, row.finish or "closed")
+            else:
+                self._ledger.leave(sequence, lost_track=True)
+        return refused
 
     def _find_missing(self, lane: Lane, done: list[Flight], event: events.StepDone) -> None:
         """Fewer tokens came than were planned. For an ended sequence that is as it should be; a live one has a gap."""
         missing = Counter(seat for flight in done for seat in flight.sampled_seats())
-        missing.subtract({row.seat: len(row.tokens) // 4 for row in event.rows})
+        missing.subtract({row.seat: len(row.tokens) // ID_BYTES for row in event.rows})
         for seat, count in missing.items():
             sequence = lane.seats[seat]
             if count and sequence is not None:

@@ -14,15 +14,29 @@ A transition that the table lacks raises and changes nothing.
 from __future__ import annotations
 
 import enum
+import sys
 from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.errors import RequestError, ServiceError
+from protocol.messages import unpack_ids
 from scheduler.blocks import chain_hashes
 from scheduler.events import Arrive, ChoiceState, FinishChoice
 
 if TYPE_CHECKING:
     from scheduler.lane import Lane
+
+
+ID_BYTES = 4  # of one packed id
+
+
+def _append_swapped(ids: array[int], raw: bytes) -> None:
+    ids.extend(unpack_ids(raw))
+
+
+# Append packed ids to an array of ids. Called for every row of every step: on most machines the array's own method.
+append_ids: Callable[[array[int], bytes], None] = array.frombytes if sys.byteorder == "little" else _append_swapped
 
 
 class State(enum.Enum):
