@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import secrets
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -90,7 +90,7 @@ class Client:
         await self._bus.connect()
         self._subscription = self._bus.subscribe(self._channel)
         await self._subscription.start()
-        self._listener = asyncio.create_task(self._listen(), name="headrace client")
+        self._listener = asyncio.create_task(self._listen(self._subscription), name="headrace client")
 
     async def close(self) -> None:
         """Requests go on; this client only stops listening."""
@@ -175,9 +175,9 @@ class Client:
             raise InvalidRequest(f"name the model, one of: {', '.join(served) or 'none is served here'}", param="model")
         return served[0]
 
-    async def _listen(self) -> None:
+    async def _listen(self, publications: AsyncIterable[list[Row]]) -> None:
         """Hand rows to whoever reads their request. A subscription that was lost sends all to their journals."""
-        async for rows in self._subscription:
+        async for rows in publications:
             if not rows:
                 for queues in self._readers.values():
                     for queue in queues:
