@@ -53,7 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "query_pre_attn_scalar": 24,
         "sliding_window": 16,
-        "attn_logit_softcapping": 3.0,
+        "attn_logit_softcapping": 6.0,
         "final_logit_softcapping": 10.0,
         "hidden_activation": "gelu_pytorch_tanh",
     },
@@ -61,7 +61,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **SMALL,
         "model_type": "gemma3_text",
         "head_dim": 16,
-        "query_pre_attn_scalar": 16,
+        "query_pre_attn_scalar": 1,
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
@@ -193,7 +193,7 @@ def liven(model: Any, seed: int = 0) -> None:
         noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight.dtype)
         if weight.ndim >= 2:
             embedding = "emb" in name or "wte" in name or "wpe" in name
-            weight.copy_(noise * embedding_scale if embedding else noise * (1.5 / math.sqrt(min(weight.shape[-2:]))))
+            weight.copy_(noise * embedding_scale if embedding else noise * (4.0 / math.sqrt(min(weight.shape[-2:]))))
         else:
             weight.add_(0.1 * noise)
 

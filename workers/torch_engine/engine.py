@@ -166,7 +166,7 @@ class TorchEngine:
             counts=counts,
             contexts=counts,
             row_starts=row_starts,
-            block_tables=np.zeros((len(counts), 1), np.int32),
+            block_tables=np.zeros((len(counts), -(-length // self.config.block_size)), np.int32),
             block_size=self.config.block_size,
             sampling_seats=np.zeros(0, np.int64),
             sampling_positions=np.zeros(0, np.int64),

@@ -45,6 +45,7 @@ class KVPool:
         self.keys[layer].index_put_((slots,), key)
         self.values[layer].index_put_((slots,), value)
 
+    @torch.inference_mode()
     def zero_(self) -> None:
         for tensor in (*self.keys, *self.values):
             tensor.zero_()
