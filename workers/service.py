@@ -26,6 +26,7 @@ from protocol.messages import Capacity, Hint
 from workers.detokenizer import Vocabulary, WindowVocabulary
 from workers.device import Device, Ticket
 from workers.engine import Engine, Progress, Sampled
+from workers.interruption import wait_for_notice
 from workers.metrics import Metrics, serve_metrics
 from workers.outputs import Batch, Outputs
 from workers.simulated import SimulatedConfig, SimulatedEngine, byte_vocabulary
@@ -58,6 +59,7 @@ class WorkerConfig:
     engine_options: dict[str, Any] | None = None  # further fields of the engine's own
     drain_timeout: float = 60.0
     stall_timeout: float = 60.0  # a step without any progress for so long ends the process
+    interruption_notice_url: str | None = None  # an address or a file that tells that this machine will go away
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None  # None: no port; 0: any free one
 
@@ -156,15 +158,43 @@ class Worker:
         runner = None
         if config.metrics_port is not None:
             runner = await serve_metrics(self.metrics, config.metrics_host, config.metrics_port, self.health)
+        life = asyncio.ensure_future(self._live())
+        last_moment = asyncio.ensure_future(self._wait_out_drain())
+        notice = asyncio.ensure_future(self._drain_on_notice(config.interruption_notice_url))
         try:
-            gen = await self.bus.register(config.name, None, "loading")
-            log.info("registered as %s, generation %d", config.name, gen)
-            loaded = await self._load_while_beating(gen)
-            return await self._serve(*loaded) if loaded is not None else 0
+            await asyncio.wait((life, last_moment), return_when=asyncio.FIRST_COMPLETED)
+            return life.result() if life.done() else last_moment.result()
+        except HeadraceError:
+            raise
+        except Exception as error:  # the engine failed, a step hung, a plan was impossible: the supervisor restarts
+            log.critical("ending: %s: %s", type(error).__name__, error, exc_info=error)
+            return 1
         finally:
             self.device.stop()
+            for task in (life, last_moment, notice):
+                task.cancel()
+            await asyncio.gather(life, last_moment, notice, return_exceptions=True)
             if runner is not None:
                 await runner.cleanup()
+
+    async def _live(self) -> int:
+        gen = await self.bus.register(self.config.name, None, "loading")
+        log.info("registered as %s, generation %d", self.config.name, gen)
+        loaded = await self._load_while_beating(gen)
+        return await self._serve(*loaded) if loaded is not None else 0
+
+    async def _wait_out_drain(self) -> int:
+        await self.draining.wait()
+        await asyncio.sleep(self.config.drain_timeout)
+        live = self._incarnation.outputs.live if self._incarnation is not None else 0
+        log.warning("drain timeout: leaving with %d sequences here", live)
+        return 0
+
+    async def _drain_on_notice(self, source: str | None) -> None:
+        if source is not None:
+            await wait_for_notice(source)
+            log.warning("this machine will be taken away: draining")
+            self.draining.set()
 
     def _load(self) -> tuple[Capacity, Vocabulary | WindowVocabulary]:
         """In the device thread: the model and its tokenizer, then warm-up."""
@@ -225,13 +255,24 @@ class Worker:
                     log.info("released by the scheduler")
                     return 0
                 log.warning("%s: dropping all sequences and registering anew", fenced)
-                gen = await self.bus.register(self.config.name, capacity, self.state)
-                log.info("registered as %s, generation %d", self.config.name, gen)
-            except HeadraceError:
-                raise
-            except Exception as error:
-                log.critical("ending: %s: %s", type(error).__name__, error, exc_info=error)
-                return 1
+            await self._until_idle()
+            gen = await self.bus.register(self.config.name, capacity, self.state)
+            log.info("registered as %s, generation %d", self.config.name, gen)
+
+    async def _until_idle(self) -> None:
+        """Let the step under way end first: a worker whose device hangs must not offer itself again."""
+        self.device.reset(self.next_reign())
+        seen = None
+        while self.device.busy:
+            progress = (self.device.steps, self.engine.beat())
+            if progress == seen:
+                self.watch_progress()
+            else:
+                self.progressed()
+            seen = progress
+            if self.device.failed.done():
+                self.device.failed.result()
+            await asyncio.sleep(0.02)
 
     def watch_progress(self) -> None:
         """Called when a step made no progress since the last look; raises once it has stood for too long."""
@@ -405,12 +446,9 @@ class Incarnation:
         """Leave once nothing is here any more. The usual way out is earlier: the scheduler moves the sequences and
         retires this worker, whose next pulse is fenced."""
         await self.worker.draining.wait()
-        deadline = time.monotonic() + self.worker.config.drain_timeout
-        while (now := time.monotonic()) < deadline:
-            quiet = now - self._planned_at > QUIET_S
+        while True:
+            quiet = time.monotonic() - self._planned_at > QUIET_S
             if quiet and self._said == "draining" and not self.open_steps and not self.outputs.live:
                 log.info("drained")
                 return 0
             await asyncio.sleep(0.05)
-        log.warning("drain timeout: leaving with %d sequences here", self.outputs.live)
-        return 0

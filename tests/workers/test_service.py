@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
+import threading
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
+import numpy as np
 import pytest
 import redis
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from protocol.bus import Bus
 from protocol.errors import Fenced, StartError
 from protocol.messages import Plan, Terminal, choice_seed, decode_frames, encode, unpack_ids
 from tests.conftest import MODEL
 from tests.workers.scripted import ScriptedScheduler, until
-from workers import service
+from workers import interruption, service
 from workers.engine import Engine
 from workers.service import Worker, WorkerConfig, run_worker
-from workers.simulated import SimulatedConfig, SimulatedEngine
+from workers.simulated import GOLDEN, SimulatedConfig, SimulatedEngine, _mix
 
 FAST = {"step_us": 200.0, "token_us": 0.0, "row_us": 0.0, "num_blocks": 8192}
 
@@ -71,10 +78,6 @@ async def scheduler(bus: Bus) -> ScriptedScheduler:
 
 def expected(rid_seed: int, prompt: bytes, count: int) -> list[int]:
     """The tokens that the simulated engine gives to a sequence, from an engine that runs it alone."""
-    import numpy as np
-
-    from workers.simulated import GOLDEN, _mix
-
     key = np.uint64(choice_seed(rid_seed, 0))
     positions = np.arange(len(prompt), len(prompt) + count, dtype=np.uint64)
     with np.errstate(over="ignore"):
@@ -343,8 +346,6 @@ class Gated(SimulatedEngine):
 
     def __init__(self) -> None:
         super().__init__(SimulatedConfig(**FAST))  # type: ignore[arg-type]
-        import threading
-
         self.gate = threading.Semaphore(0)
         self.fault: Exception | None = None
 
@@ -450,8 +451,6 @@ async def test_a_worker_retired_while_it_loads_registers_anew(
     running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "PULSE_S", 0.02)
-    import threading
-
     loaded = threading.Event()
 
     class Slow(SimulatedEngine):
@@ -556,3 +555,101 @@ async def test_prompts_and_tokens_stay_out_of_the_log(
 async def test_run_worker_checks_its_name(redis_url: str) -> None:
     with pytest.raises(Exception, match="name must match"):
         await run_worker(WorkerConfig(redis_url=redis_url, served_model_name=MODEL, name="a b"), signals=False)
+
+
+# ---------------------------------------------------------------- interruption notices
+
+
+@pytest.mark.parametrize("session_tokens", [False, True])
+async def test_an_interruption_notice_drains(
+    running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch, session_tokens: bool
+) -> None:
+    """A metadata service as AWS has it: 404 until the notice; with IMDSv2 only for those who fetched a token."""
+    monkeypatch.setattr(interruption.wait_for_notice, "__defaults__", (0.02,))
+    answers: list[int] = []
+    doomed = asyncio.Event()
+
+    async def notice(request: web.Request) -> web.Response:
+        if session_tokens and request.headers.get("X-aws-ec2-metadata-token") != "t0k3n":
+            answers.append(401)
+        else:
+            answers.append(200 if doomed.is_set() else 404)
+        return web.Response(status=answers[-1])
+
+    async def token(request: web.Request) -> web.Response:
+        assert int(request.headers["X-aws-ec2-metadata-token-ttl-seconds"]) > 0
+        return web.Response(text="t0k3n")
+
+    app = web.Application()
+    app.add_routes([web.get("/latest/meta-data/spot/instance-action", notice), web.put("/latest/api/token", token)])
+    async with TestServer(app) as server:
+        url = str(server.make_url("/latest/meta-data/spot/instance-action"))
+        worker = await running.start(interruption_notice_url=url)
+        await scheduler.adopt("w0")
+        await until(lambda: _answered(answers, 404), "a first poll")
+        assert not worker.draining.is_set()
+        doomed.set()
+        assert await running.ended() == 0
+    assert (401 in answers) == session_tokens
+
+
+async def _answered(answers: list[int], status: int) -> bool:
+    return status in answers
+
+
+async def test_a_file_may_be_the_notice(
+    running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(interruption.wait_for_notice, "__defaults__", (0.02,))
+    worker = await running.start(interruption_notice_url=str(tmp_path / "notice"))
+    await scheduler.adopt("w0")
+    assert not worker.draining.is_set()
+    (tmp_path / "notice").touch()
+    assert await running.ended() == 0
+
+
+# ---------------------------------------------------------------- the process
+
+ALONE = """
+import asyncio, logging, sys
+from workers.service import WorkerConfig, run_worker
+logging.basicConfig(level="INFO")
+config = WorkerConfig(redis_url=sys.argv[1], served_model_name=sys.argv[2], name="w0", engine="simulated")
+code = asyncio.run(run_worker(config))
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+sys.exit(code)
+"""
+
+
+async def test_sigterm_drains_a_process_that_never_imported_torch(redis_url: str, scheduler: ScriptedScheduler) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ALONE, redis_url, MODEL, stderr=asyncio.subprocess.PIPE
+    )
+    await scheduler.adopt("w0")
+    rid = await scheduler.admit(seed=5, max_tokens=4)
+    await scheduler.plan(new=[await scheduler.seat(0, rid)])
+    await scheduler.done()
+    process.send_signal(signal.SIGTERM)
+    await scheduler.decode(0, steps=3)
+    _, log = await process.communicate()
+    assert process.returncode == 0, log.decode()
+    assert [f.token for f in await scheduler.frames(rid)] == expected(5, b"prompt", 4)
+
+
+async def test_a_second_sigterm_ends_at_once(redis_url: str, scheduler: ScriptedScheduler) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ALONE, redis_url, MODEL, stderr=asyncio.subprocess.PIPE
+    )
+    await scheduler.adopt("w0")
+    rid = await scheduler.admit()
+    await scheduler.plan(new=[await scheduler.seat(0, rid)])
+    await scheduler.done()
+    process.send_signal(signal.SIGTERM)
+
+    async def draining() -> bool:
+        return any(w.state == "draining" for w in await scheduler.bus.list_workers())
+
+    await until(draining, "the worker drains")
+    process.send_signal(signal.SIGTERM)
+    await process.communicate()
+    assert process.returncode not in (0, None)
