@@ -1,0 +1,24 @@
+"""The promise under fire, in short: every kind of process killed once under load. `make chaos` runs for an hour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.driver import Chaos
+
+KINDS = [
+    "kill worker", "kill scheduler", "kill gateway", "restart redis", "lose reply worker", "lose reply scheduler",
+    "cut worker", "freeze worker", "freeze redis", "term worker",
+]  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+async def test_nothing_is_lost_and_nothing_comes_twice(tmp_path: Path) -> None:
+    chaos = Chaos(tmp_path, seed=11)
+    await chaos.run(seconds=110, every=4, kinds=KINDS)
+    print(chaos.report())
+    assert chaos.history.violations == []
+    assert len(chaos.history.accepted) > 20
+    assert len(chaos.faults) >= len(KINDS) - 2  # a fault that finds no process of its role is skipped
