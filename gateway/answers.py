@@ -127,14 +127,13 @@ class Answers:
         accepting = self._spawn(self._accept(ask, rid))
         try:
             accepted = await asyncio.shield(accepting)
-        except asyncio.CancelledError:
-            ask.follower = None  # not known to be there yet
+        except BaseException as error:
+            ask.follower = None  # not known to be there
             ask.model.outlet.remove(follower)
-            self._spawn(self._give_up_when_accepted(ask, accepting))
-            raise
-        except HeadraceError:
-            ask.follower = None
-            ask.model.outlet.remove(follower)
+            if isinstance(error, asyncio.CancelledError):
+                self._spawn(self._give_up_when_accepted(ask, accepting))
+            elif isinstance(error, Unavailable):  # it may be there, only the reply was lost
+                self._spawn(self._give_up(ask, rid, 0))
             raise
         ask.rid = accepted.rid
         if accepted.joined:
@@ -244,18 +243,20 @@ class Answers:
         left_behind = isinstance(follower.failed, Draining) or self.draining
         if follower.over or left_behind or ask.view.detached or not ask.rid:
             return
-        self._spawn(self._give_up(ask, seen))
+        self._spawn(self._give_up(ask, ask.rid, seen))
 
-    async def _give_up(self, ask: Ask, seen: int) -> None:
+    async def _give_up(self, ask: Ask, rid: str, seen: int) -> None:
         """Cancel after the grace, if nobody has picked the request up since."""
         if ask.view.grace_s:
             await asyncio.sleep(ask.view.grace_s)
-        if ask.model.outlet.follows(ask.rid):
+        if ask.model.outlet.follows(rid):
             return
         try:
-            await ask.model.bus.cancel(ask.rid, ask.caller.tenant, attached=seen)
+            await ask.model.bus.cancel(rid, ask.caller.tenant, attached=seen)
+        except NotFound:
+            pass  # it has never come to be, or is gone already
         except HeadraceError as error:
-            log.warning("request %s could not be cancelled: %s", ask.rid, type(error).__name__)
+            log.warning("request %s could not be cancelled: %s", rid, type(error).__name__)
 
     async def _give_up_when_accepted(self, ask: Ask, accepting: asyncio.Task[Accepted]) -> None:
         try:
@@ -263,8 +264,7 @@ class Answers:
         except HeadraceError:
             return
         if not ask.view.detached and not self.draining:
-            ask.rid = accepted.rid
-            await self._give_up(ask, accepted.attached)
+            await self._give_up(ask, accepted.rid, accepted.attached)
 
     # -------------------------------------------------------------- accounts
 

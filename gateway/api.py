@@ -67,7 +67,7 @@ class Api:
         routes.add("POST", "/v1/chat/completions", self.chat_completions)
         routes.add("GET", "/v1/models", self.list_models)
         routes.add("GET", "/v1/models/", self.show_model)
-        routes.add("GET", "/v1/streams/", self.resume_stream)
+        routes.add("GET", "/v1/streams/", self.resume_stream, head=False)
         routes.add("GET", "/v1/requests/", self.show_request)
         routes.add("DELETE", "/v1/requests/", self.cancel_request)
         routes.add("POST", "/generate", self.generate)

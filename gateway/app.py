@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import secrets
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aiohttp import web
 
@@ -43,12 +44,21 @@ class GatewayConfig:
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
     api_keys_file: str | None = None
-    limits: Limits = field(default_factory=Limits)
+    max_waiting_requests: int | None = 10000  # beyond these bounds new work is a 429; None: unbounded
+    max_waiting_tokens: int | None = None
+    max_tenant_requests: int | None = None
+    max_tenant_tokens: int | None = None
     resume_grace: float = 0.0  # seconds that a request goes on without its client, unless it says itself
     drain_timeout: float = 60.0  # seconds that open requests have to end after SIGTERM
     ready_delay: float = 0.5  # seconds between /ready turning false and the port being closed
     body_timeout: float = 30.0
     stall_timeout: float = 30.0  # a reader that takes nothing for so long is dropped
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            self.max_waiting_requests, self.max_waiting_tokens, self.max_tenant_requests, self.max_tenant_tokens
+        )
 
 
 class Gateway:
@@ -153,6 +163,7 @@ async def run_gateway(config: GatewayConfig, *, ready: Callable[[Gateway], None]
     ``ready`` is called once the port is open. StartError says why it cannot be.
     """
     log_requests()
+    _allow_many_streams()
     stop, stop_now = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -189,3 +200,13 @@ def log_requests() -> None:
         logger.addHandler(handler)
         logger.propagate = False
         logger.setLevel(logging.INFO)
+
+
+def _allow_many_streams() -> None:
+    """Each stream is an open file; the usual soft limit of 1024 is for programs that cannot take more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):  # macOS refuses "unlimited"
+            log.warning("at most %d connections at once: the limit on open files cannot be raised", soft)

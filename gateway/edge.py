@@ -178,12 +178,12 @@ class Routes:
     exact: dict[str, dict[str, Handler]] = field(default_factory=dict)
     prefixes: dict[str, dict[str, Handler]] = field(default_factory=dict)
 
-    def add(self, method: str, path: str, handler: Handler) -> None:
-        """``path`` ending in "/" is a prefix. GET serves HEAD too."""
+    def add(self, method: str, path: str, handler: Handler, *, head: bool = True) -> None:
+        """``path`` ending in "/" is a prefix. GET serves HEAD too, unless ``head`` says no (a stream cannot)."""
         table = self.prefixes if path.endswith("/") else self.exact
         methods = table.setdefault(path, {})
         methods[method] = handler
-        if method == "GET":
+        if method == "GET" and head:
             methods["HEAD"] = handler
 
     def find(self, method: str, path: str) -> tuple[Handler, str]:

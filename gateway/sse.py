@@ -47,7 +47,7 @@ class EventReader(Follower):
         self._chunked = True
         self._arrived = arrived
         self._resumed = shown is not None
-        self._last = 0.0  # when the last token came; 0: none yet
+        self._last = [0.0] * chunks.choices  # when each choice's last token came; 0: none yet
         self.first_token_s: float | None = None
         self.closed = False
 
@@ -62,17 +62,20 @@ class EventReader(Follower):
         if self.full:
             self.fall_behind()
             return
-        now = time.monotonic()
-        if self._last:
-            INTER_TOKEN.observe(self.model, now - self._last)
-        elif not self._resumed:
-            self.first_token_s = now - self._arrived
-            TTFT.observe(self.model, self.first_token_s)
-        self._last = now
+        self._time(choice)
         if len(raw) > SOCKET_BYTES // 16:
             self._take_part(choice, raw)
         else:
             self._put(self.chunks.events(choice, raw))
+
+    def _time(self, choice: int) -> None:
+        now = time.monotonic()
+        if last := self._last[choice]:
+            INTER_TOKEN.observe(self.model, now - last)
+        elif self.first_token_s is None and not self._resumed:
+            self.first_token_s = now - self._arrived
+            TTFT.observe(self.model, self.first_token_s)
+        self._last[choice] = now
 
     def _take_part(self, choice: int, raw: bytes) -> None:
         """As much of a long journal as the socket may hold; the rest is read again when it has drained."""

@@ -352,9 +352,7 @@ async def test_out_of_memory_is_a_503(front: Front, backend: Backend, raw: Any) 
 
 
 async def test_too_much_waiting_is_a_429(open_gateway: Any, backend: Backend) -> None:
-    from protocol.bus import Limits
-
-    front = await open_gateway(limits=Limits(requests=3))
+    front = await open_gateway(max_waiting_requests=3)
     await backend.bus.write_depth(backend.epoch, {"requests": 3, "tokens": 5000, "rate": 100.0})
     status, body, headers = await front.post("/v1/completions", COMPLETION)
     assert (status, body["error"]["code"]) == (429, Overloaded.code)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
 
-from protocol.messages import Frame, encode
+from gateway.app import Gateway, GatewayConfig
+from headrace.embedded import EmbeddedServer
+from protocol.bus import CommitRow
+from protocol.messages import Frame, Hint, encode
 from tests.gateway.backend import MODEL, Backend, word
 from tests.gateway.conftest import Front, eventually, split_events
 
@@ -413,9 +418,6 @@ async def test_several_frames_in_one_row_are_several_events(front: Front, backen
     request = asyncio.create_task(front.events("POST", "/v1/completions", json=COMPLETION))
     (running,) = await backend.until_running()
     frames = [Frame(1, "a"), Frame(2, ""), Frame(3, "bc", "stop")]
-    from protocol.bus import CommitRow
-    from protocol.messages import Hint
-
     row = CommitRow(running.record.rid, 0, 1, 0, b"".join(map(encode, frames)), "stop")
     running.over = True
     await backend.bus.commit("w0", backend.epoch, backend.gen, [row], Hint("w0", backend.gen, 9))
@@ -470,3 +472,38 @@ async def test_ready_tells_the_truth(front: Front, backend: Backend) -> None:
     await eventually(lambda: _is_not_ready(front))
     status, _, _ = await front.ask("GET", "/health")
     assert status == 200
+
+
+# ------------------------------------------------------------------ the server
+
+
+async def test_the_server_is_killed_and_comes_back(tmp_path: Path) -> None:
+    """Streams stay open and go on without a gap or a repeat; meanwhile new work is a 503."""
+    server = EmbeddedServer(tmp_path).start()
+    try:
+        async with Backend(server.url, hold=True, tokens=6) as backend, _front(server.url) as front:
+            request = asyncio.create_task(front.events("POST", "/v1/completions", json=COMPLETION))
+            await backend.until_running()
+            for _ in range(2):
+                await backend.step()
+            assert server.process is not None
+            server.process.kill()
+            server.process.wait()
+            status, body, headers = await front.post("/v1/completions", COMPLETION)
+            assert (status, body["error"]["code"], headers["Retry-After"]) == (503, "unavailable", "1")
+            server.stop()
+            server.start()
+            for _ in range(4):
+                await backend.step()
+            events = await asyncio.wait_for(request, 60)
+            texts = [json.loads(e.split(b"data: ")[1])["choices"][0]["text"] for e in events[:-1]]
+            assert texts == [word(0, i) for i in range(6)]
+            assert await front.events("GET", f"/v1/streams/{rid_of(events)}") == events
+    finally:
+        server.stop()
+
+
+@asynccontextmanager
+async def _front(url: str) -> AsyncIterator[Front]:
+    async with Gateway(GatewayConfig(redis_url=url, port=0)) as gateway, aiohttp.ClientSession() as session:
+        yield Front(gateway, session)
