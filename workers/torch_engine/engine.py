@@ -145,7 +145,7 @@ class TorchEngine:
             ]
             step = self.seats.build(Plan(0, 0, 0, array("H", rows).tobytes(), pack_ids(counts), bytes(len(rows))))
             step.logit_rows = torch.arange(sum(counts), device=self.device)
-            for seat, logits in zip(rows, self._forward(step).float().split(counts), strict=True):
+            for seat, logits in zip(rows, torch.split(self._forward(step).float(), counts), strict=True):
                 pieces[seat].append(logits)
                 done[seat] += len(logits)
         self.seats.clear()
@@ -204,9 +204,11 @@ class TorchEngine:
         """Logits [k, vocabulary] of the rows that are wanted."""
         self.attention.step = step
         kept = {"logits_to_keep": step.logit_rows} if self._keeps_rows else {}
-        out = self.model(input_ids=step.input_ids, position_ids=step.positions, use_cache=False, **kept)
+        logits: torch.Tensor = self.model(
+            input_ids=step.input_ids, position_ids=step.positions, use_cache=False, **kept
+        ).logits
         self.attention.step = None
-        return out.logits[0] if kept else out.logits[0, step.logit_rows]
+        return logits[0] if kept else logits[0, step.logit_rows]
 
     def _drop(self, seat: int) -> None:
         self.seats.drop(seat)

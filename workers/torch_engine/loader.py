@@ -6,7 +6,6 @@ name before its weights are loaded, where the config tells; the rest is found by
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,8 +52,7 @@ def refuse_by_config(model: str, config: Any) -> None:
     kinds = set(getattr(text, "layer_types", None) or ())
     recurrent = sorted(kinds & RECURRENT_LAYERS)
     if getattr(architecture, "_is_stateful", False) or recurrent:
-        named = f" ({', '.join(recurrent)} layers)" if recurrent else ""
-        raise ModelRefused(f"{model}: {kind} keeps recurrent (state-space) state{named}; only attention is served yet")
+        raise ModelRefused(f"{model}: {kind} keeps recurrent (state-space) state, and only attention is served")
     if "chunked_attention" in kinds or getattr(text, "attention_chunk_size", None):
         raise ModelRefused(f"{model}: {kind} attends within chunks, a rule that only a mask carries; not served yet")
     if not getattr(architecture, "_supports_attention_backend", False):
@@ -63,7 +61,7 @@ def refuse_by_config(model: str, config: Any) -> None:
         )
 
 
-def causal_lm_class(config: Any) -> type | None:
+def causal_lm_class(config: Any) -> Any:
     """The class that AutoModelForCausalLM would make, None if there is none."""
     mapping = AutoModelForCausalLM._model_mapping
     return mapping.get(type(config), None)
@@ -90,12 +88,12 @@ def choose_dtype(wanted: str, config: Any, device: torch.device) -> torch.dtype:
         dtype = getattr(torch, wanted, None)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise StartError(f"--dtype {wanted}: choose auto, float32, bfloat16 or float16")
-        return dtype
+        return dtype  # type: ignore[no-any-return]
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(stored, str):
         stored = getattr(torch, stored, None)
     half = (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.bfloat16,)
-    return stored if stored in half else torch.float32
+    return stored if stored in half else torch.float32  # type: ignore[return-value]
 
 
 def choose_max_model_len(wanted: int | None, config: Any) -> int:
@@ -110,6 +108,7 @@ def choose_max_model_len(wanted: int | None, config: Any) -> int:
 
 def load_model(config: EngineConfig, model_config: Any, device: torch.device, progress: Progress) -> Any:
     """The model in eval mode on ``device``, its attention through the registered function."""
+    model: Any
     with _LoadingBar(progress):
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -186,19 +185,16 @@ class _LoadingBar:
     def _bar(self, factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         progress = self.progress
 
-        class Bar(transformers_logging.EmptyTqdm):  # type: ignore[misc]
+        class Bar(transformers_logging.EmptyTqdm):
             def __iter__(self) -> Any:
-                total = max(1, len(self._iterator))
-                for done, item in enumerate(self._iterator):
+                items: Any = self._iterator
+                total = max(1, len(items))
+                for done, item in enumerate(items):
                     progress("load", done / total)
                     yield item
 
-        return Bar(*args, **kwargs)
+        return Bar(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def is_local(model: str) -> bool:
-    return Path(model).is_dir()

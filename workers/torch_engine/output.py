@@ -23,7 +23,7 @@ class TorchStepOutput:
         ]
         self._done: torch.cuda.Event | None = None
         if drawn.tokens.is_cuda:
-            self._done = torch.cuda.Event()
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
     @staticmethod

@@ -109,7 +109,7 @@ class Sampler:
 
     def tops(self, seats: np.ndarray) -> np.ndarray:
         """How many alternatives each seat asked for; -1: no logprobs at all."""
-        return self._fields["logprobs"][seats]
+        return np.asarray(self._fields["logprobs"][seats])
 
     def _steer(self, logits: torch.Tensor, seats: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Penalties, then logit_bias, then min_tokens. Copies before it changes anything."""
@@ -226,13 +226,13 @@ def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """float32 in [0, 1) with 24 random bits for each (key, position): splitmix64's finaliser, twice."""
     with np.errstate(over="ignore"):
         mixed = _mix(keys ^ _mix(positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)))
-    return ((mixed >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
+    return np.asarray((mixed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def draw(logits: torch.Tensor, fields: np.ndarray, uniform: np.ndarray) -> torch.Tensor:

@@ -64,7 +64,8 @@ def compare(model: Any, paged_logits: Callable[[list[torch.Tensor]], list[torch.
 
 def _own_logits(model: Any, text: torch.Tensor) -> torch.Tensor:
     positions = torch.arange(len(text), device=text.device)[None]
-    return model(input_ids=text[None], position_ids=positions, use_cache=False).logits[0].float()
+    logits: torch.Tensor = model(input_ids=text[None], position_ids=positions, use_cache=False).logits
+    return logits[0].float()
 
 
 def _text(model: Any, length: int, seed: int) -> torch.Tensor:
