@@ -25,7 +25,6 @@ class Assembly:
 
     def build(self, lane: Lane) -> Plan | None:
         """The next plan of ``lane``, entered as sent; None if there is nothing to send."""
-        paused = lane.alone is not None and bool(lane.flights)
         grown: dict[int, bytes] = {}
         decodes = 0
         rows: list[tuple[Sequence, int]] = []
@@ -34,7 +33,7 @@ class Assembly:
             grown = self._grow_decodes(lane)
             decodes = len(lane.decoding)
             rows, new = self._prefills(lane, decodes)
-        elif not paused:
+        if lane.alone is not None and not (decodes or rows or lane.flights):
             rows, new = self._alone(lane, lane.alone)
         excused = lane.had_nothing or not lane.flights
         lane.had_nothing = not (decodes or rows)

@@ -20,6 +20,7 @@ from protocol.messages import PRIORITIES
 from scheduler.sequence import Sequence
 
 LEVELS = len(PRIORITIES) + 1
+MOST_COUNTERS = 1024  # of tenants that went away, before those that do not matter are dropped
 CACHED_TOKEN_COST = 0.1  # a prefix-cached token costs its tenant this much of a computed one
 
 
@@ -35,6 +36,8 @@ class WaitingQueue:
         self._counters: dict[str, float] = {}
         self._active: dict[str, int] = {}  # tenant -> its sequences that wait or run
         self._active_order: list[tuple[float, str]] = []
+        self._floor = 0.0  # where a tenant starts when no other is active
+        self._forget_at = MOST_COUNTERS
         self.waiting: dict[str, list[int]] = {}  # tenant -> [requests, tokens] that wait
         self.sequences = 0
 
@@ -44,6 +47,8 @@ class WaitingQueue:
         """One more live sequence of this tenant. A newly active one is lifted to the smallest active counter."""
         if tenant not in self._active:
             floor = self._smallest_active()
+            if len(self._counters) >= self._forget_at:
+                self._forget(floor)
             self._counters[tenant] = max(self._counters.get(tenant, 0.0), floor)
             heapq.heappush(self._active_order, (self._counters[tenant], tenant))
         self._active[tenant] = self._active.get(tenant, 0) + 1
@@ -56,7 +61,10 @@ class WaitingQueue:
                 self._floor = self._counters[tenant]
             del self._active[tenant]
 
-    _floor = 0.0
+    def _forget(self, floor: float) -> None:
+        """Drop counters that the next visit would lift to ``floor`` anyway: tenants' names come from outside."""
+        self._counters = {t: c for t, c in self._counters.items() if c > floor or t in self._active}
+        self._forget_at = max(MOST_COUNTERS, 2 * len(self._counters))
 
     def _smallest_active(self) -> float:
         order = self._active_order
