@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ log = logging.getLogger("headrace.worker")
 PULSE_S = 0.4
 READ_BLOCK_MS = 5000
 MAX_OPEN_STEPS = 256  # read but not committed; beyond it the reader waits
+SWITCH_S = 0.0003  # with the default of 5 ms the device thread waits that long whenever text or a commit is being made
 QUIET_S = 1.0  # a draining worker without sequences leaves after so long without a plan
 
 
@@ -70,7 +72,7 @@ async def run_worker(
     """Serve until SIGTERM (drain, then 0) or a failure (non-zero). StartError where the start cannot succeed.
 
     ``progress`` is called from the device thread while the model loads. ``engine`` takes the place of the
-    configured one.
+    configured one. ``signals``: this process is the worker's alone (its signals, its interpreter's settings).
     """
     check_name(config.name, "name")
     bus = Bus(config.redis_url, config.served_model_name)
@@ -79,6 +81,7 @@ async def run_worker(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
         loop.add_signal_handler(number, worker.on_signal, number)
+        sys.setswitchinterval(SWITCH_S)
     try:
         return await worker.run()
     finally:

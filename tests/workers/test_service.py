@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import sys
 import threading
@@ -258,6 +259,35 @@ async def test_rows_of_a_sequence_that_was_placed_elsewhere_are_stale_and_end_he
     assert worker.metrics.refused._value.get() == 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("seed", range(3))
+async def test_lost_replies_and_connections_change_nothing(
+    running: Running, scheduler: ScriptedScheduler, seed: int
+) -> None:
+    """A third of the worker's calls lose their reply after the server acted, a third of the rest the call itself."""
+    worker = await running.start()
+    await scheduler.adopt("w0")
+    link: Any = worker.bus._link
+    whole, draw = link.once, random.Random(seed)
+
+    async def once(*args: Any) -> Any:
+        if draw.random() < 0.3:
+            raise ConnectionError("lost before it was sent")
+        replies = await whole(*args)
+        if draw.random() < 0.3:
+            raise ConnectionError("lost with its reply")
+        return replies
+
+    link.once = once
+    rids = [await scheduler.admit(seed=s, max_tokens=20) for s in range(3)]
+    await scheduler.plan(new=[await scheduler.seat(s, r) for s, r in enumerate(rids)])
+    await scheduler.decode(0, 1, 2, steps=25)
+    hints = await scheduler.done()
+    for s, rid in enumerate(rids):
+        assert [f.token for f in await scheduler.frames(rid)] == expected(s, b"prompt", 20)
+    assert all(e.verdicts == "" for e in hints)
+    assert worker.metrics.fenced._value.get() == 0  # type: ignore[attr-defined]
+
+
 # ---------------------------------------------------------------- fences
 
 
@@ -408,6 +438,39 @@ async def test_a_step_that_hangs_for_too_long_ends_the_process(
     rid = await scheduler.admit()
     await scheduler.plan(new=[await scheduler.seat(0, rid)])
     assert await running.ended() != 0
+
+
+async def test_a_worker_whose_step_hangs_is_not_offered_again(
+    running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retired while its device hangs, it registers anew only once the step has come to its end."""
+    monkeypatch.setattr(service, "PULSE_S", 0.02)
+    engine = Gated()
+    worker = await running.start(engine=engine)
+    first = await scheduler.adopt("w0")
+    rid = await scheduler.admit(seed=1, max_tokens=3)
+    await scheduler.plan(new=[await scheduler.seat(0, rid)])
+    await scheduler.plan({0: 1})
+
+    async def noticed() -> bool:
+        return worker._stalled_since is not None
+
+    await until(noticed, "the stall is noticed")
+    await scheduler.bus.retire(scheduler.epoch, "w0", first.gen)
+    engine._beats += 1  # a last sign of life: the beat that it allows is fenced
+    fenced = worker.metrics.fenced._value  # type: ignore[attr-defined]
+
+    async def was_fenced() -> bool:
+        return fenced.get() == 1
+
+    await until(was_fenced, "the worker finds itself fenced")
+    assert await scheduler.bus.list_workers() == []
+    engine.allow(100)
+    await scheduler.adopt("w0", beyond=first.gen)
+    await scheduler.plan(new=[await scheduler.seat(0, rid, placement=2)])
+    await scheduler.decode(0, steps=2)
+    await scheduler.done()
+    assert [f.token for f in await scheduler.frames(rid)] == expected(1, b"prompt", 3)
 
 
 async def test_an_engine_that_fails_ends_the_process(
