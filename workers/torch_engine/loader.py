@@ -111,16 +111,22 @@ def load_model(config: EngineConfig, model_config: Any, device: torch.device, pr
     model: Any
     with _LoadingBar(progress):
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 config.model,
                 config=model_config,
                 dtype=choose_dtype(config.dtype, model_config, device),
                 attn_implementation=NAME,
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise StartError(f"{config.model}: cannot load the weights: {_first_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would serve random numbers in their place
+        raise StartError(
+            f"{config.model}: {len(missing)} weights are missing from the checkpoint, {missing[0]} among them"
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
