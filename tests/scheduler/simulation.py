@@ -683,15 +683,23 @@ class World:
         elif what == "hang":
             worker.wake_at = self.turns + 80
         elif what == "takeover":
-            self.schedulers.append(SimScheduler(self))
-            self.schedulers = self.schedulers[-2:]
-        elif what == "drain" and not self.server.workers[worker.wid].retired:
-            self.server.workers[worker.wid].state = "draining"
-            self.server.events.append(worker.wid)
+            self.take_over()
+        elif what == "drain":
+            self.drain(worker)
         elif what == "false alarm":
             self.lose(worker)
         if what in ("kill", "hang") and rng.random() < 0.6:
             self.lose(worker)
+
+    def take_over(self) -> None:
+        """A new leader; the old one does not know yet."""
+        self.schedulers = [self.schedulers[-1], SimScheduler(self)]
+
+    def drain(self, worker: SimWorker) -> None:
+        record = self.server.workers[worker.wid]
+        if not record.retired:
+            record.state = "draining"
+            self.server.events.append(worker.wid)
 
     def lose(self, worker: SimWorker) -> None:
         """The leader takes it for dead, rightly or not."""
