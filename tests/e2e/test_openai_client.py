@@ -57,7 +57,11 @@ def test_streams_and_whole_answers_agree(client: openai.OpenAI) -> None:
     assert whole.choices[0].finish_reason == "length"
     pieces = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
     assert "".join(p.choices[0].text for p in pieces if p.choices) == whole.choices[0].text
-    assert pieces[-1].usage == whole.usage
+    usage = pieces[-1].usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, 24)
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == 8  # the first block of the same prompt
     assert [p.choices[0].finish_reason for p in pieces if p.choices][-1] == "length"
 
 
@@ -131,9 +135,9 @@ def test_logprobs_are_those_of_transformers(client: openai.OpenAI, reference: tu
     assert choice.logprobs is not None
     assert choice.logprobs.content is not None
     for position, entry in enumerate(choice.logprobs.content):
-        assert math.isclose(entry.logprob, expected[position, output[position]].item(), abs_tol=1e-4)
+        assert math.isclose(entry.logprob, expected[position, output[position]].item(), abs_tol=1e-3)
         top = expected[position].topk(5).values.tolist()
-        assert [t.logprob for t in entry.top_logprobs] == pytest.approx(top, abs=1e-4)
+        assert [t.logprob for t in entry.top_logprobs] == pytest.approx(top, abs=1e-3)
 
 
 def test_bad_requests_are_named(client: openai.OpenAI) -> None:
@@ -149,7 +153,7 @@ def test_bad_requests_are_named(client: openai.OpenAI) -> None:
 
 async def test_a_closed_client_frees_its_blocks(stack: Stack) -> None:
     async with aiohttp.ClientSession() as session:
-        body = {"model": "org/tiny", "prompt": "x", "max_tokens": 900, "stream": True, "ignore_eos": True}
+        body = {"model": "org/tiny", "prompt": "x", "max_tokens": 500, "stream": True, "ignore_eos": True}
         async with session.post(stack.url + "/v1/completions", json=body) as reply:
             assert reply.status == 200
             rid = reply.headers["X-Request-Id"]
