@@ -1,7 +1,8 @@
 """Greedy outputs of the engine equal model.generate's, token for token, for every served architecture.
 
-Thirty-two requests of mixed lengths join at different steps. Prefill is chunked small, the pool is so small
-that sequences are preempted, prompts share prefixes, and one plan is in flight while the next is made.
+Thirty-two requests of mixed lengths join at different steps, planned by the real scheduler core. Prefill is
+chunked small, the pool is so small that sequences are preempted, prompts share prefixes, and plans go out before
+the tokens of earlier ones are known.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from protocol.sampling import SamplingParams
 from tests.models import SERVED, tiny_model
+from tests.workers.core_driver import CoreDriver
 from tests.workers.plan_maker import PlanMaker, Sequence
 from workers.native import KernelsUnavailable
 from workers.torch_engine import engine as engine_module
@@ -51,7 +53,7 @@ def make_engine(path: Path, max_model_len: int | None = None, blocks: int = 96) 
             threads=1,
         )
     )
-    engine.load(lambda stage, fraction: None)
+    engine.capacity = engine.load(lambda stage, fraction: None)
     return engine
 
 
@@ -109,11 +111,10 @@ def test_greedy_equals_generate(tmp_path_factory, name, shortest, longest, max_m
     requests = make_requests(shortest, longest)
     engine = make_engine(path, max_model_len)
     blocks = 13 + longest // BLOCK * 3
-    maker = PlanMaker(engine, blocks=blocks, block_size=BLOCK, budget=24)
-    maker.run(requests)
+    counters = CoreDriver(engine, engine.capacity, blocks, budget=24).run(requests)
 
-    assert maker.preemptions > 0
-    assert maker.shared_blocks > 0 or longest < 40
+    assert counters.preemptions > 0
+    assert counters.prefix_hits > 0 or longest < 40
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     wrong = [text for text in (first_difference(reference, request) for request in requests) if text]
     assert not wrong, "\n".join(wrong)

@@ -108,10 +108,10 @@ def choose_max_model_len(wanted: int | None, config: Any) -> int:
 
 def load_model(config: EngineConfig, model_config: Any, device: torch.device, progress: Progress) -> Any:
     """The model in eval mode on ``device``, its attention through the registered function."""
-    model: Any
+    loaded: Any
     with _LoadingBar(progress):
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 config.model,
                 config=model_config,
                 dtype=choose_dtype(config.dtype, model_config, device),
@@ -122,6 +122,7 @@ def load_model(config: EngineConfig, model_config: Any, device: torch.device, pr
             )
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise StartError(f"{config.model}: cannot load the weights: {_first_line(error)}") from error
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would serve random numbers in their place
         raise StartError(

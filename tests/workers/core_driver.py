@@ -1,0 +1,78 @@
+"""Runs an engine under the real scheduler core, without Redis: plans in, hints out, several plans in flight."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from protocol.messages import Capacity, HintRow, NewSequence, Plan, pack_ids
+from scheduler.core import Core, CoreConfig
+from scheduler.events import Arrive, SendPlan, StepDone, WorkerServing
+from scheduler.ledger import Counters
+from tests.workers.plan_maker import Sequence
+
+FRAME = 10  # bytes of a frame in this world
+
+
+class CoreDriver:
+    """One worker, one engine. Hints come ``late`` steps after their plan was executed."""
+
+    def __init__(self, engine: Any, capacity: Capacity, blocks: int, budget: int, late: int = 2) -> None:
+        self.engine, self.late = engine, late
+        pool = msgspec.structs.replace(capacity.pools[0], units=blocks)
+        self.core = Core(CoreConfig(max_num_batched_tokens=budget))
+        self.core.apply(WorkerServing("w0", 1, msgspec.structs.replace(capacity, pools=[pool])), 0.0)
+        self.seats: dict[int, Sequence] = {}
+        self.by_rid: dict[str, Sequence] = {}
+
+    def run(self, sequences: list[Sequence]) -> Counters:
+        """Run all to their end; a sequence arrives before the step that its ``joins`` names."""
+        waiting = deque(sorted(sequences, key=lambda s: s.joins))
+        in_flight: deque[tuple[Plan, Any]] = deque()
+        now, step = 0.0, 0
+        while waiting or in_flight or self.core.stats().requests:
+            now += 0.001
+            while waiting and waiting[0].joins <= step:
+                self._arrive(waiting.popleft(), now)
+            plans = [effect.plan for effect in self.core.plan(now) if isinstance(effect, SendPlan)]
+            for plan in plans:
+                self._meet(plan)
+                in_flight.append((plan, self.engine.execute(plan)))
+            step += 1
+            if in_flight and (len(in_flight) > self.late or not plans):
+                self.core.apply(self._hint(*in_flight.popleft()), now)
+            self.core.check_integrity()
+            assert step < 20_000, "the core does not get on"
+        return self.core.stats().counters
+
+    def _arrive(self, sequence: Sequence, now: float) -> None:
+        rid = f"r{len(self.by_rid)}"
+        self.by_rid[rid] = sequence
+        prompts = [array("i", sequence.prompt)]
+        self.core.apply(Arrive(rid, "t", "standard", prompts, sequence.sampling, sequence.seed, now), now)
+
+    def _meet(self, plan: Plan) -> None:
+        for new in plan.new:
+            self._check(new)
+            self.seats[new.seat] = self.by_rid[new.rid]
+
+    def _check(self, new: NewSequence) -> None:
+        sequence = self.by_rid[new.rid]
+        assert new.token_ids == pack_ids([*sequence.prompt, *sequence.output])
+        assert new.prompt_len == len(sequence.prompt)
+
+    def _hint(self, plan: Plan, output: Any) -> StepDone:
+        sampled = output.wait()
+        rows = []
+        for seat, token in zip(sampled.seats.tolist(), sampled.tokens.tolist(), strict=True):
+            sequence = self.seats[seat]
+            if sequence.finished:
+                continue
+            sequence.output.append(token)
+            sequence.logprobs.append(sampled.logprobs.get(seat))
+            ended = "length" if sequence.finished else None
+            rows.append(HintRow(seat, pack_ids([token]), FRAME * len(sequence.output), ended))
+        return StepDone("w0", 1, plan.step, rows, 1000)
