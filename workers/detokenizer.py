@@ -50,7 +50,6 @@ class Vocabulary:
         errors: str = "replace",
     ) -> None:
         """``strips``: a space at the very start of a text is not written. ``errors``: codec handler of bad bytes."""
-        self.token_bytes = token_bytes
         self._keep = _Pieces(token_bytes, frozenset())
         self._skip = _Pieces(token_bytes, frozenset(special))
         self._strips = strips
@@ -68,6 +67,11 @@ class Vocabulary:
             return table
         log.info("tokenizer: no table of bytes fits its decoder; text is made by a sliding window")
         return WindowVocabulary(decode)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of ``token`` alone, a special one's name included."""
+        piece = self._keep[token]
+        return piece.encode() if isinstance(piece, str) else piece
 
     def stream(self, prompt: Sequence[int], skip_special: bool = True) -> TextStream:
         """The state before the first output token after ``prompt``."""

@@ -25,7 +25,8 @@ from protocol.messages import Plan, Terminal, choice_seed, decode_frames, encode
 from tests.conftest import MODEL
 from tests.workers.scripted import ScriptedScheduler, until
 from workers import interruption, service
-from workers.engine import Engine
+from workers.device import Ticket
+from workers.engine import Engine, Sampled
 from workers.service import Worker, WorkerConfig, run_worker
 from workers.simulated import GOLDEN, SimulatedConfig, SimulatedEngine, _mix
 
@@ -359,6 +360,21 @@ async def test_steps_under_way_at_a_change_of_leaders_are_dropped(
     engine.allow(100)
     await until(lambda: _ended(heir, rid), "the sequence ends")
     assert [f.token for f in await heir.frames(rid)] == expected(8, b"prompt", 6)
+
+
+async def test_a_result_that_crossed_with_a_fence_is_dropped(running: Running, scheduler: ScriptedScheduler) -> None:
+    """It left the device thread before the fence and reached the event loop after it."""
+    worker = await running.start()
+    await scheduler.adopt("w0")
+    rid = await scheduler.admit(seed=1, max_tokens=2)
+    plan = await scheduler.plan(new=[await scheduler.seat(0, rid)])
+    await scheduler.done()
+    incarnation: Any = worker._incarnation
+    late = Sampled(np.array([0], np.int32), np.array([65], np.int32), {})
+    worker._deliver(Ticket(incarnation.reign - 1, "0-1", plan), late, 0)
+    await scheduler.decode(0)
+    await scheduler.done()
+    assert [f.token for f in await scheduler.frames(rid)] == expected(1, b"prompt", 2)
 
 
 async def test_missing_plans_make_the_worker_register_anew(running: Running, scheduler: ScriptedScheduler) -> None:
