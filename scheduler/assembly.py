@@ -65,28 +65,38 @@ class Assembly:
     # ----------------------------------------------------- prefills
 
     def _prefills(self, lane: Lane, decodes: int) -> tuple[list[tuple[Sequence, int]], list[NewSequence]]:
-        budget = lane.budget - decodes
-        if self._adaptive and decodes:
-            budget = lane.pace.chunk(decodes, budget, lane.block_size)
+        spent = 0
         rows: list[tuple[Sequence, int]] = []
         new: list[NewSequence] = []
         begun = sorted(lane.prefilling, key=lambda s: s.waiting_level) if lane.prefilling else []
         begun.reverse()
-        while budget > 0:
+        while spent < lane.budget - decodes:
             waiting = lane.assigned[0] if lane.assigned else self._ledger.queue.head()
-            if begun and (waiting is None or begun[-1].waiting_level <= waiting.waiting_level):
-                sequence = begun.pop()
-            elif waiting is not None and (head := self._head_for(lane)) is not None:
-                sequence = head
-                new.append(self._start(lane, sequence))
-            elif begun:
-                sequence = begun.pop()
-            else:
+            head = None
+            if waiting is not None and not (begun and begun[-1].waiting_level <= waiting.waiting_level):
+                head = self._head_for(lane)
+            if head is None and not begun:
                 break
-            count = self._chunk(lane, sequence, budget)
+            sequence = head or begun.pop()
+            room = self._allowance(lane, decodes, sequence) - spent
+            if room <= 0:
+                break
+            if sequence is head:
+                new.append(self._start(lane, sequence))
+            count = self._chunk(lane, sequence, room)
             rows.append((sequence, count))
-            budget -= count
+            spent += count
         return rows, new
+
+    def _allowance(self, lane: Lane, decodes: int, sequence: Sequence) -> int:
+        """Prefill tokens in this step, in all, if the next are those of ``sequence``."""
+        budget = lane.budget - decodes
+        if not (self._adaptive and decodes):
+            return budget
+        uncached = sequence.uncached
+        if sequence.state is State.WAITING:
+            uncached = sequence.known_tokens - placement.cached_blocks(sequence, lane) * lane.block_size
+        return min(budget, lane.pace.chunk(decodes, uncached))
 
     def _head_for(self, lane: Lane) -> Sequence | None:
         """Who starts on ``lane`` next, assigned to it; None if nobody may. Queue heads that are better off elsewhere
@@ -141,6 +151,7 @@ class Assembly:
         sequence.placement = sequence.top_placement
         sequence.known = known
         sequence.computed = cached
+        sequence.uncached = known - cached
         lane.prefilling.append(sequence)
         ledger.counters.prefix_queries += known
         ledger.counters.prefix_hits += cached

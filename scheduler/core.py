@@ -36,7 +36,7 @@ class CoreConfig:
     max_model_len: int | None = None  # for prompts that come before any worker does
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None  # None also makes prefill chunks adapt to what running decodes stand
-    plans_ahead: int = 8  # most plans outstanding at one worker
+    plans_ahead: int = 16  # most plans outstanding at one worker
     aging_s: float = 30.0
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
 
@@ -397,7 +397,7 @@ class Core:
         first = done[0]
         if first.to_idle and len(done) == 1:
             pace.measured_way(self._ledger.now - first.sent - exec_s)
-        elif idle_s > LATE_S and not first.excused:
+        elif idle_s > LATE_S and not first.excused and len(lane.flights) + len(done) < self.config.plans_ahead:
             pace.was_late(idle_s)
         else:
             pace.was_in_time()

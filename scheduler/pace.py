@@ -14,6 +14,10 @@ FIRST_LEAD_S = 0.01
 MOST_LEAD_S = 0.25
 DECAY = 0.999
 SMOOTHING = 0.2
+LEAST_CHUNK = 16
+SHORT_CHUNK = 64
+SHORT_PROMPT = 256
+UNBOUNDED = 1 << 62
 
 
 class Pace:
@@ -45,16 +49,18 @@ class Pace:
             before = self._decode_s.get(size, exec_s)
             self._decode_s[size] = before + (exec_s - before) * SMOOTHING
 
-    def chunk(self, rows: int, budget: int, block_size: int) -> int:
-        """Most prefill tokens beside ``rows`` decodes such that the step takes about twice as long as without them.
+    def chunk(self, rows: int, prompt_tokens: int) -> int:
+        """Most prefill tokens beside ``rows`` decodes, for a prompt of which ``prompt_tokens`` are to be computed.
 
-        Never under 64 tokens or a block, lest prefills starve; the whole ``budget`` where nobody decodes.
+        As many as make the step take twice as long as without them; at least LEAST_CHUNK, lest prefills starve where
+        a token of prefill costs as much as one of decode (small machines). A short prompt may take more: it slows few
+        steps, and everyone waits for first tokens.
         """
         decode_s = self.decode_s(rows)
         if not decode_s or not self.prefill_token_s:
-            return budget
-        fair = int(decode_s / self.prefill_token_s)
-        return min(budget, max(fair - fair % block_size, block_size, 64))
+            return UNBOUNDED
+        least = SHORT_CHUNK if prompt_tokens <= SHORT_PROMPT else LEAST_CHUNK
+        return max(least, int(decode_s / self.prefill_token_s))
 
     def was_late(self, idle_s: float) -> None:
         """The device waited for a plan that could have been there."""

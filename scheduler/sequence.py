@@ -145,6 +145,7 @@ class Sequence:
         "served",
         "state",
         "top_placement",
+        "uncached",
         "waiting_level",
     )
 
@@ -170,6 +171,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.known = 0  # tokens known, or sampled by planned steps; kept while it prefills
         self.computed = 0  # of them computed by planned steps; while it decodes, the lane's counter says it
+        self.uncached = 0  # tokens that this stay's prefill computes, in all
         self.last_step = 0  # once it leaves or its rows are all planned: the last step that may mention it
         self.lost_track = False  # hints do not tell how far it came
 

@@ -288,7 +288,7 @@ class SimWorker:
                 )
                 for row, seat in batch
             ],
-            exec_us=1000,
+            exec_us=self.world.rng.choice((0, 500, 2000, 20000)),
             idle_us=self.world.rng.choice((0, 0, 300)),
         )
         self.batch_step = 0

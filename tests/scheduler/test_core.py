@@ -150,7 +150,49 @@ def test_short_steps_get_more_plans_ahead_when_the_device_had_to_wait():
         now += 0.002
         c.apply(hint(pending.pop(0), exec_us=2000, idle_us=1500), now)
     pending += plans(c.plan(now))
-    assert len(pending) == 8
+    assert len(pending) == CoreConfig().plans_ahead
+
+
+def paced(c: Core) -> float:
+    """Two sequences decode, 10 ms a step; a prefill token takes 1 ms. Returns the time."""
+    now = 0.0
+    for k in range(2):
+        c.apply(arrive(f"decoding{k}", 4, max_tokens=400), now)
+    for _ in range(40):
+        for plan in plans(c.plan(now)):
+            tokens = sum(count for count, _ in rows(plan).values())
+            now += 0.01
+            c.apply(hint(plan, exec_us=10_000 if len(rows(plan)) == tokens else tokens * 1000), now)
+    return now
+
+
+def chunks(c: Core, now: float, prompt: int) -> list[int]:
+    c.apply(arrive("long", prompt, arrived=now), now)
+    sizes: list[int] = []
+    for _ in range(60):
+        for plan in plans(c.plan(now)):
+            sizes += [count for count, _ in rows(plan).values() if count > 1]
+            prefill = sum(count for count, _ in rows(plan).values() if count > 1)
+            now += 0.01 + prefill / 1000
+            c.apply(hint(plan, exec_us=10_000 + prefill * 1000), now)
+    return sizes
+
+
+def test_a_long_prompt_goes_in_chunks_that_running_decodes_can_stand():
+    c = core(CoreConfig(), blocks=2000, tokens=4096, model_len=4096)
+    sizes = chunks(c, paced(c), 400)
+    assert sum(sizes) == 400
+    assert max(sizes) == 16, "the least, where twice the decode time would be ten tokens"
+
+
+def test_a_short_prompt_may_slow_a_few_steps_more():
+    c = core(CoreConfig(), blocks=2000, tokens=4096, model_len=4096)
+    assert chunks(c, paced(c), 100) == [64, 36]
+
+
+def test_nobody_decodes_so_a_prompt_may_fill_the_budget():
+    c = core(CoreConfig(), blocks=2000, tokens=4096, model_len=4096)
+    assert chunks(c, 0.0, 400)[0] == 400
 
 
 # ------------------------------------------------------------------ what can never fit
