@@ -94,15 +94,8 @@ A gateway learns the served models from the queue; it needs no model and no GPU.
 def gateway(args: argparse.Namespace) -> int:
     _start_logging(args.log_level)
     from gateway.app import GatewayConfig, run_gateway
-    from protocol.bus import Limits
 
-    limits = Limits(
-        requests=args.max_waiting_requests,
-        tokens=args.max_waiting_tokens,
-        tenant_requests=args.max_tenant_requests,
-        tenant_tokens=args.max_tenant_tokens,
-    )
-    values = vars(args) | {"redis_url": args.redis_url or _default_redis(), "limits": limits}
+    values = vars(args) | {"redis_url": args.redis_url or _default_redis()}
     _run("gateway", run_gateway(config_of(GatewayConfig, values)))
 
 
@@ -121,7 +114,11 @@ def scheduler(args: argparse.Namespace) -> int:
     values = _with_model(vars(args)) | {"redis_url": args.redis_url or _default_redis()}
     from scheduler.service import SchedulerConfig, run_scheduler
 
-    _run("scheduler", run_scheduler(config_of(SchedulerConfig, values | {"retention_s": args.retention})))
+    async def run() -> int:
+        await tell_weaknesses(values["redis_url"], values["served_model_name"], args.strict_durability)
+        return await run_scheduler(config_of(SchedulerConfig, values | {"retention_s": args.retention}))
+
+    _run("scheduler", run())
 
 
 @command(
@@ -140,7 +137,7 @@ def worker(args: argparse.Namespace) -> int:
     from headrace.progress import reporter
     from workers.service import WorkerConfig, run_worker
 
-    _run("worker", run_worker(config_of(WorkerConfig, values), progress=reporter()))
+    _run("worker", run_worker(config_of(WorkerConfig, values | {"retention_s": args.retention}), progress=reporter()))
 
 
 @command(
@@ -234,6 +231,22 @@ def _with_model(values: Mapping[str, Any]) -> dict[str, Any]:
         raise StartError("no model: pass --model with a local directory or a hub id (the demo model is not here)")
     name = values.get("served_model_name") or served_name(str(model))
     return {**values, "model": str(model), "served_model_name": name}
+
+
+async def tell_weaknesses(url: str, model: str, strict: bool) -> None:
+    """Warn of each setting by which the server could lose what it acknowledged; StartError if ``strict``."""
+    from protocol.bus import Bus
+
+    bus = Bus(url, model, patience=30.0)
+    try:
+        await bus.connect()
+        weaknesses = await bus.durability()
+    finally:
+        await bus.close()
+    for weakness in weaknesses:
+        logging.getLogger("headrace").warning("the server may lose acknowledged requests: %s", weakness)
+    if weaknesses and strict:
+        raise StartError(f"--strict-durability: the server is weaker than promised: {'; '.join(weaknesses)}")
 
 
 def _default_redis() -> str:

@@ -64,7 +64,9 @@ OPTIONS: tuple[Option, ...] = (
         choices=("auto", "float32", "bfloat16", "float16"),
     ),
     Option("--device", "serve worker", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"),
-    Option("--max-model-len", "serve worker", "longest prompt + output, in tokens (default: the model's)", count),
+    Option(
+        "--max-model-len", "serve scheduler worker", "longest prompt + output, in tokens (default: the model's)", count
+    ),
     Option("--max-num-seqs", "serve worker", "most sequences that run at once on a worker", count),
     Option("--max-num-batched-tokens", "serve worker", "most tokens that one step computes on a worker", count),
     Option(
@@ -82,6 +84,13 @@ OPTIONS: tuple[Option, ...] = (
         json_object,
         metavar="JSON",
     ),
+    Option(
+        "--engine-options",
+        "serve worker",
+        "further settings of the engine, such as the simulated one's step times",
+        json_object,
+        metavar="JSON",
+    ),
     Option("--threads", "serve worker", "CPU threads of a worker (default: its share of the cores)", count),
     # life of requests and processes
     Option("--api-keys-file", "serve gateway", "JSON file of hashed API keys (default: no key is asked for)"),
@@ -94,17 +103,33 @@ OPTIONS: tuple[Option, ...] = (
         metavar="SECONDS",
     ),
     Option(
-        "--max-waiting-requests", "serve gateway", "more than so many waiting requests are refused (429)", count, 4096
+        "--max-waiting-requests", "serve gateway", "beyond so many waiting requests new ones get a 429", count, 10000
     ),
-    Option("--max-waiting-tokens", "serve gateway", "the same for prompt tokens that wait (default: no bound)", count),
+    Option("--max-waiting-tokens", "serve gateway", "the same for waiting prompt tokens (default: no bound)", count),
+    Option("--max-tenant-requests", "serve gateway", "the same for requests of one tenant (default: no bound)", count),
     Option(
-        "--max-tenant-requests", "serve gateway", "the same for the requests of one tenant (default: no bound)", count
+        "--max-tenant-tokens", "serve gateway", "the same for prompt tokens of one tenant (default: no bound)", count
     ),
     Option(
-        "--max-tenant-tokens",
-        "serve gateway",
-        "the same for the prompt tokens of one tenant (default: no bound)",
-        count,
+        "--tenant-weights",
+        "serve scheduler",
+        'share of the tokens that a tenant gets beside others, as {"gold": 4} (default: 1 each)',
+        json_object,
+        metavar="JSON",
+    ),
+    Option(
+        "--strict-durability",
+        "serve scheduler",
+        "refuse a Redis that could lose what it acknowledged, instead of warning",
+        boolean,
+        False,
+    ),
+    Option(
+        "--interruption-notice-url",
+        "serve worker",
+        "address (instance metadata of a cloud) or file that tells that this machine will go away; the worker then "
+        "hands its requests over and ends (default: none)",
+        metavar="URL|PATH",
     ),
     Option(
         "--retention",
@@ -127,9 +152,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--metrics-port",
         "serve gateway scheduler worker",
-        "port of /metrics on 127.0.0.1 (default: a gateway's own port, or none; serve: free ones, else N, N+1, ...)",
+        "port of /metrics (default: a gateway's own port, or none; serve: free ones, else N, N+1, ...)",
         port,
     ),
+    Option("--metrics-host", "serve gateway scheduler worker", "address of that port", default="127.0.0.1"),
     Option(
         "--log-level",
         "serve gateway scheduler worker",

@@ -27,7 +27,7 @@ from headrace.console import StartView, print_block
 from headrace.option_table import OPTIONS, options_of
 from headrace.supervisor import EX_CONFIG, Child, GaveUp, Program, Supervisor
 from protocol.bus import Bus
-from protocol.errors import StartError, Unavailable
+from protocol.errors import StartError
 from protocol.keys import MODEL_NAME
 
 IMPORTANT = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL) ")  # a log line as the command line formats it
@@ -80,7 +80,7 @@ def resolve(values: Mapping[str, Any]) -> Layout:
     # a gateway's metrics are on its main port, but for one that asks for keys
     apart = ("gateway", "scheduler", "worker") if values["api_keys_file"] else ("scheduler", "worker")
     others = [f"{role}-{k}" for role in apart for k in range(values[f"{role}s"])]
-    metrics = choose_ports("127.0.0.1", values["metrics_port"] or 0, len(others), "--metrics-port")
+    metrics = choose_ports(values["metrics_host"], values["metrics_port"] or 0, len(others), "--metrics-port")
     state = options.state_dir()
     data_dir = Path(values["data_dir"] or state / "data").expanduser().resolve()
     run_dir = Path(values["run_dir"] or state / f"run-{ports[0]}").expanduser().resolve()
@@ -249,13 +249,13 @@ class Stack:
         bus = Bus(url, self.layout.values["served_model_name"], patience=5.0)
         try:
             await bus.connect()
-            if self.layout.data_dir is None:
-                for weakness in await bus.durability():
-                    self.view.note(f"warning: this server may lose acknowledged requests: {weakness}")
-        except Unavailable as error:
-            raise StartError(f"--redis-url: {error}") from None
+            weaknesses = await bus.durability() if self.layout.data_dir is None else []
         finally:
             await bus.close()
+        for weakness in weaknesses:
+            self.view.note(f"warning: this server may lose acknowledged requests: {weakness}")
+        if weaknesses and self.layout.values["strict_durability"]:
+            raise StartError("--strict-durability: " + "; ".join(weaknesses))
 
     async def _until_ready(self) -> None:
         import aiohttp
