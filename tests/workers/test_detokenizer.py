@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -59,6 +60,11 @@ def word_piece() -> Tokenizer:
 
 
 @cache
+def demo() -> Tokenizer:
+    return Tokenizer.from_file(str(Path(__file__).parents[2] / "examples/demo-model/tokenizer.json"))
+
+
+@cache
 def vocabulary_of(make: Callable[[], Tokenizer]) -> Vocabulary | WindowVocabulary:
     return Vocabulary.of(make())
 
@@ -84,6 +90,15 @@ def test_which_decoders_have_a_table() -> None:
 def test_byte_level_equals_full_decode_for_any_ids(ids: list[int], skip: bool) -> None:
     tokenizer = byte_level()
     assert "".join(pieces(vocabulary_of(byte_level), ids, [], skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.booleans())
+def test_the_demo_models_tokenizer_equals_full_decode(data: st.DataObject, skip: bool) -> None:
+    tokenizer = demo()
+    ids = data.draw(ids_of(tokenizer.get_vocab_size()))
+    assert isinstance(vocabulary_of(demo), Vocabulary)
+    assert "".join(pieces(vocabulary_of(demo), ids, [], skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
 @settings(max_examples=150, deadline=None)
