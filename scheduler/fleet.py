@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from protocol.bus import Bus, WorkerRecord
 from protocol.errors import Fenced
-from protocol.messages import WIRE, Plan
+from protocol.messages import WIRE, Capacity, Plan
 from scheduler.core import Core
 from scheduler.events import Event, ReleaseWorker, WorkerDraining, WorkerLost, WorkerServing
 from scheduler.leadership import Timing, Watch
@@ -58,7 +58,7 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._foreign: set[tuple[str, int]] = set()  # refused for their wire version, logged once
         self.changed = asyncio.Event()
-        self.max_model_len: int | None = None  # the least that a serving worker offers
+        self.max_model_len: int | None = None  # the longest sequence that any worker of this reign could hold
 
     # -------------------------------------------------------------- plans
 
@@ -110,7 +110,7 @@ class Fleet:
             if record is None or record.gen != worker.gen:
                 await self._lose(worker, "left" if worker.released else "was replaced" if record else "was removed")
             elif worker.watch.seen((record.beat, record.state), started, ended):
-                await self._lose(worker, "gives no sign of life")
+                await self._lose(worker, "gives no sign of life")  # or left in order, with nothing on it
                 del present[worker.wid]
         for record in present.values():
             self._meet(record)
@@ -130,8 +130,7 @@ class Fleet:
         if record.state == "serving" and record.capacity is not None:
             log.info("worker %s serves", record.wid)
             worker.state = record.state
-            offered = record.capacity.max_model_len
-            self.max_model_len = min(offered, self.max_model_len or offered)
+            self.max_model_len = max(self.max_model_len or 0, _longest(record.capacity))
             self._apply(WorkerServing(record.wid, record.gen, record.capacity))
         elif record.state == "draining":
             log.info("worker %s drains", record.wid)
@@ -155,13 +154,14 @@ class Fleet:
 
     async def _lose(self, worker: Worker, how: str) -> None:
         """Fence, then read the journals, then tell the core. ``how`` is for the log."""
-        died = not worker.released
+        held = self._core.sequences_on(worker.wid)
+        died = not worker.released and not (worker.state == "draining" and not held)
         worker.gone = True
         worker.outbox.clear()
         worker.filled.set()
         present = self._core.rids_in_flight(worker.wid) if died else []
         await self._bus.retire(self._epoch, worker.wid, worker.gen, present)
-        journals = await read_sequences(self._bus, self._core.sequences_on(worker.wid))
+        journals = await read_sequences(self._bus, held)
         while late := [s for s in self._core.sequences_on(worker.wid) if s not in journals]:
             journals |= await read_sequences(self._bus, late)  # placed there meanwhile; their plans were dropped
         del self._workers[worker.wid]
@@ -172,3 +172,9 @@ class Fleet:
             log.info("worker %s left", worker.wid)
         if worker.state:
             self._apply(WorkerLost(worker.wid, worker.gen, journals, died=died))
+
+
+def _longest(capacity: Capacity) -> int:
+    """Tokens of the longest sequence that a worker can hold: its context, or its whole pool if that is less."""
+    pool = capacity.pools[0]
+    return min(capacity.max_model_len, pool.units * pool.unit_tokens)

@@ -129,7 +129,7 @@ class Inbox:
         fields = _error_fields(error) if error else None
         rows = [terminal_row(record, i, b"", reason, fields) for i in range(len(record.placements))]
         await self._bus.finish(self._epoch, rows, entry_id=entry.entry_id)
-        self._metrics.request_refused(record.rid, record.tenant, error.wire_code if error else reason)
+        self._metrics.request_refused(record.rid, record.tenant, reason, error.wire_code if error else None)
 
     # -------------------------------------------------------------- pushed by a producer
 
@@ -162,7 +162,7 @@ class Inbox:
             tenant=address.tenant or DEFAULT_TENANT,
             id=address.id,
         )
-        self._metrics.request_refused(None, address.tenant, error.wire_code)
+        self._metrics.request_refused(None, address.tenant, "error", error.wire_code)
 
     # -------------------------------------------------------------- both
 

@@ -56,6 +56,8 @@ class Prompts:
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         except (OSError, ValueError) as e:
+            if "trust_remote_code" in str(e):
+                raise ModelRefused(REMOTE_CODE.format(model=model)) from None
             raise StartError(_load_failure(model, "configuration", e)) from e
         if getattr(config, "auto_map", None):
             raise ModelRefused(REMOTE_CODE.format(model=model))

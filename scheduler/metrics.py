@@ -128,10 +128,10 @@ class Metrics:
         }  # fmt: skip
         request_log.info("%s", json.dumps(line))
 
-    def request_refused(self, rid: str | None, tenant: str | None, code: str) -> None:
-        """A job that ended before admission: its code stands in the place of the figures."""
+    def request_refused(self, rid: str | None, tenant: str | None, reason: str, code: str | None) -> None:
+        """A job that ended before admission: a line without figures; ``code`` where ``reason`` is error."""
         self.refused.inc()
-        line = {"id": rid, "model": self._model, "tenant": tenant, "finish_reasons": ["error"], "error": code}
+        line = {"id": rid, "model": self._model, "tenant": tenant, "finish_reasons": [reason], "error": code}
         request_log.info("%s", json.dumps(line))
 
 

@@ -29,6 +29,7 @@ from scheduler.events import (
     Resynced,
     SendPlan,
     StepDone,
+    WorkerServing,
 )
 from scheduler.fleet import Fleet
 from scheduler.inbox import Inbox
@@ -62,12 +63,14 @@ class Reign:
         *,
         model: str,
         tenant_weights: dict[str, float],
+        max_model_len: int | None = None,
     ) -> None:
         self._bus = bus
         self._epoch = epoch
         self._consumer = f"epoch-{epoch}"  # of the inbox: this reign alone
         self._model = model
         self._prompts = prompts
+        self._longest_wanted = max_model_len  # the operator's word; None: as long as the workers can
         self._metrics = metrics
         self._vitals = vitals
         self._clock = clock
@@ -89,6 +92,9 @@ class Reign:
                 self._bus, self._epoch, self.core, self._timing, self._metrics, group, self._apply
             )  # fmt: skip
             await self._rebuild()
+            await self._fleet.look()
+            self._follow_capacity()
+            await self._publish_card()
             group.create_task(self._fleet.watch())
             group.create_task(self._read_events())
             group.create_task(self._plan())
@@ -103,7 +109,6 @@ class Reign:
         sent = time.monotonic()
         self._clock.observe(await self._bus.server_ms(), sent, time.monotonic())
         self._after = await self._bus.last_event_id()
-        await self._publish_card()
         gate = asyncio.Semaphore(ABREAST)
 
         async def recover(rid: str) -> None:
@@ -149,6 +154,8 @@ class Reign:
     def _apply(self, event: Event) -> None:
         self._execute(self.core.apply(event, time.monotonic()))
         self._planning.set()
+        if isinstance(event, WorkerServing):
+            self._follow_capacity()
 
     async def _read_events(self) -> None:
         while True:
@@ -290,15 +297,19 @@ class Reign:
     # -------------------------------------------------------------- the slow tick
 
     async def _tick(self) -> None:
-        """Depth every 250 ms; once a second the inbox's length, metrics, trimming."""
-        rate, ticks, trimmed = TokenRate(), 0, self._after
+        """Depth every 250 ms; once a second the inbox's length, metrics, the card, trimming, the core's integrity."""
+        rate, ticks, trimmed, card = TokenRate(), 0, self._after, self._prompts.max_model_len
         while True:
             now, stats = time.monotonic(), self.core.stats()
             rate.note(now, stats.counters.output_tokens, idle=not stats.running)
             await self._bus.write_depth(self._epoch, {**_depth(stats), "rate": rate.value})
             if ticks % TICKS_PER_SECOND == 0:
                 self._metrics.observe(stats, rate.value, await self._bus.inbox_length())
-                await self._follow_capacity()
+                if self._prompts.max_model_len != card:
+                    card = self._prompts.max_model_len
+                    await self._publish_card()
+                if not (stats.running or stats.waiting):
+                    self.core.check_integrity()
                 self._forget_early_cancels(now)
                 if trimmed != self._after:
                     trimmed = self._after
@@ -306,12 +317,11 @@ class Reign:
             ticks += 1
             await asyncio.sleep(1 / TICKS_PER_SECOND)
 
-    async def _follow_capacity(self) -> None:
-        """Workers may offer a shorter context than the model's own: the card and ingest follow the least."""
+    def _follow_capacity(self) -> None:
+        """Ingest checks against what the workers really offer, which may be less than the model's own context."""
         offered = self._fleet.max_model_len
-        if offered is not None and offered < self._prompts.max_model_len:
-            self._prompts.max_model_len = offered
-            await self._publish_card()
+        if offered is not None:
+            self._prompts.max_model_len = min(offered, self._longest_wanted or offered)
 
     def _forget_early_cancels(self, now: float) -> None:
         for rid in [r for r, (_, since) in self._early_cancels.items() if now - since > EARLY_CANCEL_S]:

@@ -105,7 +105,7 @@ class _Life:
         self.metrics.leads(epoch)
         reign = Reign(
             self.bus, epoch, self.prompts, self.metrics, self.vitals, clock, self.threads, timing,
-            model=model, tenant_weights=self.config.tenant_weights,
+            model=model, tenant_weights=self.config.tenant_weights, max_model_len=self.config.max_model_len,
         )  # fmt: skip
         try:
             async with asyncio.TaskGroup() as group:
@@ -114,6 +114,7 @@ class _Life:
         except* Fenced as fenced:
             raise Fenced("epoch") from fenced
         finally:
+            log.info("%s gives up the lead of %s", self.owner, model)
             self.metrics.is_leader.set(0)
             with contextlib.suppress(TimeoutError):  # a server that is away: standbys will count the beats
                 async with asyncio.timeout(RELEASE_S):
