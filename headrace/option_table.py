@@ -84,13 +84,6 @@ OPTIONS: tuple[Option, ...] = (
         json_object,
         metavar="JSON",
     ),
-    Option(
-        "--engine-options",
-        "serve worker",
-        "further settings of the engine, such as the simulated one's step times",
-        json_object,
-        metavar="JSON",
-    ),
     Option("--threads", "serve worker", "CPU threads of a worker (default: its share of the cores)", count),
     # life of requests and processes
     Option("--api-keys-file", "serve gateway", "JSON file of hashed API keys (default: no key is asked for)"),
