@@ -36,6 +36,7 @@ log = logging.getLogger("headrace.gateway")
 request_log = logging.getLogger("headrace.gateway.requests")
 
 TOKEN_BYTES = 4  # of text, roughly, for the bounds on waiting work
+GIVE_UP_S = 600.0  # how long a cancel waits for a server that is away
 
 
 @dataclass(eq=False)
@@ -249,14 +250,18 @@ class Answers:
         """Cancel after the grace, if nobody has picked the request up since."""
         if ask.view.grace_s:
             await asyncio.sleep(ask.view.grace_s)
-        if ask.model.outlet.follows(rid):
+        deadline = time.monotonic() + GIVE_UP_S
+        while not ask.model.outlet.follows(rid):
+            try:
+                await ask.model.bus.cancel(rid, ask.caller.tenant, attached=seen)
+            except NotFound:
+                pass  # it has never come to be, or is gone already
+            except ServiceError as error:
+                if isinstance(error, Unavailable) and time.monotonic() < deadline:
+                    await asyncio.sleep(1.0)  # the server is away
+                    continue
+                log.warning("request %s could not be cancelled: %s", rid, type(error).__name__)
             return
-        try:
-            await ask.model.bus.cancel(rid, ask.caller.tenant, attached=seen)
-        except NotFound:
-            pass  # it has never come to be, or is gone already
-        except HeadraceError as error:
-            log.warning("request %s could not be cancelled: %s", rid, type(error).__name__)
 
     async def _give_up_when_accepted(self, ask: Ask, accepting: asyncio.Task[Accepted]) -> None:
         try:
@@ -298,7 +303,7 @@ class Answers:
         if not tally.open:
             E2E.observe(model, seconds)
         PROMPT_TOKENS.labels(model).inc(tally.prompt_tokens or 0)
-        OUTPUT_TOKENS.labels(model).inc(tally.completion_tokens)
+        OUTPUT_TOKENS.labels(model).inc(tally.completion_tokens - tally.replayed_tokens)
         if request_log.isEnabledFor(logging.INFO):
             first = getattr(ask.follower, "first_token_s", None)
             line = {

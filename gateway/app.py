@@ -175,6 +175,8 @@ async def run_gateway(config: GatewayConfig, *, ready: Callable[[Gateway], None]
     try:
         async with Gateway(config) as gateway:
             log.info("listening on http://%s:%d", config.host, gateway.port)
+            if gateway.metrics_port is not None:
+                log.info("metrics on http://%s:%d/metrics", config.metrics_host, gateway.metrics_port)
             if ready is not None:
                 ready(gateway)
             await stop.wait()

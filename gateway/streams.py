@@ -18,7 +18,7 @@ import msgspec
 from gateway.metrics import RESYNCS
 from gateway.openai.render import Tally, split_frames
 from protocol.bus import Bus, RequestRecord
-from protocol.errors import Expired, HeadraceError, ServiceError, StreamDiverged
+from protocol.errors import Expired, HeadraceError, ServiceError, StoreFailed, StreamDiverged, Unavailable
 from protocol.messages import Admitted, Row
 
 log = logging.getLogger("headrace.gateway")
@@ -112,7 +112,7 @@ class Follower:
                     # the live tail may have come in meanwhile
                     if fresh := raw[self.cursors[choice] - position :]:
                         self.take(choice, fresh)
-        except ServiceError:
+        except Unavailable:
             self.behind = True
             await asyncio.sleep(SILENCE_S)
         except HeadraceError as error:
@@ -154,6 +154,8 @@ class Outlet:
         self._followers: dict[str, list[Follower]] = {}
         self._subscription = bus.subscribe(name)
         self._tasks: list[asyncio.Task[None]] = []
+        self._dirty: list[Follower] = []  # those with something to write
+        self._flush_soon = False
 
     async def start(self) -> None:
         """Returns once SUBSCRIBE is acknowledged: no row of a request accepted from now on is missed."""
@@ -208,8 +210,7 @@ class Outlet:
             follower.fall_behind()
 
     def deliver(self, rows: Iterable[Row]) -> None:
-        """Hand out one publication, then let each follower write what it got, once."""
-        touched: list[Follower] = []
+        """Hand out one publication. What each follower got is written in one go, once all that is ready was read."""
         for row in rows:
             for follower in self._followers.get(row.rid, ()):
                 try:
@@ -218,8 +219,15 @@ class Outlet:
                     _torn(follower, error)
                 if not follower.dirty:
                     follower.dirty = True
-                    touched.append(follower)
-        for follower in touched:
+                    self._dirty.append(follower)
+        if self._dirty and not self._flush_soon:
+            self._flush_soon = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_soon = False
+        dirty, self._dirty = self._dirty, []
+        for follower in dirty:
             follower.dirty = False
             try:
                 follower.flush()
@@ -246,7 +254,12 @@ class Outlet:
         for at in range(0, len(asked), LENGTHS_AT_ONCE):
             part = asked[at : at + LENGTHS_AT_ONCE]
             before = [f.cursors[c] for f, c in part]
-            lengths = await self.bus.journal_lengths([(f.rid, c) for f, c in part])
+            try:
+                lengths = await self.bus.journal_lengths([(f.rid, c) for f, c in part])
+            except StoreFailed:  # a key of a wrong type among them: let each find out for itself
+                for follower, _ in part:
+                    follower.fall_behind()
+                continue
             for (follower, choice), cursor, length in zip(part, before, lengths, strict=True):
                 if follower.over or follower.cursors[choice] != cursor or length == cursor:
                     continue

@@ -24,7 +24,7 @@ from protocol.messages import Frame, split_stream
 
 decode_frame = msgspec.msgpack.Decoder(Frame).decode
 DONE = b"data: [DONE]\n\n"
-_EVENT_ID = re.compile(r"((?:\d{1,12}(?:\.\d{1,12}){0,255})?)-([0-9a-f]{8})([ud]?)")
+_EVENT_ID = re.compile(r"((?:\d{1,12}(?:\.\d{1,12}){0,255})?)-([0-9a-f]{8})([ud]?)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Tally:
         self.open = choices
         self.prompt_tokens: int | None = None  # None: not admitted yet
         self.completion_tokens = 0
+        self.replayed_tokens = 0  # of these, what a reader had seen before
         self.cached_tokens = 0
         self.error: dict[str, Any] | None = None
 
@@ -186,6 +187,7 @@ class Chunks(Tally):
                 self.count(choice, piece, frame)
                 self._advance(choice, frame)
         self.opened = max(self.opened, len(shown.cursors))
+        self.replayed_tokens = self.completion_tokens
 
     # -------------------------------------------------------------- parts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -11,9 +12,33 @@ import openai
 import pytest
 
 from gateway.app import Gateway, GatewayConfig
-from tests.gateway.backend import Backend
+from tests.gateway.backend import MODEL, Backend
 
 PATIENCE_S = 60.0  # for what must come; a loaded machine may be slow
+
+
+CHAT = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "hi"}],
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+COMPLETION = {"model": MODEL, "prompt": "hi", "stream": True}
+
+
+def event_id(event: bytes) -> str | None:
+    """The id of an event, if it has one."""
+    first = event.split(b"\n")[0]
+    return first.removeprefix(b"id: ").decode() if first.startswith(b"id: ") else None
+
+
+def payload(event: bytes) -> Any:
+    return json.loads(event.split(b"data: ", 1)[1])
+
+
+def rid_of(events: list[bytes]) -> str:
+    """The public id of the request that a stream belongs to."""
+    return str(payload(events[0])["id"])
 
 
 async def eventually(condition: Callable[[], Any], what: str = "the condition") -> Any:

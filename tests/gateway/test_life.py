@@ -1,0 +1,297 @@
+"""A request's life as its clients make it: they leave, stall, repeat themselves; it fails, or the gateway leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+
+from protocol.bus import CommitRow
+from protocol.messages import Frame, Hint, encode
+from tests.gateway.backend import MODEL, Backend, word
+from tests.gateway.conftest import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of
+
+# ------------------------------------------------------------------ readers that go away
+
+
+async def test_a_closed_stream_cancels_at_once(front: Front, backend: Backend) -> None:
+    backend.hold = True
+    reply = await front.session.post(front.url + "/v1/completions", json=COMPLETION)
+    rid = reply.headers["X-Request-Id"]
+    await backend.until_running()
+    await backend.step()
+    await reply.content.readuntil(b"\n\n")
+    reply.close()
+    await eventually(lambda: backend.cancelled == [rid])
+    await eventually(lambda: all(r.over for r in backend.running))
+    status, body, _ = await front.ask("GET", f"/v1/requests/{rid}")
+    assert (status, body["status"]) == (200, "cancelled")
+
+
+@pytest.mark.parametrize("admit", [True, False], ids=["running", "queued"])
+async def test_a_client_that_waits_for_a_whole_answer_and_leaves_cancels(
+    admit: bool, front: Front, backend: Backend
+) -> None:
+    backend.hold, backend.admit = True, admit
+    body = {**COMPLETION, "stream": False}
+    request = asyncio.create_task(front.post("/v1/completions", body))
+    rid = (await eventually(lambda: backend.entries or [(0, r.record) for r in backend.running]))[0][1].rid
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    await eventually(lambda: backend.cancelled == [rid])
+
+
+@pytest.mark.parametrize(
+    "kept", [{"headers": {"X-Headrace-Detached": "true"}}, {"body": {"background": True}}], ids=["header", "body"]
+)
+async def test_a_detached_request_outlives_its_client(kept: dict, front: Front, backend: Backend) -> None:
+    backend.hold = True
+    reply = await front.session.post(
+        front.url + "/v1/completions", json={**COMPLETION, **kept.get("body", {})}, headers=kept.get("headers")
+    )
+    rid = reply.headers["X-Request-Id"]
+    await backend.until_running()
+    reply.close()
+    await eventually(lambda: not front.gateway.answers.open)
+    backend.hold = False
+    await eventually(lambda: all(r.over for r in backend.running))
+    assert backend.cancelled == []
+    status, body, _ = await front.ask("GET", f"/v1/requests/cmpl-{rid}")
+    assert (status, body["status"]) == (200, "completed")
+    assert body["response"]["choices"][0]["text"] == "".join(word(0, i) for i in range(5))
+
+
+async def test_a_grace_that_nobody_uses_ends(front: Front, backend: Backend) -> None:
+    backend.hold = True
+    reply = await front.session.post(
+        front.url + "/v1/completions", json=COMPLETION, headers={"X-Headrace-Resume": "0.3"}
+    )
+    rid = reply.headers["X-Request-Id"]
+    reply.close()
+    await eventually(lambda: backend.cancelled == [rid])
+
+
+async def test_a_second_reader_keeps_the_request(front: Front, open_gateway: Any, backend: Backend) -> None:
+    """Two readers of one stream, on two gateways: the first one's leaving cancels nothing, the second one's does."""
+    backend.hold = True
+    first = await front.session.post(front.url + "/v1/completions", json=COMPLETION)
+    rid = first.headers["X-Request-Id"]
+    other = await open_gateway()
+    second = await other.session.get(f"{other.url}/v1/streams/{rid}")
+    assert second.status == 200
+    first.close()
+    await eventually(lambda: not front.gateway.answers.open)
+    await backend.until_running()
+    await backend.step()
+    await second.content.readuntil(b"\n\n")
+    assert backend.cancelled == []
+    second.close()
+    await eventually(lambda: backend.cancelled == [rid])
+
+
+async def test_delete_cancels(front: Front, backend: Backend) -> None:
+    backend.hold = True
+    request = asyncio.create_task(front.post("/v1/completions", {**COMPLETION, "stream": False}))
+    (running,) = await backend.until_running()
+    await backend.step()
+    rid = running.record.rid
+    status, body, _ = await front.ask("GET", f"/v1/requests/{rid}")
+    assert (status, body["status"], body["response"]) == (200, "running", None)
+    status, body, _ = await front.ask("DELETE", f"/v1/requests/{rid}")
+    assert (status, body["cancelled"]) == (200, True)
+    status, body, _ = await asyncio.wait_for(request, 60)
+    assert (status, body["choices"][0]["finish_reason"], body["choices"][0]["text"]) == (200, "abort", word(0, 0))
+    status, body, _ = await front.ask("DELETE", f"/v1/requests/{rid}")
+    assert (status, body["cancelled"]) == (200, False)
+
+
+# ------------------------------------------------------------------ slow readers
+
+
+async def test_a_slow_reader_gets_everything(open_gateway: Any, backend: Backend) -> None:
+    """While its socket is full its rows stay in the journal; nothing piles up in the gateway."""
+    text = "x" * 40000
+    backend.script = lambda record, choice, index: Frame(index, text, "stop" if index == 249 else None)
+    front = await open_gateway()
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.gateway.port, limit=2**12)
+    await _send(writer, front, COMPLETION)
+    await eventually(lambda: backend.running and backend.running[0].emitted > 180)
+    (ask,) = front.gateway.answers.open
+    assert ask.follower._held < 1 << 20
+    assert ask.follower._transport.get_write_buffer_size() < 1 << 20
+    raw = b""
+    while not raw.endswith(b"0\r\n\r\n"):
+        raw += await asyncio.wait_for(reader.read(1 << 20), 60)
+    assert raw.count(text.encode()) == 250
+    assert raw.count(b"[DONE]") == 1
+    writer.close()
+
+
+async def test_a_stalled_reader_is_dropped_and_can_resume(open_gateway: Any, backend: Backend) -> None:
+    text = "x" * 40000
+    backend.script = lambda record, choice, index: Frame(index, text, "stop" if index == 249 else None)
+    front = await open_gateway(stall_timeout=0.5)
+    _, writer = await asyncio.open_connection("127.0.0.1", front.gateway.port, limit=2**12)
+    await _send(writer, front, {**COMPLETION, "background": True})
+    await eventually(lambda: front.gateway.answers.open)
+    rid = next(iter(front.gateway.answers.open)).follower.rid
+    await eventually(lambda: not front.gateway.answers.open)  # dropped
+    writer.close()
+    events = await asyncio.wait_for(front.events("GET", f"/v1/streams/{rid}"), 120)
+    assert len(events) == 251
+    assert backend.cancelled == []
+
+
+async def _send(writer: asyncio.StreamWriter, front: Front, body: dict[str, Any]) -> None:
+    raw = json.dumps(body).encode()
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+    writer.write(b"Content-Length: %d\r\n\r\n" % len(raw) + raw)
+    await writer.drain()
+
+
+# ------------------------------------------------------------------ idempotency
+
+
+async def test_the_same_key_and_body_is_the_same_request(front: Front, open_gateway: Any, backend: Backend) -> None:
+    backend.hold = True
+    headers = {"Idempotency-Key": "once-1"}
+    body = {**COMPLETION, "stream": False}
+    other = await open_gateway()
+    first = asyncio.create_task(front.post("/v1/completions", body, headers=headers))
+    await backend.until_running()
+    await backend.step()
+    second = asyncio.create_task(other.post("/v1/completions", body, headers=headers))
+    await eventually(lambda: other.gateway.answers.open)
+    backend.hold = False
+    answers = await asyncio.wait_for(asyncio.gather(first, second), 60)
+    assert [status for status, _, _ in answers] == [200, 200]
+    assert answers[0][1] == answers[1][1]
+    third = await front.post("/v1/completions", body, headers=headers)  # also after its end
+    assert third[1] == answers[0][1]
+    assert len(backend.running) == 1
+    status, refusal, _ = await front.post("/v1/completions", {**body, "prompt": "other"}, headers=headers)
+    assert (status, refusal["error"]["code"]) == (409, "idempotency_conflict")
+
+
+async def test_streams_join_too(front: Front, backend: Backend) -> None:
+    headers = {"Idempotency-Key": "once-2"}
+    first = await front.events("POST", "/v1/chat/completions", json=CHAT, headers=headers)
+    second = await front.events("POST", "/v1/chat/completions", json=CHAT, headers=headers)
+    assert first == second
+    assert len(backend.running) == 1
+
+
+# ------------------------------------------------------------------ failures
+
+
+async def test_a_failure_before_the_first_token_is_an_http_error(front: Front, backend: Backend) -> None:
+    backend.refuse = ("context_length_exceeded", "too long: 300 of 256 tokens", "prompt")
+    for stream in (False, True):
+        status, body, headers = await front.post("/v1/completions", {**COMPLETION, "stream": stream})
+        assert status == 400
+        assert body["error"] == {
+            "message": "too long: 300 of 256 tokens",
+            "type": "invalid_request_error",
+            "param": "prompt",
+            "code": "context_length_exceeded",
+        }
+        assert headers["X-Request-Id"]
+
+
+async def test_a_failure_later_is_an_error_event(client: openai.AsyncOpenAI, front: Front, backend: Backend) -> None:
+    def script(record: Any, choice: int, index: int) -> Frame:
+        if index < 2:
+            return Frame(index, "a")
+        return Frame(None, "", "error", {"code": "engine_failed", "message": "it broke", "param": None})
+
+    backend.script = script
+    events = await front.events("POST", "/v1/completions", json=COMPLETION)
+    assert payload(events[-1]) == {
+        "error": {"message": "it broke", "type": "server_error", "param": None, "code": "engine_failed"}
+    }
+    assert len(events) == 3
+    again = await front.events("GET", f"/v1/streams/{rid_of(events)}", headers={"Last-Event-ID": event_id(events[0])})
+    assert again == events[1:]
+    stream = await client.completions.create(model=MODEL, prompt="x", stream=True)
+    with pytest.raises(openai.APIError, match="it broke"):
+        async for _ in stream:
+            pass
+    status, body, _ = await front.post("/v1/completions", {**COMPLETION, "stream": False})
+    assert (status, body["error"]["code"]) == (500, "engine_failed")
+    status, body, _ = await front.ask("GET", f"/v1/requests/{rid_of(events)}")
+    assert (body["status"], body["error"]["code"]) == ("failed", "engine_failed")
+
+
+async def test_a_deadline_in_the_queue_is_a_504(front: Front, backend: Backend) -> None:
+    backend.script = lambda record, choice, index: Frame(None, "", "deadline")
+    status, body, _ = await front.post("/v1/completions", {**COMPLETION, "stream": False, "timeout_s": 1})
+    assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
+    backend.script = lambda record, choice, index: Frame(3, "a") if index == 0 else Frame(None, "", "deadline")
+    status, body, _ = await front.post("/v1/completions", {**COMPLETION, "stream": False, "timeout_s": 1})
+    assert (status, body["choices"][0]["finish_reason"], body["choices"][0]["text"]) == (200, "deadline", "a")
+
+
+async def test_several_frames_in_one_row_are_several_events(front: Front, backend: Backend, raw: Any) -> None:
+    backend.hold = True
+    request = asyncio.create_task(front.events("POST", "/v1/completions", json=COMPLETION))
+    (running,) = await backend.until_running()
+    frames = [Frame(1, "a"), Frame(2, ""), Frame(3, "bc", "stop")]
+    row = CommitRow(running.record.rid, 0, 1, 0, b"".join(map(encode, frames)), "stop")
+    running.over = True
+    await backend.bus.commit("w0", backend.epoch, backend.gen, [row], Hint("w0", backend.gen, 9))
+    events = await asyncio.wait_for(request, 60)
+    assert [payload(e)["choices"][0]["text"] for e in events[:-1]] == ["a", "", "bc"]
+
+
+# ------------------------------------------------------------------ leaving
+
+
+async def test_drain(open_gateway: Any, backend: Backend) -> None:
+    """/ready turns first, what can end ends, and what cannot is broken off so that it can be resumed."""
+    backend.hold = True
+    front = await open_gateway(drain_timeout=1.0, ready_delay=0.3)
+    await eventually(lambda: _is_ready(front))
+    reply = await front.session.post(front.url + "/v1/completions", json=COMPLETION)
+    rid = reply.headers["X-Request-Id"]
+    whole = asyncio.create_task(front.post("/v1/completions", {**COMPLETION, "stream": False}))
+    await backend.until_running(2)
+    draining = asyncio.create_task(front.gateway.drain())
+    await eventually(lambda: _is_not_ready(front))
+    await draining
+    with pytest.raises(aiohttp.ClientPayloadError):  # never taken for the end of the stream
+        await reply.read()
+    status, body, headers = await asyncio.wait_for(whole, 60)
+    assert (status, body["error"]["code"]) == (503, "unavailable")
+    backend.hold = False
+    other = await open_gateway()
+    events = await other.events("GET", f"/v1/streams/{rid}")
+    assert len(events) == 6
+    await eventually(lambda: all(r.over for r in backend.running))
+    status, body, _ = await other.ask("GET", f"/v1/requests/{headers['X-Request-Id']}")
+    assert (status, body["status"]) == (200, "completed")
+    assert backend.cancelled == []
+
+
+async def _is_ready(front: Front) -> bool:
+    return (await front.ask("GET", "/ready"))[0] == 200
+
+
+async def _is_not_ready(front: Front) -> bool:
+    return (await front.ask("GET", "/ready"))[0] == 503
+
+
+async def test_ready_tells_the_truth(front: Front, backend: Backend) -> None:
+    await eventually(lambda: _is_ready(front))
+    await backend.bus.pulse("w0", backend.gen, "draining")
+    await eventually(lambda: _is_not_ready(front))
+    await backend.bus.pulse("w0", backend.gen, "serving")
+    await eventually(lambda: _is_ready(front))
+    backend._tasks[0].cancel()  # the leader's beat stops
+    await eventually(lambda: _is_not_ready(front))
+    status, _, _ = await front.ask("GET", "/health")
+    assert status == 200
