@@ -1,4 +1,4 @@
-"""The core through whole histories: see simulation.py. Thousands more: python -m tests.scheduler.simulation."""
+"""The core through whole histories: see simulation/. Thousands more: python -m tests.scheduler.simulation."""
 
 from __future__ import annotations
 

@@ -1,0 +1,229 @@
+"""A simulated worker: plans in order over a KV pool that knows what it holds, commits by batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from protocol.messages import LANDED, Capacity, HintRow, NewSequence, Plan, pack_ids, unpack_ids
+from scheduler.events import StepDone
+from tests.factories import rows
+from tests.scheduler.simulation.server import CommitRow, Fenced, Violation
+from tests.scheduler.simulation.tokens import START, STOP, chain, draw, frame_bytes
+
+if TYPE_CHECKING:
+    from tests.scheduler.simulation.world import World
+
+
+@dataclass
+class Seat:
+    new: NewSequence
+    ids: list[int]
+    table: list[int]
+    computed: int
+    cursor: int
+    prefixes: list[bytes]  # prefixes[k] is the hash of ids[:k + 1]
+    ended: bool = False
+
+
+class SimWorker:
+    """Runs plans in order over a KV pool that knows what it holds; commits by batches."""
+
+    def __init__(self, world: World, wid: str, size: Capacity) -> None:
+        self.world = world
+        self.wid = wid
+        self.size = size
+        self.up = False
+        self.wake_at = 0
+        self.start()
+
+    def start(self) -> None:
+        self.gen = self.world.server.register(self.wid, self.size)
+        self.epoch = self.world.server.epoch
+        self.draining = False
+        self.up = True
+        self.clear()
+
+    def clear(self) -> None:
+        """A new epoch or gen: no seats, no KV, no steps."""
+        self.seats: dict[int, Seat] = {}
+        self.pool: dict[int, bytes] = {}
+        self.step = 0
+        self.batch: list[tuple[CommitRow, int]] = []  # row, seat
+        self.batch_step = 0
+
+    def kill(self) -> None:
+        self.up = False
+
+    def turn(self) -> None:
+        """One thing of: run a step, commit, come back to life."""
+        server, rng = self.world.server, self.world.rng
+        if not self.up:
+            self.start()
+            return
+        if self.batch_step and (rng.random() < 0.5 or self.next_plan() is None):
+            self.commit()
+            return
+        plan = self.next_plan()
+        if plan is not None:
+            if plan.epoch > self.epoch:
+                self.clear()
+                self.epoch = plan.epoch
+            self.execute(plan)
+        elif server.epoch > self.epoch:
+            self.clear()
+            self.epoch = server.epoch
+        elif server.workers[self.wid].retired or server.workers[self.wid].gen != self.gen:
+            self.start()  # its pulse is fenced
+
+    def next_plan(self) -> Plan | None:
+        for plan in self.world.server.workers[self.wid].plans:
+            if plan.gen == self.gen and (
+                plan.epoch > self.epoch or (plan.epoch == self.epoch and plan.step > self.step)
+            ):
+                return plan
+        return None
+
+    def commit(self) -> None:
+        batch, self.batch = self.batch, []
+        event = StepDone(
+            self.wid,
+            self.gen,
+            self.batch_step,
+            [
+                HintRow(
+                    seat,
+                    pack_ids([token for token, _ in row.frames if token is not None]),
+                    row.cursor + sum(frame_bytes(*frame) for frame in row.frames),
+                    row.frames[-1][1],
+                )
+                for row, seat in batch
+            ],
+            exec_us=self.world.rng.choice((0, 500, 2000, 20000)),
+            idle_us=self.world.rng.choice((0, 0, 300)),
+        )
+        self.batch_step = 0
+        try:
+            verdicts = self.world.server.commit(self.epoch, self.wid, self.gen, [row for row, _ in batch], event)
+        except Fenced as fenced:
+            if fenced.cause == "gen":
+                self.start()
+            else:
+                self.clear()
+                self.epoch += 1
+            return
+        for (row, number), verdict in zip(batch, verdicts, strict=True):
+            if verdict != LANDED:
+                seat = self.seats.get(number)
+                if seat is not None and seat.new.placement == row.placement and seat.new.rid == row.rid:
+                    seat.ended = True
+                self.batch = [kept for kept in self.batch if kept[1] != number]
+
+    # -------------------------------------------------------------- one step
+
+    def execute(self, plan: Plan) -> None:
+        if plan.step != self.step + 1:
+            raise Violation(f"step {plan.step} follows {self.step}")
+        self.step = self.batch_step = plan.step
+        work = rows(plan)
+        if self.poisoned(plan, work):
+            self.kill()
+            return
+        for number in plan.frees:
+            if self.seats.pop(number, None) is None:
+                raise Violation("a seat was freed twice")
+        for new in plan.new:
+            self.meet(new)
+        for number, blocks in plan.blocks:
+            self.seats[number].table += unpack_ids(blocks)
+        self.check_size(plan, work)
+        for number, (count, _) in work.items():
+            self.write(self.seats[number], count)
+        for number, (_, samples) in work.items():
+            self.read(self.seats[number])
+            if samples:
+                self.sample(number, self.seats[number])
+            elif self.seats[number].computed >= len(self.seats[number].ids):
+                raise Violation("a finished prefill does not sample")
+        for number, reason in plan.ends:
+            seat = self.seats.pop(number, None)
+            if seat is None:
+                raise Violation("the end of an empty seat")
+            if not seat.ended:
+                self.add(number, seat, None, reason)
+
+    def poisoned(self, plan: Plan, work: dict[int, tuple[int, bool]]) -> bool:
+        rids = {new.seat: new.rid for new in plan.new}
+        for number in work:
+            rid = rids.get(number) or self.seats[number].new.rid
+            if rid in self.world.poison:
+                self.world.note("poison", rid, len(work))
+                return True
+        return False
+
+    def check_size(self, plan: Plan, work: dict[int, tuple[int, bool]]) -> None:
+        if sum(count for count, _ in work.values()) > self.size.max_num_batched_tokens:
+            raise Violation("over the token budget")
+        if len(work) > self.size.max_num_seqs or any(number >= 2 * self.size.max_num_seqs for number in self.seats):
+            raise Violation("over the number of sequences")
+
+    def meet(self, new: NewSequence) -> None:
+        if new.seat in self.seats:
+            raise Violation("a seat is taken twice")
+        ids = list(unpack_ids(new.token_ids))
+        assert new.sampling.max_tokens is not None
+        if len(ids) >= new.prompt_len + new.sampling.max_tokens or new.computed >= len(ids):
+            raise Violation("nothing to compute")
+        prefixes = []
+        prefix = START
+        for token in ids:
+            prefix = chain(prefix, token)
+            prefixes.append(prefix)
+        table = list(unpack_ids(new.block_table))
+        self.seats[new.seat] = Seat(new, ids, table, new.computed, new.cursor, prefixes)
+
+    def slot(self, seat: Seat, position: int) -> int:
+        size = self.size.pools[0].unit_tokens
+        return seat.table[position // size] * size + position % size
+
+    def write(self, seat: Seat, count: int) -> None:
+        if seat.computed + count > len(seat.ids):
+            raise Violation("a row past the known tokens")
+        for position in range(seat.computed, seat.computed + count):
+            self.pool[self.slot(seat, position)] = seat.prefixes[position]
+        seat.computed += count
+
+    def read(self, seat: Seat) -> None:
+        """Attention over all computed tokens. A row past a stop may read anything: it is thrown away."""
+        if seat.ended:
+            return
+        for position in range(seat.computed):
+            if self.pool.get(self.slot(seat, position)) != seat.prefixes[position]:
+                raise Violation(f"{seat.new.rid}: wrong KV at position {position}")
+
+    def sample(self, number: int, seat: Seat) -> None:
+        if seat.computed != len(seat.ids):
+            raise Violation("sampled before its tokens were computed")
+        new = seat.new
+        token = draw(seat.prefixes[-1], new.seed, new.choice)
+        seat.ids.append(token)
+        seat.prefixes.append(chain(seat.prefixes[-1], token))
+        if seat.ended:
+            return
+        output = len(seat.ids) - new.prompt_len
+        assert new.sampling.max_tokens is not None
+        finish = "stop" if token % STOP == 0 else "length" if output == new.sampling.max_tokens else None
+        if output > new.sampling.max_tokens:
+            raise Violation("a row past max_tokens")
+        self.add(number, seat, token, finish)
+
+    def add(self, number: int, seat: Seat, token: int | None, finish: str | None) -> None:
+        for row, other in self.batch:
+            if other == number and row.placement == seat.new.placement and row.rid == seat.new.rid:
+                row.frames.append((token, finish))
+                break
+        else:
+            new = seat.new
+            self.batch.append((CommitRow(new.rid, new.choice, new.placement, seat.cursor, [(token, finish)]), number))
+        seat.cursor += frame_bytes(token, finish)
+        seat.ended = finish is not None
