@@ -24,7 +24,7 @@ from protocol.errors import Fenced, StartError
 from protocol.messages import Plan, Terminal, choice_seed, decode_frames, encode, unpack_ids
 from tests.conftest import MODEL
 from tests.workers.scripted import ScriptedScheduler, until
-from workers import interruption, service
+from workers import incarnation, interruption, service
 from workers.device import Ticket
 from workers.engine import Engine, Sampled
 from workers.service import Worker, WorkerConfig, run_worker
@@ -369,9 +369,9 @@ async def test_a_result_that_crossed_with_a_fence_is_dropped(running: Running, s
     rid = await scheduler.admit(seed=1, max_tokens=2)
     plan = await scheduler.plan(new=[await scheduler.seat(0, rid)])
     await scheduler.done()
-    incarnation: Any = worker._incarnation
+    held: Any = worker._incarnation
     late = Sampled(np.array([0], np.int32), np.array([65], np.int32), {})
-    worker._deliver(Ticket(incarnation.reign - 1, "0-1", plan), late, 0)
+    worker._deliver(Ticket(held.reign - 1, "0-1", plan), late, 0)
     await scheduler.decode(0)
     await scheduler.done()
     assert [f.token for f in await scheduler.frames(rid)] == expected(1, b"prompt", 2)
@@ -415,7 +415,7 @@ async def beat_of(scheduler: ScriptedScheduler) -> int:
 async def test_a_hung_step_stops_the_beats_and_they_come_back_with_it(
     running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "PULSE_S", 0.02)
+    monkeypatch.setattr(incarnation, "PULSE_S", 0.02)
     engine = Gated()
     worker = await running.start(engine=engine)
     await scheduler.adopt("w0")
@@ -448,7 +448,7 @@ async def _beyond(scheduler: ScriptedScheduler, beat: int) -> bool:
 async def test_a_step_that_hangs_for_too_long_ends_the_process(
     running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "PULSE_S", 0.02)
+    monkeypatch.setattr(incarnation, "PULSE_S", 0.02)
     await running.start(engine=Gated(), stall_timeout=0.1)
     await scheduler.adopt("w0")
     rid = await scheduler.admit()
@@ -460,7 +460,7 @@ async def test_a_worker_whose_step_hangs_is_not_offered_again(
     running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Retired while its device hangs, it registers anew only once the step has come to its end."""
-    monkeypatch.setattr(service, "PULSE_S", 0.02)
+    monkeypatch.setattr(incarnation, "PULSE_S", 0.02)
     engine = Gated()
     worker = await running.start(engine=engine)
     first = await scheduler.adopt("w0")
@@ -529,7 +529,7 @@ async def test_a_load_that_fails_says_why(running: Running) -> None:
 async def test_a_worker_retired_while_it_loads_registers_anew(
     running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "PULSE_S", 0.02)
+    monkeypatch.setattr(incarnation, "PULSE_S", 0.02)
     loaded = threading.Event()
 
     class Slow(SimulatedEngine):
