@@ -636,6 +636,19 @@ async def test_run_worker_checks_its_name(redis_url: str) -> None:
         await run_worker(WorkerConfig(redis_url=redis_url, served_model_name=MODEL, name="a b"), signals=False)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"engine": "steam"}, "must be torch or simulated"),
+        ({"engine": "torch"}, "pass --model"),
+        ({"engine": "simulated", "engine_options": {"pace": 1}}, "no option pace"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(StartError, match=message):
+        service.make_engine(WorkerConfig(redis_url="", served_model_name=MODEL, **fields))
+
+
 # ---------------------------------------------------------------- interruption notices
 
 
