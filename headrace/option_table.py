@@ -232,3 +232,19 @@ OPTIONS: tuple[Option, ...] = (
 
 def options_of(command: str) -> list[Option]:
     return [o for o in OPTIONS if o.on(command)]
+
+
+def markdown() -> str:
+    """The table of the README: the options of ``serve``, then those that only other commands take."""
+    lines = ["| option | commands | meaning |", "|---|---|---|"]
+    for option in sorted(OPTIONS, key=lambda o: not o.on("serve")):
+        if option.on("bench"):
+            continue
+        default = "" if option.default is None or option.switch else f" (default: {option.shown or option.default})"
+        meaning = f"{option.help}{default}".replace("|", "\\|")
+        lines.append(f"| `{option.flag}` | {', '.join(option.commands.split())} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,71 @@
+"""The README, the compose file and the Makefile say what is so."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from headrace import cli
+from headrace.option_table import OPTIONS, markdown
+from headrace.options import Unusable
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
+
+
+def test_the_table_of_options_is_the_programs_own() -> None:
+    """`.venv/bin/python -m headrace.option_table` prints it anew."""
+    table = README.partition("headrace.option_table` -->\n")[2].partition("<!-- end of options -->")[0]
+    assert table.strip() == markdown().strip()
+
+
+def test_every_command_line_of_the_readme_is_accepted() -> None:
+    lines = re.findall(r"^(?:\.venv/bin/)?headrace .*$", README, re.M) + re.findall(r"`(headrace [^`A-Z]*)`", README)
+    assert len(lines) >= 7
+    for line in lines:
+        words = shlex.split(line.removeprefix(".venv/bin/"), comments=True)
+        parsed = cli.build_parser({}).parse_args(words[1:])
+        assert parsed.command == words[1]
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_make_knows_the_targets_that_the_readme_names() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    for target in set(re.findall(r"^make ([a-z-]+)", README, re.M)):
+        assert f"make {target} " in shown
+
+
+@pytest.mark.parametrize("name", [n for n in COMPOSE["services"] if n != "redis"])
+def test_compose_uses_options_that_exist(name: str) -> None:
+    service = COMPOSE["services"][name]
+    known = {o.env for o in OPTIONS}
+    environ = {k: re.sub(r"\$\{[^}]*\}+", "", v) for k, v in service["environment"].items()}
+    assert {k for k in environ if k.startswith("HEADRACE_")} <= known
+    parsed = vars(cli.build_parser(environ).parse_args(shlex.split(service["command"])))
+    assert parsed["name"] == name
+    assert not [v for v in parsed.values() if isinstance(v, Unusable)]
+    assert parsed["redis_url"] == "redis://redis:6379/0"
+    assert service["healthcheck"]["test"][0] == "CMD"
+    port = re.search(r"127\.0\.0\.1:(\d+)/health", service["healthcheck"]["test"][-1])
+    assert port
+    assert int(port[1]) == (parsed["port"] if parsed["command"] == "gateway" else parsed["metrics_port"])
+
+
+def test_compose_has_the_roles_and_a_durable_server() -> None:
+    roles = [s["command"].split()[0] for n, s in COMPOSE["services"].items() if n != "redis"]
+    assert sorted(roles) == ["gateway", "gateway", "scheduler", "scheduler", "worker"]
+    server = COMPOSE["services"]["redis"]
+    for setting in ("--appendonly yes", "--appendfsync always", "--maxmemory-policy noeviction"):
+        assert setting in server["command"]
+    assert server["volumes"]
