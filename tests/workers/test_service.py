@@ -641,7 +641,7 @@ async def test_run_worker_checks_its_name(redis_url: str) -> None:
     [
         ({"engine": "steam"}, "must be torch or simulated"),
         ({"engine": "torch"}, "pass --model"),
-        ({"engine": "simulated", "engine_options": {"pace": 1}}, "no option pace"),
+        ({"engine": "simulated", "engine_options": {"pace": 1}}, "pace"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_named(fields: dict[str, Any], message: str) -> None:
