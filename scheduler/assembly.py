@@ -7,7 +7,7 @@ them. Where a decode finds no block, the lowest class, newest first, gives up it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from protocol.messages import NewSequence, Plan, pack_ids
 from scheduler import placement
@@ -15,6 +15,11 @@ from scheduler.lane import Flight, Lane, pack_seats
 from scheduler.ledger import Ledger
 from scheduler.sequence import Sequence, State
 from scheduler.waiting import CACHED_TOKEN_COST
+
+
+def _giving_way(sequence: Sequence) -> tuple[int, float, int, str]:
+    """Order of giving way, last first: lower classes, then newer arrivals."""
+    return (sequence.waiting_level, sequence.request.arrived, sequence.choice, sequence.request.rid)
 
 
 class Assembly:
@@ -30,6 +35,7 @@ class Assembly:
         rows: list[tuple[Sequence, int]] = []
         new: list[NewSequence] = []
         if lane.alone is None:
+            self._make_room(lane)
             grown = self._grow_decodes(lane)
             decodes = len(lane.decoding)
             rows, new = self._prefills(lane, decodes)
@@ -57,10 +63,27 @@ class Assembly:
                 grown[sequence.seat] = pack_ids((block,))
         return grown
 
+    def _make_room(self, lane: Lane) -> None:
+        """Where the next in the queue finds room nowhere, lower classes give way to it: no priority inversion.
+
+        Both sides count as aged, so that what has waited long is not put off for ever.
+        """
+        head = lane.assigned[0] if lane.assigned else self._ledger.queue.head()
+        if head is None or head.needs_alone or lane.draining or head.target > lane.limit:
+            return
+        if not lane.assigned and any(self._has_room(head, other, lane) for other in self._lanes.values()):
+            return
+        lower = [s for s in lane.running_sequences() if s.waiting_level > head.waiting_level]
+        if not placement.could_start(head, lane, lower):
+            return
+        while lower and not placement.can_start(head, lane):
+            victim = max(lower, key=_giving_way)
+            lower.remove(victim)
+            self._ledger.preempt(victim)
+
     def _victim(self, lane: Lane) -> Sequence:
         """Lowest class, newest first."""
-        running: Iterable[Sequence] = [*lane.decoding.members.values(), *lane.prefilling]
-        return max(running, key=lambda s: (s.waiting_level, s.request.arrived, s.choice, s.request.rid))
+        return max(lane.running_sequences(), key=_giving_way)
 
     # ----------------------------------------------------- prefills
 

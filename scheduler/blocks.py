@@ -62,6 +62,10 @@ class BlockManager:
         taken = sum(self._owners[self._by_hash[digest]] == 0 for digest in hashes)
         return self.free - taken - (count - len(hashes)) >= reserve
 
+    def owned_once(self, blocks: Iterable[int]) -> int:
+        """How many of ``blocks`` would be free if their one owner left."""
+        return sum(self._owners[block] == 1 for block in blocks)
+
     def start(self, hashes: Sequence[bytes], count: int) -> list[int]:
         """A table of ``count`` blocks whose first ones are the cached blocks of ``hashes`` (all of them hits)."""
         table = [self._by_hash[digest] for digest in hashes]

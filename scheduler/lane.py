@@ -181,6 +181,9 @@ class Lane:
         """Sequences that have rows to come."""
         return len(self.decoding) + len(self.prefilling)
 
+    def running_sequences(self) -> list[Sequence]:
+        return [*self.decoding.members.values(), *self.prefilling]
+
     @property
     def has_notices(self) -> bool:
         """Whether a plan must go out even without rows: ends never wait; emptied seats only when none is left."""

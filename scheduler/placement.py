@@ -39,6 +39,15 @@ def can_start(sequence: Sequence, lane: Lane) -> bool:
     return lane.blocks.can_start(hits, blocks_needed(sequence, lane), reserve(lane))
 
 
+def could_start(sequence: Sequence, lane: Lane, without: list[Sequence]) -> bool:
+    """Whether ``lane`` surely could start ``sequence`` if those ``without`` left. Blocks that they share do not count."""
+    freed = lane.blocks.owned_once([block for other in without for block in other.blocks])
+    full = lane.running - len(without) >= lane.most_seqs
+    return (
+        bool(lane.free_seats) and not full and lane.blocks.free + freed >= blocks_needed(sequence, lane) + reserve(lane)
+    )
+
+
 def can_assign(sequence: Sequence, lane: Lane) -> bool:
     """Whether ``lane``, not being planned for now, may promise to start ``sequence`` in its next plan."""
     if lane.alone or lane.backlog() >= lane.budget or lane.running + len(lane.assigned) >= lane.most_seqs:

@@ -282,6 +282,22 @@ def test_a_preempted_sequence_starts_again_only_after_its_last_hint():
     assert b.placement == 1
 
 
+@pytest.mark.parametrize("size", [{"seqs": 2}, {"blocks": 10}])
+def test_a_waiting_request_takes_the_place_of_a_lower_class_and_of_no_equal(size):
+    c = core(**size)
+    c.apply(arrive("batch", 15, max_tokens=20, priority="batch", arrived=0.0), 0.0)
+    c.apply(arrive("standard", 15, max_tokens=20, arrived=1.0), 0.0)
+    for plan in plans(c.plan(0.0)):
+        c.apply(hint(plan), 0.0)
+    c.apply(arrive("equal", 15, max_tokens=20, arrived=2.0), 0.0)
+    c.apply(arrive("equal too", 15, max_tokens=20, arrived=3.0), 0.0)
+    plan = plans(c.plan(0.0))[0]
+    assert [new.rid for new in plan.new] == ["equal"]
+    assert plan.frees == [1], "the batch request's seat"
+    assert c.stats().waiting == 2
+    c.check_integrity()
+
+
 # ------------------------------------------------------------------ prefix cache
 
 
