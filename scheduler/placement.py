@@ -40,7 +40,7 @@ def can_start(sequence: Sequence, lane: Lane) -> bool:
 
 
 def could_start(sequence: Sequence, lane: Lane, without: list[Sequence]) -> bool:
-    """Whether ``lane`` surely could start ``sequence`` if those ``without`` left. Blocks that they share do not count."""
+    """Whether ``lane`` surely could start ``sequence`` if those ``without`` left; blocks they share do not count."""
     freed = lane.blocks.owned_once([block for other in without for block in other.blocks])
     full = lane.running - len(without) >= lane.most_seqs
     return (
