@@ -143,6 +143,8 @@ class Answers:
 
     async def _accept(self, ask: Ask, rid: str) -> Accepted:
         async with ask.model.accepting:
+            if ask.follower is None:
+                raise Unavailable("the client has gone before its turn came")
             return await ask.model.bus.accept(
                 ask.job,
                 rid=rid,
