@@ -8,6 +8,7 @@ path.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from scheduler.metrics import Metrics
 from scheduler.recovery import read_sequences
 
 log = logging.getLogger("headrace.scheduler")
+
+LOADING_PATIENCE = 5  # times what a serving worker gets
 
 
 @dataclass
@@ -109,7 +112,7 @@ class Fleet:
             record = present.get(worker.wid)
             if record is None or record.gen != worker.gen:
                 await self._lose(worker, "left" if worker.released else "was replaced" if record else "was removed")
-            elif worker.watch.seen((record.beat, record.state), started, ended):
+            elif worker.watch.seen(record.beat, started, ended):
                 await self._lose(worker, "gives no sign of life")  # or left in order, with nothing on it
                 del present[worker.wid]
         for record in present.values():
@@ -123,13 +126,16 @@ class Fleet:
             return
         worker = self._workers.get(record.wid)
         if worker is None:
-            worker = self._workers[record.wid] = Worker(record.wid, record.gen, Watch(self._timing))
+            # loading keeps an interpreter from beating for seconds, and no sequence suffers meanwhile
+            patient = dataclasses.replace(self._timing, reads=LOADING_PATIENCE * self._timing.reads)
+            worker = self._workers[record.wid] = Worker(record.wid, record.gen, Watch(patient))
             log.info("worker %s registered (gen %d, %s)", record.wid, record.gen, record.state)
         if record.state == worker.state:
             return
         if record.state == "serving" and record.capacity is not None:
             log.info("worker %s serves", record.wid)
             worker.state = record.state
+            worker.watch = Watch(self._timing)
             self.max_model_len = max(self.max_model_len or 0, _longest(record.capacity))
             self._apply(WorkerServing(record.wid, record.gen, record.capacity))
         elif record.state == "draining":

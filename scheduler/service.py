@@ -41,7 +41,7 @@ class SchedulerConfig:
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None  # None or 0: no metrics port
     retention_s: float = 600.0  # how long journals stay after a request's end
-    tenant_weights: dict[str, float] = field(default_factory=dict)  # share of served tokens; 1 where not named
+    tenant_weights: dict[str, float] | None = None  # share of served tokens; 1 where not named
     timing: Timing = field(default_factory=Timing)
 
 
@@ -105,7 +105,7 @@ class _Life:
         self.metrics.leads(epoch)
         reign = Reign(
             self.bus, epoch, self.prompts, self.metrics, self.vitals, clock, self.threads, timing,
-            model=model, tenant_weights=self.config.tenant_weights, max_model_len=self.config.max_model_len,
+            model=model, tenant_weights=self.config.tenant_weights or {}, max_model_len=self.config.max_model_len,
         )  # fmt: skip
         try:
             async with asyncio.TaskGroup() as group:
