@@ -119,7 +119,8 @@ class Assembly:
         uncached = sequence.uncached
         if sequence.state is State.WAITING:
             uncached = sequence.known_tokens - placement.cached_blocks(sequence, lane) * lane.block_size
-        return min(budget, lane.pace.chunk(decodes, uncached))
+        waiting = min(self._ledger.queue.sequences + len(lane.assigned), lane.most_seqs - lane.running)
+        return min(budget, lane.pace.chunk(decodes, uncached, len(lane.prefilling) + waiting))
 
     def _head_for(self, lane: Lane) -> Sequence | None:
         """Who starts on ``lane`` next, assigned to it; None if nobody may. Queue heads that are better off elsewhere

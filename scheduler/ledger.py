@@ -250,7 +250,7 @@ class Ledger:
             output_tokens=sum(len(sequence.output) for sequence in request.sequences),
             cached_tokens=sum(sequence.cached_tokens or 0 for sequence in request.sequences),
             finish_reasons=[sequence.finish_reason or "" for sequence in request.sequences],
-            queued_s=first_planned - request.arrived,
+            queued_s=max(0.0, first_planned - request.arrived),  # arrivals are told in another clock
             prefill_s=first_token - first_planned,
             decode_s=self.now - first_token,
             preemptions=request.preemptions,

@@ -49,18 +49,19 @@ class Pace:
             before = self._decode_s.get(size, exec_s)
             self._decode_s[size] = before + (exec_s - before) * SMOOTHING
 
-    def chunk(self, rows: int, prompt_tokens: int) -> int:
+    def chunk(self, rows: int, prompt_tokens: int, prompts: int) -> int:
         """Most prefill tokens beside ``rows`` decodes, for a prompt of which ``prompt_tokens`` are to be computed.
 
         As many as make the step take twice as long as without them; at least LEAST_CHUNK, lest prefills starve where
         a token of prefill costs as much as one of decode (small machines). A short prompt may take more: it slows few
-        steps, and everyone waits for first tokens.
+        steps, and everyone waits for first tokens. More, too, where more ``prompts`` could run than decodes do: what
+        a longer step costs each of the few it spares each of the many.
         """
         decode_s = self.decode_s(rows)
         if not decode_s or not self.prefill_token_s:
             return UNBOUNDED
         least = SHORT_CHUNK if prompt_tokens <= SHORT_PROMPT else LEAST_CHUNK
-        return max(least, int(decode_s / self.prefill_token_s))
+        return max(least, int(decode_s / self.prefill_token_s * max(1.0, prompts / rows)))
 
     def was_late(self, idle_s: float) -> None:
         """The device waited for a plan that could have been there."""

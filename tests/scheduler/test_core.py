@@ -190,6 +190,14 @@ def test_a_short_prompt_may_slow_a_few_steps_more():
     assert chunks(c, paced(c), 100) == [64, 36]
 
 
+def test_where_more_prompts_wait_than_decodes_run_the_prompts_go_first():
+    c = core(CoreConfig(), blocks=4000, tokens=4096, model_len=4096, seqs=64)
+    now = paced(c)
+    for k in range(39):
+        c.apply(arrive(f"crowd{k}", 30, arrived=now), now)
+    assert sum(chunks(c, now, 30)[:7]) == 200, "forty wait for two: twenty times ten tokens in the first step"
+
+
 def test_nobody_decodes_so_a_prompt_may_fill_the_budget():
     c = core(CoreConfig(), blocks=2000, tokens=4096, model_len=4096)
     assert chunks(c, 0.0, 400)[0] == 400
