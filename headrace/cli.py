@@ -96,7 +96,7 @@ def gateway(args: argparse.Namespace) -> int:
     from gateway.app import GatewayConfig, run_gateway
 
     values = vars(args) | {"redis_url": args.redis_url or _default_redis()}
-    _run("gateway", run_gateway(config_of(GatewayConfig, values)))
+    _run("gateway", checked(values, run_gateway(config_of(GatewayConfig, values))))
 
 
 @command(
@@ -114,11 +114,8 @@ def scheduler(args: argparse.Namespace) -> int:
     values = _with_model(vars(args)) | {"redis_url": args.redis_url or _default_redis()}
     from scheduler.service import SchedulerConfig, run_scheduler
 
-    async def run() -> int:
-        await tell_weaknesses(values["redis_url"], values["served_model_name"], args.strict_durability)
-        return await run_scheduler(config_of(SchedulerConfig, values | {"retention_s": args.retention}))
-
-    _run("scheduler", run())
+    config = config_of(SchedulerConfig, values | {"retention_s": args.retention})
+    _run("scheduler", checked(values, run_scheduler(config)))
 
 
 @command(
@@ -137,7 +134,8 @@ def worker(args: argparse.Namespace) -> int:
     from headrace.progress import reporter
     from workers.service import WorkerConfig, run_worker
 
-    _run("worker", run_worker(config_of(WorkerConfig, values | {"retention_s": args.retention}), progress=reporter()))
+    config = config_of(WorkerConfig, values | {"retention_s": args.retention})
+    _run("worker", checked(values, run_worker(config, progress=reporter())))
 
 
 @command(
@@ -233,20 +231,14 @@ def _with_model(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "model": str(model), "served_model_name": name}
 
 
-async def tell_weaknesses(url: str, model: str, strict: bool) -> None:
-    """Warn of each setting by which the server could lose what it acknowledged; StartError if ``strict``."""
-    from protocol.bus import Bus
+def checked(values: Mapping[str, Any], service: Coroutine[Any, Any, int]) -> Coroutine[Any, Any, int]:
+    """The service, with its server's durability checked; under ``serve``, which has done that, just the service."""
+    from headrace.durability import with_check
+    from headrace.progress import SUPERVISED
 
-    bus = Bus(url, model, patience=30.0)
-    try:
-        await bus.connect()
-        weaknesses = await bus.durability()
-    finally:
-        await bus.close()
-    for weakness in weaknesses:
-        logging.getLogger("headrace").warning("the server may lose acknowledged requests: %s", weakness)
-    if weaknesses and strict:
-        raise StartError(f"--strict-durability: the server is weaker than promised: {'; '.join(weaknesses)}")
+    if SUPERVISED in os.environ:
+        return service
+    return with_check(values["redis_url"], values["strict_durability"], service)
 
 
 def _default_redis() -> str:

@@ -112,7 +112,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "--strict-durability",
-        "serve scheduler",
+        "serve gateway scheduler worker",
         "refuse a Redis that could lose what it acknowledged, instead of warning",
         boolean,
         False,

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from headrace import embedded, options, progress
 from headrace.console import StartView, print_block
+from headrace.durability import check_durability
 from headrace.option_table import OPTIONS, options_of
 from headrace.supervisor import EX_CONFIG, Child, GaveUp, Program, Supervisor
 from protocol.bus import Bus
@@ -249,13 +250,10 @@ class Stack:
         bus = Bus(url, self.layout.values["served_model_name"], patience=5.0)
         try:
             await bus.connect()
-            weaknesses = await bus.durability() if self.layout.data_dir is None else []
         finally:
             await bus.close()
-        for weakness in weaknesses:
-            self.view.note(f"warning: this server may lose acknowledged requests: {weakness}")
-        if weaknesses and self.layout.values["strict_durability"]:
-            raise StartError("--strict-durability: " + "; ".join(weaknesses))
+        if self.layout.data_dir is None:
+            await check_durability(url, self.layout.values["strict_durability"], self.view.note)
 
     async def _until_ready(self) -> None:
         import aiohttp

@@ -16,6 +16,7 @@ import msgspec
 
 from protocol import records
 from protocol.connection import Argument, Link, OutOfMemory
+from protocol.durability import weaknesses
 from protocol.errors import Conflict, Fenced, NotFound, Overloaded, ServiceError, StartError, StoreFailed
 from protocol.keys import GROUP, REGISTRY, Keys, check_name
 from protocol.messages import (
@@ -99,19 +100,14 @@ class Bus:
         seconds, micros = await self._link.command("TIME")
         return int(seconds) * 1000 + int(micros) // 1000
 
-    async def durability(self) -> list[str]:
-        """Settings of the server that are weaker than ours (appendonly, appendfsync always, noeviction), named."""
-        wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+    @staticmethod
+    async def durability(url: str, *, patience: float | None = None) -> list[str]:
+        """Settings by which this server is weaker than ours (appendonly, appendfsync always, noeviction), named."""
+        link = Link(url, patience)
         try:
-            found = records.fields_of(await self._link.command("CONFIG", "GET", "*"))
-        except StoreFailed:
-            return ["CONFIG GET is not allowed, so its durability is unknown"]
-        weaker = []
-        for name, value in wanted.items():
-            actual = found.get(name.encode(), b"unknown").decode()
-            if actual != value:
-                weaker.append(f"{name} is {actual}, not {value}")
-        return weaker
+            return await weaknesses(link)
+        finally:
+            await link.close()
 
     async def _run(self, name: str, *args: Argument, key: str | None = None) -> Any:
         return await self._link.script(self._scripts[name], key or self.keys.leader, (self.keys.prefix, *args))

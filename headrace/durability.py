@@ -1,0 +1,47 @@
+"""What a start does about a server that is weaker than promised: it says so, or refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from protocol.bus import Bus
+from protocol.errors import StartError
+
+PATIENCE_S = 5.0  # of a check that a person waits for
+
+
+async def check_durability(
+    url: str, strict: bool, tell: Callable[[str], object], *, patience: float | None = PATIENCE_S
+) -> None:
+    """Tell of each setting by which the server could lose what it acknowledged; StartError if ``strict``."""
+    found = await Bus.durability(url, patience=patience)
+    if found and strict:
+        raise StartError("--strict-durability: this server could lose what it acknowledged: " + "; ".join(found))
+    for weakness in found:
+        tell(f"warning: this server could lose what it acknowledged: {weakness}")
+
+
+async def with_check(url: str, strict: bool, service: Coroutine[Any, Any, int]) -> int:
+    """Run ``service`` on a server that is checked: before it starts if ``strict``, else beside it, since a service
+    starts even while its server is away. Waits for the server as long as it takes."""
+    log = logging.getLogger("headrace")
+
+    def check() -> Coroutine[Any, Any, None]:
+        return check_durability(url, strict, lambda text: log.warning(text.removeprefix("warning: ")), patience=None)
+
+    if strict:
+        try:
+            await check()
+        except BaseException:
+            service.close()
+            raise
+        return await service
+    checking = asyncio.create_task(check())
+    try:
+        return await service
+    finally:
+        checking.cancel()
+        await asyncio.gather(checking, return_exceptions=True)
