@@ -44,6 +44,7 @@ BLOCK_MS = 5000  # blocking reads: long enough to cost nothing, short enough to 
 TICKS_PER_SECOND = 4
 CLAIM_S = 1.0  # how often entries are looked for that a deposed leader read after our own start
 EARLY_CANCEL_S = 60.0  # how long a cancel waits for a request that is just being ingested
+AGAIN_S = 0.05  # before an end is tried again that found its choice otherwise than thought
 RATE_S = 10.0  # time constant of the measured token rate
 
 
@@ -265,6 +266,8 @@ class Reign:
                 left = await self._write_ends(rid, choices)
             except UNREADABLE:
                 left = {choice.choice for choice in choices}  # read_state says what it is
+            if left:
+                await asyncio.sleep(AGAIN_S)
             for choice in choices:
                 if choice.choice in left:
                     await self._resync(Resync(rid, choice.choice))
@@ -297,18 +300,22 @@ class Reign:
     # -------------------------------------------------------------- the slow tick
 
     async def _tick(self) -> None:
-        """Depth every 250 ms; once a second the inbox's length, metrics, the card, trimming, the core's integrity."""
-        rate, ticks, trimmed, card = TokenRate(), 0, self._after, self._prompts.max_model_len
+        """Depth every 250 ms, where it changed; once a second inbox length, metrics, card, trimming, integrity."""
+        rate, ticks, checked = TokenRate(), 0, 0
+        depth: dict[str, int | float] = {}
+        trimmed, card = self._after, self._prompts.max_model_len
         while True:
             now, stats = time.monotonic(), self.core.stats()
             rate.note(now, stats.counters.output_tokens, idle=not stats.running)
-            await self._bus.write_depth(self._epoch, {**_depth(stats), "rate": rate.value})
+            if depth != (depth := {**_depth(stats), "rate": rate.value}):
+                await self._bus.write_depth(self._epoch, depth)
             if ticks % TICKS_PER_SECOND == 0:
                 self._metrics.observe(stats, rate.value, await self._bus.inbox_length())
                 if self._prompts.max_model_len != card:
                     card = self._prompts.max_model_len
                     await self._publish_card()
-                if not (stats.running or stats.waiting):
+                if not (stats.running or stats.waiting) and checked != stats.counters.output_tokens:
+                    checked = stats.counters.output_tokens  # once each time that it comes to rest
                     self.core.check_integrity()
                 self._forget_early_cancels(now)
                 if trimmed != self._after:
