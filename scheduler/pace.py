@@ -14,6 +14,7 @@ FIRST_LEAD_S = 0.01
 MOST_LEAD_S = 0.25
 DECAY = 0.999
 SMOOTHING = 0.2
+MOST_SCALE = 5.0  # one slow step is not taken at its full word
 LEAST_CHUNK = 16
 SHORT_CHUNK = 64
 SHORT_PROMPT = 256
@@ -40,14 +41,25 @@ class Pace:
         return self.decode_s(rows) + prefill_tokens * self.prefill_token_s
 
     def learn(self, rows: int, prefill_tokens: int, exec_s: float) -> None:
-        """One step of ``rows`` decodes and ``prefill_tokens`` took ``exec_s``."""
+        """One step of ``rows`` decodes and ``prefill_tokens`` took ``exec_s``.
+
+        A mixed step does not tell the two apart: it scales both by what it was off, and steps of one kind set them
+        right. What is unknown begins with the rest that the known leaves, or with its share of the tokens.
+        """
+        tokens = rows + prefill_tokens
+        if not tokens or exec_s <= 0:
+            return
+        decode_s, prefill_s = self.decode_s(rows), prefill_tokens * self.prefill_token_s
+        first_of_kind = not prefill_tokens and rows.bit_length() not in self._decode_s
+        if rows and (not decode_s or first_of_kind):
+            decode_s = max(exec_s - prefill_s, exec_s * rows / tokens)
+        if prefill_tokens and not prefill_s:
+            prefill_s = max(exec_s - decode_s, exec_s * prefill_tokens / tokens)
+        scale = 1 + SMOOTHING * (min(exec_s / (decode_s + prefill_s), MOST_SCALE) - 1)
+        if rows:
+            self._decode_s[rows.bit_length()] = decode_s * scale
         if prefill_tokens:
-            seen = max(0.0, exec_s - self.decode_s(rows)) / prefill_tokens
-            self.prefill_token_s += (seen - self.prefill_token_s) * (SMOOTHING if self.prefill_token_s else 1.0)
-        elif rows:
-            size = rows.bit_length()
-            before = self._decode_s.get(size, exec_s)
-            self._decode_s[size] = before + (exec_s - before) * SMOOTHING
+            self.prefill_token_s = prefill_s * scale / prefill_tokens
 
     def chunk(self, rows: int, prompt_tokens: int, prompts: int) -> int:
         """Most prefill tokens beside ``rows`` decodes, for a prompt of which ``prompt_tokens`` are to be computed.

@@ -92,6 +92,16 @@ def test_step_times_are_told_apart_by_rows_and_prefill_tokens():
         pace.learn(8, 0, 0.010)
         pace.learn(64, 0, 0.030)
         pace.learn(8, 100, 0.110)
-    assert pace.step_s(8, 0) == pytest.approx(0.010)
-    assert pace.step_s(64, 50) == pytest.approx(0.080)
-    assert pace.step_s(100, 0) == pytest.approx(0.030), "the nearest that is known"
+    assert pace.step_s(8, 0) == pytest.approx(0.010, rel=0.05)
+    assert pace.step_s(64, 50) == pytest.approx(0.080, rel=0.05)
+    assert pace.step_s(100, 0) == pytest.approx(0.030, rel=0.05), "the nearest that is known"
+
+
+def test_mixed_steps_alone_are_enough_to_keep_decodes_going():
+    """Under steady load no step may ever be of one kind: chunks must be bounded all the same."""
+    pace = Pace()
+    pace.learn(0, 512, 0.512)
+    for rows_now in (4, 8, 16, 32, 32, 32, 32, 32):
+        pace.learn(rows_now, 256, 0.256 + 0.005 + rows_now * 0.001)
+    assert pace.step_s(32, 256) == pytest.approx(0.293, rel=0.1)
+    assert 16 <= pace.chunk(32, 10_000, 1) < 256
