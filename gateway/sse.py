@@ -104,7 +104,16 @@ class EventReader(Follower):
         block = self._out[0] if len(self._out) == 1 else b"".join(self._out)
         self._out.clear()
         self._held = 0
-        if block and not self._transport.is_closing():
+        if block:
+            self._write(block)
+
+    def nudge(self) -> None:
+        """A comment, without the empty line that some clients would take for an event."""
+        if not self.full:
+            self._write(b":\n")
+
+    def _write(self, block: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"%x\r\n%b\r\n" % (len(block), block) if self._chunked else block)
 
     async def begin(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:

@@ -25,6 +25,7 @@ log = logging.getLogger("headrace.gateway")
 
 SILENCE_S = 1.0  # how often the lengths of silent journals are compared
 LENGTHS_AT_ONCE = 512
+KEEP_ALIVE_S = 15.0  # how often a silent stream shows proxies that it lives
 RECORD_CHECK_S = 32.0  # longest pause between looks at the record of a silent request
 
 _admitted_decoder = msgspec.msgpack.Decoder(Admitted)
@@ -63,6 +64,9 @@ class Follower:
 
     def flush(self) -> None:
         """Called once after all rows of a publication."""
+
+    def nudge(self) -> None:
+        """Called now and then while nothing comes."""
 
     def feed(self, row: Row) -> None:
         choice = row.choice
@@ -248,6 +252,8 @@ class Outlet:
         silent = []
         for follower in self.everyone():
             follower.silent_s += SILENCE_S
+            if follower.silent_s % KEEP_ALIVE_S == 0:
+                follower.nudge()
             if follower.silent_s > SILENCE_S and not follower.behind and not follower.over:
                 silent.append(follower)
         asked = [(f, c) for f in silent for c in range(f.tally.choices) if f.tally.ends[c] is None]

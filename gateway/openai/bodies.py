@@ -33,7 +33,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None  # ignored: padding against traffic analysis is the proxy's matter
 
 
-class CommonBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -81,7 +81,7 @@ class CommonBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class CompletionBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
+class CompletionBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[int | str | list[int]] | None = None
     echo: bool | None = None
     logprobs: int | None = None
@@ -111,7 +111,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     annotations: Any = None  # what our own and OpenAI's answers carry, sent back
 
 
-class ChatBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
+class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
     messages: list[Message] | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -156,7 +156,7 @@ completion_decoder = msgspec.json.Decoder(CompletionBody)
 chat_decoder = msgspec.json.Decoder(ChatBody)
 
 
-def model_name(body: CommonBody) -> str:
+def model_name(body: GenerationBody) -> str:
     if not body.model:
         raise NotFound("model is missing; GET /v1/models lists what is served", param="model", code="model_not_found")
     return body.model
@@ -213,7 +213,7 @@ def chat_job(body: ChatBody, card: ModelCard, tenant: str, created: int) -> Job:
 # ------------------------------------------------------------------ parts
 
 
-def _refuse_unsupported(body: CommonBody) -> None:
+def _refuse_unsupported(body: GenerationBody) -> None:
     for name, no_ops in NO_OP.items():
         value = getattr(body, name, None)
         if value is not None and value not in no_ops:
@@ -222,7 +222,7 @@ def _refuse_unsupported(body: CommonBody) -> None:
         raise InvalidRequest("stream_options needs stream", param="stream_options")
 
 
-def _sampling(body: CommonBody, card: ModelCard, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def _sampling(body: GenerationBody, card: ModelCard, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
     given: dict[str, Any] = {
         name: value
         for name in SamplingParams.__struct_fields__
@@ -248,7 +248,7 @@ def _chat_logprobs(body: ChatBody) -> int | None:
     return body.top_logprobs
 
 
-def _job(body: CommonBody, sampling: SamplingParams, tenant: str) -> Job:
+def _job(body: GenerationBody, sampling: SamplingParams, tenant: str) -> Job:
     priority = body.priority or "standard"
     if priority not in PRIORITIES:
         raise InvalidRequest(f"priority must be one of {', '.join(PRIORITIES)}", param="priority")

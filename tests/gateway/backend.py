@@ -64,7 +64,8 @@ class Running:
     seat: int
     cursor: int = 0
     emitted: int = 0
-    over: bool = False
+    over: bool = False  # its last frame is on its way
+    landed: bool = False  # and in its journal
     frames: list[bytes] = field(default_factory=list)
 
 
@@ -208,6 +209,8 @@ class Backend:
         self.steps += 1
         verdicts = await self.bus.commit("w0", self.epoch, self.gen, rows, Hint("w0", self.gen, self.steps))
         assert set(verdicts) <= {"l"}, verdicts
+        for running, _ in due:
+            running.landed = running.over
 
     # -------------------------------------------------------------- faults
 

@@ -27,7 +27,7 @@ async def test_a_closed_stream_cancels_at_once(front: Front, backend: Backend) -
     await reply.content.readuntil(b"\n\n")
     reply.close()
     await eventually(lambda: backend.cancelled == [rid])
-    await eventually(lambda: all(r.over for r in backend.running))
+    await eventually(lambda: all(r.landed for r in backend.running))
     status, body, _ = await front.ask("GET", f"/v1/requests/{rid}")
     assert (status, body["status"]) == (200, "cancelled")
 
@@ -59,7 +59,7 @@ async def test_a_detached_request_outlives_its_client(kept: dict, front: Front, 
     reply.close()
     await eventually(lambda: not front.gateway.answers.open)
     backend.hold = False
-    await eventually(lambda: all(r.over for r in backend.running))
+    await eventually(lambda: all(r.landed for r in backend.running))
     assert backend.cancelled == []
     status, body, _ = await front.ask("GET", f"/v1/requests/cmpl-{rid}")
     assert (status, body["status"]) == (200, "completed")
@@ -152,6 +152,24 @@ async def _send(writer: asyncio.StreamWriter, front: Front, body: dict[str, Any]
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
     writer.write(b"Content-Length: %d\r\n\r\n" % len(raw) + raw)
     await writer.drain()
+
+
+async def test_a_silent_stream_shows_that_it_lives(
+    front: Front, client: openai.AsyncOpenAI, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By comments, which no client takes for an event, wherever they fall."""
+    monkeypatch.setattr("gateway.streams.KEEP_ALIVE_S", 1.0)
+    backend.hold = True
+    stream = await client.completions.create(model=MODEL, prompt="x", stream=True)
+    reply = await front.session.post(front.url + "/v1/completions", json=COMPLETION)
+    await backend.until_running(2)
+    assert await asyncio.wait_for(reply.content.readline(), 60) == b":\n"
+    await backend.step()
+    assert (await asyncio.wait_for(reply.content.readuntil(b"\n\n"), 60)).endswith(b"\n\n")
+    assert await asyncio.wait_for(reply.content.readline(), 60) == b":\n"
+    backend.hold = False
+    assert "".join([c.choices[0].text async for c in stream]) == "".join(word(0, i) for i in range(5))
+    await reply.read()
 
 
 # ------------------------------------------------------------------ idempotency
@@ -271,7 +289,7 @@ async def test_drain(open_gateway: Any, backend: Backend) -> None:
     other = await open_gateway()
     events = await other.events("GET", f"/v1/streams/{rid}")
     assert len(events) == 6
-    await eventually(lambda: all(r.over for r in backend.running))
+    await eventually(lambda: all(r.landed for r in backend.running))
     status, body, _ = await other.ask("GET", f"/v1/requests/{headers['X-Request-Id']}")
     assert (status, body["status"]) == (200, "completed")
     assert backend.cancelled == []
