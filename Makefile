@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 venv: $(STAMP) ## make and fill .venv
 
+# On a terminal, `set -m` gives it to serve alone: Ctrl-C is serve's to answer, and make ends with its exit code.
 serve: $(STAMP) ## serve the demo model (ARGS='--model ... --port ...')
-	@exec $(BIN)/headrace serve $(ARGS)
+	@bash -c '[ -t 0 ] && set -m && { $(BIN)/headrace serve "$$@"; exit $$?; }; exec $(BIN)/headrace serve "$$@"' serve $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS='tests/headrace -k cli')
 	$(PYTEST) -m "not sweep" $(ARGS)
