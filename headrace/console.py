@@ -29,15 +29,17 @@ class StartView:
     def stage(self, name: str, stage: str, fraction: float) -> None:
         """``fraction`` of ``stage`` of the process ``name`` is done."""
         key = (name, stage)
+        if self._told.get(key, -1.0) >= fraction:
+            return
         if self._bars is not None:
             if key not in self._tasks:
                 self._tasks[key] = self._bars.add_task(f"{name} {stage}", total=1.0)
             self._bars.update(self._tasks[key], completed=fraction)
-            return
-        last = self._told.get(key, -1.0)
-        if last < 1.0 and (last < 0 or fraction >= 1.0 or fraction - last >= PLAIN_STEP):
-            self._told[key] = fraction
+        elif fraction in (0.0, 1.0) or fraction - self._told.get(key, 0.0) >= PLAIN_STEP:
             self.note(f"{name} {stage} {fraction:.0%}")
+        else:
+            return
+        self._told[key] = fraction
 
     def note(self, text: str) -> None:
         since = time.monotonic() - self._began

@@ -200,6 +200,8 @@ class Stack:
             self.supervisor.kill()
 
     def _on_line(self, child: Child, line: str) -> None:
+        if child.program.role != "redis":
+            self.view.stage(child.name, "start", 1.0)  # the first thing that a process says: it is up
         if (told := progress.parse(line)) is not None:
             self.view.stage(child.name, *told)
         elif IMPORTANT.match(line):
@@ -224,6 +226,7 @@ class Stack:
                     own["port"] = layout.ports[index]
                 argv = [sys.executable, "-m", "headrace", role, *options.argv_of(options_of(role), {**values, **own})]
                 self.supervisor.start(Program(role, name, argv, env))
+                self.view.stage(name, "start", 0.0)
         await self._until_ready()
         self.view.close()
         self._print_block()
