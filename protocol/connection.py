@@ -155,14 +155,19 @@ class Link:
 
     async def script(self, script: Script, key: str, args: Sequence[Argument]) -> Any:
         """Run a script by its digest; a server that has forgotten it (a restart) is sent the source."""
-        packed = _pack(("EVALSHA", script.sha, 1, key, *args))
+        (reply,) = await self.script_each(script, key, [args])
+        return reply
 
-        async def attempt() -> Any:
-            (reply,) = await self.once(packed, 1, REPLY_TIMEOUT_S)
-            if isinstance(reply, NoScriptError):
-                whole = _pack(("EVAL", script.source, 1, key, *args))
-                (reply,) = await self.once(whole, 1, REPLY_TIMEOUT_S)
-            return _checked(reply)
+    async def script_each(self, script: Script, key: str, calls: Sequence[Sequence[Argument]]) -> list[Any]:
+        """Run a script several times, in order and in one round trip (the server syncs its log once for all)."""
+        packed = b"".join([_pack(("EVALSHA", script.sha, 1, key, *args)) for args in calls])
+
+        async def attempt() -> list[Any]:
+            replies = await self.once(packed, len(calls), REPLY_TIMEOUT_S)
+            if any(isinstance(reply, NoScriptError) for reply in replies):
+                whole = _pack(("SCRIPT", "LOAD", script.source)) + packed
+                replies = (await self.once(whole, 1 + len(calls), REPLY_TIMEOUT_S))[1:]
+            return [_checked(reply) for reply in replies]
 
         return await self.repeat(attempt)
 
