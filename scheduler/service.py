@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import secrets
 import signal
@@ -52,6 +53,7 @@ async def run_scheduler(config: SchedulerConfig, stop: asyncio.Event | None = No
     handed over either way.
     """
     loop = asyncio.get_running_loop()
+    alone = stop is None
     if stop is None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -66,6 +68,8 @@ async def run_scheduler(config: SchedulerConfig, stop: asyncio.Event | None = No
         if config.metrics_port:
             status = await serve_status(metrics, vitals, config.metrics_host, config.metrics_port)
         prompts = await loop.run_in_executor(threads, Prompts.load, config.model, config.max_model_len)
+        if alone:
+            gc.freeze()  # what was imported stays: the collector need not look at it again
         await bus.connect()
         # a name of this incarnation alone: a restarted scheduler must not pass for its former self
         life = _Life(config, bus, f"{name}.{secrets.token_hex(4)}", prompts, metrics, vitals, threads)
