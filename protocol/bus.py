@@ -54,6 +54,7 @@ __all__ = [
 
 MOST_COMMIT_ROWS = 256  # rows in one script call
 OLDEST_SERVER = (6, 2)
+STRANDED_MS = 60_000  # an entry read this long ago and not handed out has been lost on its way
 PING_EVERY_S = 5.0  # a silent subscription is asked whether it still lives
 
 _plan_decoder = msgspec.msgpack.Decoder(Plan)
@@ -281,16 +282,21 @@ class Bus:
         return self._hand_out(_stream_entries(reply))
 
     async def claim_jobs(self, consumer: str, count: int) -> list[InboxEntry]:
-        """Entries that another consumer (an earlier leader, or a deposed one that woke) read and did not finish with.
-        Never one's own, so it may be called again and again; once a second or so is right."""
-        jobs, start = self.keys.jobs, "-"
+        """Entries that another consumer (an earlier leader, or a deposed one that woke) read and did not finish with,
+        and our own whose reply was lost so late that `read_jobs` did not notice. Each is given once, so this may be
+        called again and again; once a second or so is right."""
+        jobs, start, me = self.keys.jobs, "-", consumer.encode()
         while True:
             pending = await self._link.command("XPENDING", jobs, GROUP, start, "+", count)
-            foreign = [entry for entry, owner, *_ in pending if owner != consumer.encode()]
-            if foreign:
-                claimed = await self._link.command("XCLAIM", jobs, GROUP, consumer, 0, *foreign)
+            stranded = [
+                entry
+                for entry, owner, idle, _ in pending
+                if owner != me or (idle >= STRANDED_MS and entry.decode() not in self._handed_out)
+            ]
+            if stranded:
+                claimed = await self._link.command("XCLAIM", jobs, GROUP, consumer, 0, *stranded)
                 present = [entry for entry in claimed if entry and entry[1]]
-                gone = set(foreign) - {entry_id for entry_id, _ in present}
+                gone = set(stranded) - {entry_id for entry_id, _ in present}
                 if gone:
                     await self._link.command("XACK", jobs, GROUP, *gone)
                 if present:
@@ -368,10 +374,11 @@ class Bus:
 
     async def plan(self, epoch: int, wid: str, gen: int, plan: Plan) -> None:
         """Fence; record the placement of each of plan.new; XADD. Fenced("epoch") or Fenced("gen"). A worker's plans are
-        sent one after another: a step that is not above the last one sent counts as a repeat."""
+        sent one after another: a step that is not above the last one sent counts as a repeat. A sequence whose journal
+        is not as long as its cursor says is not placed: its rows will come back STALE."""
         new: list[Argument] = []
         for sequence in plan.new:
-            new += (sequence.rid, sequence.choice, sequence.placement)
+            new += (sequence.rid, sequence.choice, sequence.placement, sequence.cursor)
         await self._run("plan", epoch, wid, gen, plan.step, encode(plan), *new)
 
     async def finish(

@@ -30,7 +30,11 @@ def complete(name: str, text: str, *, sharded: bool = False) -> Script:
     parts = [f"local PUBLISH, NUMSUB = '{publish}', '{numsub}'\n", read_source("_prelude")]
     if name in INCLUDES:
         parts.append(read_source(INCLUDES[name]))
-    source = "".join([*parts, text]).encode()
+    return from_source(name, "".join([*parts, text]))
+
+
+def from_source(name: str, text: str) -> Script:
+    source = text.encode()
     return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest().encode())
 
 

@@ -1,5 +1,7 @@
 -- Send one plan to a worker and record where its new sequences are. Counts as the leader's beat.
--- KEYS: leader. ARGV: P, epoch, wid, gen, step, plan, then per new sequence: rid, choice, placement
+-- A placement is recorded only if the journal is as long as the plan says: from then on no row of an earlier placement
+-- lands, so what the new one computes follows what the journal holds. Else the new rows will be stale, and it is read again.
+-- KEYS: leader. ARGV: P, epoch, wid, gen, step, plan, then per new sequence: rid, choice, placement, cursor
 -- -> 1, or 0 for a step that was sent before (a repeat)
 allow_when_full()
 local epoch, wid, gen, step = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
@@ -10,9 +12,14 @@ if v[1] ~= gen then return fenced('gen') end
 redis.call('HINCRBY', P .. 'leader', 'beat', 1)
 if v[2] == epoch and step <= tonumber(v[3]) then return 0 end
 redis.call('HSET', worker, 'planned_epoch', epoch, 'planned_step', step)
-for i = 7, #ARGV, 3 do
-  local record = P .. 'r:' .. ARGV[i]
-  if redis.call('EXISTS', record) == 1 then redis.call('HSET', record, 'p' .. ARGV[i + 1], ARGV[i + 2]) end
+
+local function place(rid, choice, placement, cursor)
+  local record = P .. 'r:' .. rid
+  if redis.call('EXISTS', record) == 0 then return end
+  if redis.call('STRLEN', P .. 'j:' .. rid .. ':' .. choice) ~= tonumber(cursor) then return end
+  redis.call('HSET', record, 'p' .. choice, placement)
 end
+
+for i = 7, #ARGV, 4 do pcall(place, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]) end
 redis.call('XADD', P .. 'plans:' .. wid, 'MAXLEN', '~', '4096', '*', 'p', ARGV[6])
 return 1

@@ -201,7 +201,7 @@ def only_our_errors(payload: bytes) -> None:
         encode(job)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(bodies)
 def test_fuzzed_maps_raise_only_our_errors(body: dict[str, Any]) -> None:
     only_our_errors(msgpack.packb(body, unicode_errors="surrogatepass"))
@@ -212,7 +212,7 @@ def test_fuzzed_maps_raise_only_our_errors(body: dict[str, Any]) -> None:
     only_our_errors(dumped)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.binary(max_size=64)
     | st.sampled_from(GOOD).flatmap(lambda good: st.integers(0, len(good)).map(lambda k: good[:k]))
@@ -221,7 +221,7 @@ def test_fuzzed_bytes_raise_only_our_errors(payload: bytes) -> None:
     only_our_errors(payload)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(GOOD), st.integers(0, 200), st.integers(0, 255))
 def test_flipped_bytes_raise_only_our_errors(good: bytes, at: int, byte: int) -> None:
     mutable = bytearray(good)

@@ -1,0 +1,150 @@
+"""The smallest worker: several plans executed ahead, several steps in one commit, random tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from protocol import messages
+from protocol.bus import CommitRow
+from protocol.errors import Fenced
+from protocol.messages import Frame, Hint, HintRow, Plan, Terminal, pack_ids, unpack_ids
+from tests.protocol.model.link import Turn
+from tests.protocol.model.world import World, next_token
+
+
+@dataclass
+class Seat:
+    rid: str
+    choice: int
+    placement: int
+    cursor: int
+    count: int
+    last: int
+    most: int
+    over: bool = False  # ended here, or told stale or closed: later rows are thrown away
+
+
+@dataclass
+class Step:
+    plan_id: str
+    number: int
+    rows: list[tuple[int, CommitRow, HintRow]] = field(default_factory=list)
+
+
+class Worker:
+    def __init__(self, world: World, wid: str) -> None:
+        self.world, self.bus, self.rng, self.wid = world, world.bus(), world.rng, wid
+        self.gen = 0
+        self.epoch = 0  # of the plans taken; those of an earlier one are skipped
+        self.step = 0
+        self.after = "0-0"
+        self.seats: dict[int, Seat] = {}
+        self.pending: list[Step] = []  # executed, not yet committed
+
+    async def live(self) -> None:
+        self.gen = await self.bus.register(self.wid, None, "serving")
+        while True:
+            for plan_id, plan in await self.bus.read_plans(self.wid, self.after, 0):
+                self.after = plan_id
+                self.take(plan_id, plan)
+                if self.pending and self.rng.random() < 0.2:
+                    await self.commit()
+            if self.pending and self.rng.random() < 0.4:
+                await self.commit()
+            elif self.rng.random() < 0.5:
+                await self.bus.pulse(self.wid, self.gen)
+            for _ in range(self.rng.randrange(12)):
+                await Turn()
+            await self.world.maybe_pause(0.004)
+
+    def take(self, plan_id: str, plan: Plan) -> None:
+        if plan.gen != self.gen or plan.epoch < self.epoch:
+            return
+        if plan.epoch > self.epoch:
+            self.forget(plan.epoch)
+        if plan.step != self.step + 1:
+            self.world.wrong["a plan is missing or repeated"] += 1
+            return
+        self.step = plan.step
+        for seat in plan.frees:
+            self.seats.pop(seat, None)
+        for new in plan.new:
+            known = list(unpack_ids(new.token_ids))
+            self.world.known.append((new.rid, new.choice, new.cursor, known[2:]))
+            most = new.sampling.max_tokens or 1
+            self.seats[new.seat] = Seat(new.rid, new.choice, new.placement, new.cursor, len(known) - 2, known[-1], most)
+        step = Step(plan_id, plan.step)
+        for at in range(0, len(plan.seats), 2):
+            self.sample(step, int.from_bytes(plan.seats[at : at + 2], "little"))
+        for number, reason in plan.ends:
+            seat = self.seats[number]
+            if not seat.over:
+                self.append(step, number, [Frame(None, "", reason)])
+        self.pending.append(step)
+
+    def forget(self, epoch: int) -> None:
+        self.epoch, self.step = epoch, 0
+        self.seats.clear()
+        self.pending.clear()
+
+    def sample(self, step: Step, number: int) -> None:
+        """Zero to three tokens; the end where it is due, in the last token's frame or in one of its own."""
+        seat = self.seats[number]
+        if seat.over:
+            return
+        frames: list[Frame] = []
+        for _ in range(self.rng.choice([0, 1, 1, 1, 1, 2, 3])):
+            seat.last = next_token(self.rng, seat.last)
+            seat.count += 1
+            frames.append(Frame(seat.last, self.rng.choice(["a", "a", "a", "some text", "é"])))
+            stop = self.rng.random() < 0.03
+            if stop or seat.count >= seat.most:
+                reason = "stop" if stop else "length"
+                if self.rng.random() < 0.5:
+                    frames[-1].finish = reason
+                else:
+                    frames.append(Frame(None, "tail", reason))
+                break
+        if frames:
+            self.append(step, number, frames)
+
+    def append(self, step: Step, number: int, frames: list[Frame]) -> None:
+        seat, finish = self.seats[number], frames[-1].finish
+        raw = b"".join(messages.encode(f) for f in frames)
+        result = messages.encode(Terminal(rid=seat.rid, choice=seat.choice, finish_reason=finish)) if finish else None
+        row = CommitRow(seat.rid, seat.choice, seat.placement, seat.cursor, raw, finish, result)
+        seat.cursor += len(raw)
+        seat.over = finish is not None
+        tokens = pack_ids(f.token for f in frames if f.token is not None)
+        step.rows.append((number, row, HintRow(number, tokens, seat.cursor, finish)))
+
+    async def commit(self) -> None:
+        """One or several steps, in order; the next only after this one's reply."""
+        count = self.rng.randrange(1, len(self.pending) + 1)
+        steps, epoch = self.pending[:count], self.epoch
+        rows = [entry for step in steps for entry in step.rows]
+        hint = Hint(self.wid, self.gen, steps[-1].number, [h for _, _, h in rows])
+        await self.world.maybe_pause(0.08)
+        try:
+            verdicts = await self.bus.commit(
+                self.wid, epoch, self.gen, [r for _, r, _ in rows], hint, executed=steps[-1].plan_id
+            )
+        except Fenced as fenced:
+            if fenced.cause == "gen":
+                raise
+            self.forget(epoch + 1)
+            self.world.stats["steps dropped: epoch"] += 1
+            return
+        self.world.stats["commits"] += 1
+        self.world.stats["rows"] += len(rows)
+        del self.pending[:count]
+        refused = {number for (number, _, _), verdict in zip(rows, verdicts, strict=True) if verdict != messages.LANDED}
+        for number in refused:
+            if number in self.seats:
+                self.seats[number].over = True
+            for step in self.pending:
+                step.rows = [entry for entry in step.rows if entry[0] != number]
+
+
+async def worker(world: World, wid: str) -> None:
+    await Worker(world, wid).live()

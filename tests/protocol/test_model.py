@@ -1,0 +1,40 @@
+"""The seeded model holds over the real scripts, and fails as soon as one of their checks is taken out.
+
+`python -m tests.protocol.model --seeds 500` runs more; HEADRACE_MODEL_SEEDS sets how many run here.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from headrace.embedded import EmbeddedServer
+from tests.protocol.model import MUTATIONS, run_seed
+
+SEEDS = int(os.environ.get("HEADRACE_MODEL_SEEDS", "8"))
+# where each mutation is known to show; the seeds after it are tried should a change to the model move it
+SHOWS = {"cursor": 0, "placement": 3, "fence": 3}
+MOST_SEEDS = 60
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_every_seed_holds(server: EmbeddedServer, seed: int) -> None:
+    outcome = run_seed(server.url, seed)
+    assert outcome.wrong == {}
+    assert outcome.stats["rows"] > 100  # it did something
+
+
+def test_a_run_is_decided_by_its_seed(server: EmbeddedServer) -> None:
+    first, second = run_seed(server.url, 1), run_seed(server.url, 1)
+    for outcome in (first, second):
+        outcome.stats.pop("resyncs", None)  # when a publication arrives is the network's affair
+    assert (first.calls, first.stats) == (second.calls, second.stats)
+
+
+@pytest.mark.parametrize("mutation", sorted(MUTATIONS))
+def test_without_one_of_the_checks_it_fails(server: EmbeddedServer, mutation: str) -> None:
+    for seed in range(SHOWS[mutation], SHOWS[mutation] + MOST_SEEDS):
+        if run_seed(server.url, seed, mutation).wrong:
+            return
+    pytest.fail(f"{MOST_SEEDS} seeds did not notice that the {mutation} check is gone")
