@@ -36,6 +36,7 @@ log = logging.getLogger("headrace.gateway")
 request_log = logging.getLogger("headrace.gateway.requests")
 
 TOKEN_BYTES = 4  # of text, roughly, for the bounds on waiting work
+STALL_GRACE_S = 60.0  # how long a request goes on whose reader was dropped since it stalled
 GIVE_UP_S = 600.0  # how long a cancel waits for a server that is away
 
 
@@ -55,6 +56,7 @@ class Ask:
     follower: Follower | None = None
     echoed: list[str] | None = None
     status: int = 0
+    stalled: bool = False
 
     @property
     def headers(self) -> dict[str, str]:
@@ -105,6 +107,7 @@ class Answers:
             ask.echoed = await ask.model.prompt_texts(ask.job)
         ask.rid = rid
         reader = self._reader(ask, rid, ask.job, ask.view, shown)
+        reader.behind = True  # takes nothing until what was shown is counted
         self._follow(ask, reader)
         try:
             record = await ask.model.bus.attach(rid, ask.caller.tenant, self.name)
@@ -199,6 +202,7 @@ class Answers:
             reader.write_error(error_body(error))
         except ReaderStalled:
             log.info("a reader stalled and was dropped: %s", ask.rid)
+            ask.stalled = True
         return answer
 
     async def _whole(self, ask: Ask) -> web.StreamResponse:
@@ -250,8 +254,8 @@ class Answers:
 
     async def _give_up(self, ask: Ask, rid: str, seen: int) -> None:
         """Cancel after the grace, if nobody has picked the request up since."""
-        if ask.view.grace_s:
-            await asyncio.sleep(ask.view.grace_s)
+        if grace_s := max(ask.view.grace_s, STALL_GRACE_S if ask.stalled else 0.0):
+            await asyncio.sleep(grace_s)
         deadline = time.monotonic() + GIVE_UP_S
         while not ask.model.outlet.follows(rid):
             try:

@@ -138,7 +138,7 @@ class Chunks(Tally):
     # -------------------------------------------------------------- events
 
     def openings(self) -> bytes:
-        """What comes before any token: the role of each choice's message, or its echoed prompt."""
+        """What comes before any token: the role of each choice's message, or its echoed prompt. Empty if they came."""
         out: list[bytes] = []
         while self.opened < self.choices:
             choice = self.opened
@@ -154,7 +154,7 @@ class Chunks(Tally):
 
     def events(self, choice: int, raw: bytes) -> bytes:
         """The events of the frames ``raw``, which begin at this choice's cursor. What follows an end is ignored."""
-        out: list[bytes] = []
+        out: list[bytes] = [self.openings()] if self.opened < self.choices else []
         for piece, frame in split_frames(raw):
             if self.ends[choice] is not None:
                 break

@@ -102,6 +102,12 @@ def test_every_token_once_and_in_order(
     payloads = [e.split(b"data: ", 1)[1] for e in events]
     wanted = [e.split(b"data: ", 1)[1] for e in split_events(plain + reference.closing())]
     assert sorted(payloads) == sorted(wanted)
+    shown = [EventId.parse(event_id(event) or "") for event in events]
+    openings = len(texts) if view.kind == "chat" else 0
+    assert [len(id.cursors) for id in shown] == [
+        *range(1, openings + 1),
+        *[len(texts)] * (len(events) - openings),
+    ]
     for choice in range(len(texts)):
         mark = b'"index":%d,' % choice
         assert [p for p in payloads if mark in p] == [p for p in wanted if mark in p]

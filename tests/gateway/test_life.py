@@ -137,7 +137,7 @@ async def test_a_stalled_reader_is_dropped_and_can_resume(open_gateway: Any, bac
     backend.script = lambda record, choice, index: Frame(index, text, "stop" if index == 249 else None)
     front = await open_gateway(stall_timeout=0.5)
     _, writer = await asyncio.open_connection("127.0.0.1", front.gateway.port, limit=2**12)
-    await _send(writer, front, {**COMPLETION, "background": True})
+    await _send(writer, front, COMPLETION)
     await eventually(lambda: front.gateway.answers.open)
     rid = next(iter(front.gateway.answers.open)).follower.rid
     await eventually(lambda: not front.gateway.answers.open)  # dropped
