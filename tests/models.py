@@ -187,8 +187,9 @@ def build(fields: dict[str, Any], seed: int = 0) -> Any:
 def liven(model: Any, seed: int = 0) -> None:
     """Redraw every weight so that no layer dies out and outputs vary; biases, sinks and norms too."""
     generator = torch.Generator().manual_seed(seed + 1)
-    gemma = model.config.model_type.startswith("gemma")  # multiplies its embeddings by sqrt(hidden)
-    embedding_scale = model.config.hidden_size**-0.5 if gemma else 1.0
+    config = model.config.get_text_config()
+    gemma = config.model_type.startswith("gemma")  # multiplies its embeddings by sqrt(hidden)
+    embedding_scale = config.hidden_size**-0.5 if gemma else 1.0
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight.dtype)
         if weight.ndim >= 2:

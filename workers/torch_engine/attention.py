@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from protocol.errors import ModelRefused
+from protocol.errors import EngineFailed, ModelRefused
 from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.kv_pool import KVPool, LayerShape
 
@@ -52,8 +52,9 @@ class Backend(Protocol):
 class PagedAttention:
     """One engine's attention: knows the current step, the pool, and which of its layers is called.
 
-    ``calls`` counts layer calls for ever: the engine's heartbeat. Until a pool is given, calls are those of
-    the probe: they note each layer's shape and attend within the batch, as one sequence.
+    A layer of the pool is the n-th call of a pass: a module that attends twice (diffllama) has two. Until a pool
+    is given, calls are those of the probe, which only notes their shapes. ``calls`` counts for ever: it is the
+    engine's heartbeat.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -61,7 +62,21 @@ class PagedAttention:
         self.step: StepInputs | None = None
         self.pool: KVPool | None = None
         self.shapes: list[LayerShape] = []
+        self.modules: set[torch.nn.Module] = set()
+        self.dtype = torch.float32  # of keys and values, as the probe found them
         self.calls = 0
+        self._layer = 0
+
+    def begin(self, step: StepInputs | None) -> None:
+        """A pass over ``step`` begins."""
+        self.step = step
+        self._layer = 0
+
+    def end(self) -> None:
+        """The pass is over. EngineFailed if it called another number of layers than the probe did."""
+        self.step = None
+        if self._layer != len(self.shapes):
+            raise EngineFailed(f"a pass called {self._layer} attention layers instead of {len(self.shapes)}")
 
     def attend(
         self,
@@ -76,22 +91,18 @@ class PagedAttention:
         self.calls += 1
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
         if self.pool is None:
-            self._note(module, key, value)
+            self.modules.add(module)
+            self.shapes.append(LayerShape(key.shape[1], key.shape[2], value.shape[2]))
+            self.dtype = key.dtype
             return query.new_zeros(1, query.shape[0], query.shape[1], value.shape[2])
         assert self.step is not None
-        layer = module.headrace_layer
-        assert isinstance(layer, int)
+        layer = self._layer
+        self._layer += 1
         self.pool.write(layer, self.step.slots, key, value)
         out = self.backend.attend(
             query, key, value, self.pool.keys[layer], self.pool.values[layer], self.step, rule, sinks
         )
         return out[None]
-
-    def _note(self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
-        if hasattr(module, "headrace_layer"):
-            raise ModelRefused("it calls the same attention layer twice in one pass")
-        module.headrace_layer = len(self.shapes)  # type: ignore[assignment]
-        self.shapes.append(LayerShape(key.shape[1], key.shape[2], value.shape[2]))
 
 
 def adopt(model: torch.nn.Module, attention: PagedAttention) -> None:

@@ -105,7 +105,7 @@ class TorchEngine:
     def _make_pool_within(self, budget: int) -> None:
         """Make the pool that serves. A longest context that the user left open is lowered to what fits."""
         config, length = self.config, self.max_model_len
-        per_block = block_bytes(self.attention.shapes, config.block_size, self.model.dtype)
+        per_block = block_bytes(self.attention.shapes, config.block_size, self.attention.dtype)
         most = config.max_num_seqs * (length + config.block_size)
         tokens = blocks_within(budget, per_block, config.block_size, most) * config.block_size
         if tokens < length:
@@ -119,7 +119,7 @@ class TorchEngine:
 
     def _make_pool(self, tokens: int) -> None:
         size = self.config.block_size
-        self.pool = KVPool(self.attention.shapes, -(-tokens // size), size, self.model.dtype, self.device)
+        self.pool = KVPool(self.attention.shapes, -(-tokens // size), size, self.attention.dtype, self.device)
         self.attention.pool = self.pool
         self.seats = Seats(self.config.max_num_seqs, self.max_model_len, size, self.device)
 
@@ -202,12 +202,12 @@ class TorchEngine:
 
     def _forward(self, step: StepInputs) -> torch.Tensor:
         """Logits [k, vocabulary] of the rows that are wanted."""
-        self.attention.step = step
+        self.attention.begin(step)
         kept = {"logits_to_keep": step.logit_rows} if self._keeps_rows else {}
         logits: torch.Tensor = self.model(
             input_ids=step.input_ids, position_ids=step.positions, use_cache=False, **kept
         ).logits
-        self.attention.step = None
+        self.attention.end()
         return logits[0] if kept else logits[0, step.logit_rows]
 
     def _drop(self, seat: int) -> None:

@@ -146,7 +146,7 @@ def eos_token_ids(model: str, config: Any) -> list[int]:
     except OSError:
         stated = None
     if stated is None:
-        stated = config.get_text_config().eos_token_id
+        stated = getattr(config.get_text_config(), "eos_token_id", None)
     if stated is None:
         return []
     return sorted({int(token) for token in (stated if isinstance(stated, list) else [stated])})
