@@ -1,0 +1,177 @@
+"""The engine alone, no Redis and no scheduler: what the stack around it is measured against.
+
+    python benchmarks/engine.py --model PATH            a checkpoint
+    python benchmarks/engine.py --shape 135m            a Llama shape with random bf16 weights, made on the spot
+
+Told are: milliseconds of a decode step by batch size, and output tokens per second of the workloads w1 (one stream,
+prompt 128, output 128) and w2 (64 requests at once, prompts 32-256, outputs 16-256), all greedy and seeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from protocol.messages import NewSequence, Plan, pack_ids
+from protocol.sampling import SamplingParams
+from tests.models import byte_tokenizer
+from workers.torch_engine.config import EngineConfig
+from workers.torch_engine.engine import TorchEngine
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+    "500m": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+    "8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 8192,
+    },
+}
+
+
+def make_checkpoint(shape: str, path: Path) -> None:
+    """Random bf16 weights of a shape, seeded, with the byte tokenizer."""
+    fields = dict(SHAPES[shape])
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+
+
+class Batch:
+    """Sequences on an engine, each with blocks for all it will ever hold; decodes first, then prefills, in order."""
+
+    def __init__(self, engine: TorchEngine, params: SamplingParams) -> None:
+        self.engine, self.params = engine, params
+        self.step = 0
+
+    def run(self, lengths: list[tuple[int, int]], seed: int = 0) -> tuple[float, float]:
+        """(seconds until all are done, seconds until the first token of the last one started)."""
+        rng = random.Random(seed)
+        size, budget = self.engine.config.block_size, self.engine.config.max_num_batched_tokens
+        vocab = self.engine.model.config.get_text_config().vocab_size
+        todo, left, new, block = [], [], [], 0
+        for seat, (prompt, output) in enumerate(lengths):
+            width = -(-(prompt + output) // size)
+            ids = [rng.randrange(vocab) for _ in range(prompt)]
+            blocks = pack_ids(range(block, block + width))
+            new.append(NewSequence(seat, "", seat, 1, pack_ids(ids), prompt, self.params, 0, 0, blocks, 0))
+            block += width
+            todo.append(prompt)
+            left.append(output)
+        began = time.perf_counter()
+        first = 0.0
+        while any(left):
+            rows = [(seat, 1, 1) for seat in range(len(todo)) if not todo[seat] and left[seat]]
+            room = budget - len(rows)
+            for seat in range(len(todo)):
+                if todo[seat] and room > 0:
+                    count = min(todo[seat], room)
+                    todo[seat] -= count
+                    room -= count
+                    rows.append((seat, count, not todo[seat]))
+            seats, counts, samples = zip(*rows, strict=True)
+            self.step += 1
+            self.engine.execute(
+                Plan(0, 0, self.step, array("H", seats).tobytes(), pack_ids(counts), bytes(samples), new)
+            ).wait()
+            new = []
+            for seat, _, sampled in rows:
+                left[seat] -= sampled
+            if not first and not any(todo):
+                first = time.perf_counter() - began
+        took = time.perf_counter() - began
+        self.engine.reset()
+        return took, first
+
+
+def decode_ms(batch: Batch, rows: int, context: int, steps: int) -> float:
+    """Milliseconds of one step in which ``rows`` sequences of about ``context`` tokens each gain a token."""
+    times = []
+    for extra in (1, 1 + steps):  # the difference leaves the prefill out
+        times.append(batch.run([(context, extra)] * rows)[0])
+    return (times[1] - times[0]) / steps * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a local checkpoint; default: --shape")
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--batches", default="1,8,32,64", help="batch sizes of the decode steps")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.model is None:
+            make_checkpoint(args.shape, Path(scratch))
+        engine = TorchEngine(
+            EngineConfig(
+                model=args.model or scratch,
+                dtype=args.dtype,
+                device=args.device,
+                max_model_len=2048,
+                max_num_seqs=256,
+                max_num_batched_tokens=512,
+                threads=args.threads,
+            )
+        )
+        capacity = engine.load(lambda stage, fraction: None)
+    batch = Batch(engine, SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=1 << 20))
+    rng = random.Random(1)
+    w2 = [(rng.randint(32, 256), rng.randint(16, 256)) for _ in range(64)]
+    batch.run([(16, 4)])  # warm
+    found: dict[str, Any] = {"device": capacity.device, "dtype": capacity.dtype, "threads": torch.get_num_threads()}
+    for rows in map(int, args.batches.split(",")):
+        values = [decode_ms(batch, rows, args.context, 8) for _ in range(args.rounds)]
+        found[f"decode_ms_{rows}"] = round(statistics.median(values), 2)
+    w1_s, w1_first = batch.run([(128, 128)])
+    w2_s, _ = batch.run(w2)
+    found["w1_tokens_s"], found["w1_first_ms"] = round(128 / w1_s, 1), round(w1_first * 1e3)
+    found["w2_tokens_s"] = round(sum(output for _, output in w2) / w2_s, 1)
+    print(json.dumps(found) if args.json else "\n".join(f"{name:14} {value}" for name, value in found.items()))
+
+
+if __name__ == "__main__":
+    main()
