@@ -591,6 +591,15 @@ def test_a_loss_that_does_not_tell_of_a_sequence_makes_the_core_ask():
     assert only(c.apply(Resynced("r", 0, ChoiceState(finish="stop")), 0.0), RequestDone).finish_reasons == ["stop"]
 
 
+def test_an_end_that_its_worker_committed_before_its_death_is_an_end():
+    c = core()
+    c.apply(arrive("r", 6, max_tokens=50), 0.0)
+    c.plan(0.0)
+    states = {("r", 0): ChoiceState(array("i", [1]), 9, 1, "stop")}
+    assert only(c.apply(WorkerLost("w0", 1, states), 0.0), RequestDone).finish_reasons == ["stop"]
+    c.check_integrity()
+
+
 def test_an_end_that_its_worker_took_to_the_grave_is_written_by_the_scheduler():
     c = core()
     c.apply(arrive("r", 6, max_tokens=50), 0.0)

@@ -81,7 +81,10 @@ class Server:
     def plan(self, epoch: int, wid: str, gen: int, plan: Plan) -> None:
         self.fence(epoch, wid, gen)
         for new in plan.new:
-            self.records[new.rid].choices[new.choice].placement = new.placement
+            choice = self.records[new.rid].choices[new.choice]
+            if new.placement <= choice.placement:
+                raise Violation("a placement was used before: a row of the earlier stay could pass for one of this")
+            choice.placement = new.placement
         self.workers[wid].plans.append(plan)
 
     def append(self, row: CommitRow) -> str:

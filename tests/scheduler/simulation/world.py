@@ -34,6 +34,7 @@ class World:
             aging_s=rng.choice((0.3, 30.0)),
             plans_ahead=rng.choice((1, 2, 5)),
         )
+        self.cancels = rng.choice((0, 1, 4))
         self.to_come = [self.request(k) for k in range(rng.randint(3, 10))]
         if rng.random() < 0.3:
             self.poison.add(rng.choice(self.to_come).rid)
@@ -89,7 +90,8 @@ class World:
             self.break_something()
         if self.to_come and rng.random() < 0.05:
             self.arrival()
-        elif rng.random() < 0.004:
+        elif self.cancels and rng.random() < 0.01:
+            self.cancels -= 1
             self.cancel()
         actor = rng.randrange(len(self.workers) + 2)
         if actor < len(self.workers):
