@@ -104,3 +104,35 @@ def hint(
     done = [HintRow(seat, pack_ids(ids), cursor, finish.get(seat)) for seat, ids in tokens.items()]
     done += [HintRow(seat, b"", cursor, reason) for seat, reason in plan.ends]
     return StepDone(wid, plan.gen, plan.step, done, exec_us, idle_us, verdicts)
+
+
+def only(effects: Iterable[Effect], kind: type) -> Any:
+    """The one effect of this kind among ``effects``."""
+    found = [e for e in effects if isinstance(e, kind)]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def run(c: Core, wid: str = "w0", most: int = 1000) -> list[Effect]:
+    """Plan and hint in turn until nothing is left to send; ``max_tokens`` ends sequences. All effects."""
+    effects: list[Effect] = []
+    rest: dict[int, int] = {}
+    for _ in range(most):
+        made = c.plan(0.0)
+        effects += made
+        sent = plans(made, wid)
+        if not sent:
+            return effects
+        for plan in sent:
+            for new in plan.new:
+                rest[new.seat] = new.sampling.max_tokens - (len(new.token_ids) // 4 - new.prompt_len)
+            finish, tokens = {}, {}
+            for seat, (_, samples) in rows(plan).items():
+                if samples and rest.get(seat, 0) > 0:
+                    rest[seat] -= 1
+                    tokens[seat] = [50 + rest[seat]]
+                    if not rest[seat]:
+                        finish[seat] = "length"
+            effects += c.apply(hint(plan, tokens, finish=finish, wid=wid), 0.0)
+            c.check_integrity()
+    raise AssertionError("never at rest")
