@@ -7,7 +7,7 @@ PYTEST ?= $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test check lint format types sweep
+.PHONY: help venv serve test check lint format sweep chaos
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -40,3 +40,6 @@ format: $(STAMP) ## rewrite the code in the project's format
 
 sweep: $(STAMP) ## parity over every causal architecture of the installed transformers
 	$(PYTEST) -m sweep $(ARGS)
+
+chaos: $(STAMP) ## an hour of random faults under load (ARGS='--minutes 5 --seed 1')
+	$(BIN)/python -m tests.chaos.driver $(ARGS)
