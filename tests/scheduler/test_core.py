@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from protocol.messages import unpack_ids
@@ -159,6 +160,27 @@ def test_where_more_prompts_wait_than_decodes_run_the_prompts_go_first():
 def test_nobody_decodes_so_a_prompt_may_fill_the_budget():
     c = core(CoreConfig(), blocks=2000, tokens=4096, model_len=4096)
     assert chunks(c, 0.0, 400)[0] == 400
+
+
+def test_prompts_never_appear_in_plans_of_known_sequences():
+    """A steady step is small: two bytes a sequence and the blocks that begin."""
+    c = core(seqs=100, tokens=1000, blocks=1000)
+    for k in range(100):
+        c.apply(arrive(f"r{k}", 8, max_tokens=100), 0.0)
+    for plan in plans(c.plan(0.0)):
+        c.apply(hint(plan), 0.0)
+    plan = plans(c.plan(0.0))[0]
+    assert len(msgspec.msgpack.encode(plan)) < 100 * 2 + 50
+
+
+def test_capacity_of_the_worker_bounds_the_configuration():
+    c = Core(CoreConfig(max_num_seqs=1000, max_num_batched_tokens=10**6))
+    c.apply(serving(seqs=2, tokens=8), 0.0)
+    for k in range(3):
+        c.apply(arrive(f"r{k}", 3), 0.0)
+    work = rows(plans(c.plan(0.0))[0])
+    assert len(work) == 2
+    assert sum(count for count, _ in work.values()) <= 8
 
 
 # ------------------------------------------------------------------ what can never fit

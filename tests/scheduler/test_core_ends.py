@@ -7,8 +7,8 @@ from array import array
 import msgspec
 import pytest
 
-from protocol.messages import CLOSED, LANDED, STALE, pack_ids, unpack_ids
-from scheduler.core import Core, CoreConfig
+from protocol.messages import CLOSED, LANDED, STALE, unpack_ids
+from scheduler.core import Core
 from scheduler.events import (
     Cancel,
     ChoiceEnded,
@@ -19,7 +19,7 @@ from scheduler.events import (
     Resynced,
 )
 from scheduler.sequence import IllegalTransition, Request, State
-from tests.factories import arrive, capacity, core, hint, only, plans, rows, serving
+from tests.factories import arrive, core, hint, only, plans, rows
 
 # ------------------------------------------------------------------ ends
 
@@ -221,26 +221,3 @@ def test_an_illegal_transition_raises_and_changes_nothing():
     with pytest.raises(IllegalTransition, match="waiting -> leaving"):
         sequence.move(State.LEAVING)
     assert sequence.state is State.WAITING
-
-
-def test_prompts_never_appear_in_plans_of_known_sequences():
-    """A steady step is small: two bytes a sequence and the blocks that begin."""
-    c = core(seqs=100, tokens=1000, blocks=1000)
-    for k in range(100):
-        c.apply(arrive(f"r{k}", 8, max_tokens=100), 0.0)
-    for plan in plans(c.plan(0.0)):
-        c.apply(hint(plan), 0.0)
-    plan = plans(c.plan(0.0))[0]
-    assert len(msgspec.msgpack.encode(plan)) < 100 * 2 + 50
-
-
-def test_capacity_of_the_worker_bounds_the_configuration():
-    c = Core(CoreConfig(max_num_seqs=1000, max_num_batched_tokens=10**6))
-    c.apply(serving(seqs=2, tokens=8), 0.0)
-    for k in range(3):
-        c.apply(arrive(f"r{k}", 3), 0.0)
-    work = rows(plans(c.plan(0.0))[0])
-    assert len(work) == 2
-    assert sum(count for count, _ in work.values()) <= 8
-    assert capacity().pools[0].unit_tokens == 4
-    assert pack_ids([1]) == b"\1\0\0\0"
