@@ -372,14 +372,18 @@ class Bus:
 
     # -------------------------------------------------------------- scheduler: workers and requests
 
-    async def plan(self, epoch: int, wid: str, gen: int, plan: Plan) -> None:
+    async def plan(self, epoch: int, wid: str, gen: int, *plans: Plan) -> None:
         """Fence; record the placement of each of plan.new; XADD. Fenced("epoch") or Fenced("gen"). A worker's plans are
-        sent one after another: a step that is not above the last one sent counts as a repeat. A sequence whose journal
-        is not as long as its cursor says is not placed: its rows will come back STALE."""
-        new: list[Argument] = []
-        for sequence in plan.new:
-            new += (sequence.rid, sequence.choice, sequence.placement, sequence.cursor)
-        await self._run("plan", epoch, wid, gen, plan.step, encode(plan), *new)
+        sent one after another, several in one round trip where they are at hand: a step that is not above the last one
+        sent counts as a repeat. A sequence whose journal is not as long as its cursor says is not placed: its rows
+        will come back STALE."""
+        calls: list[list[Argument]] = []
+        for plan in plans:
+            call: list[Argument] = [self.keys.prefix, epoch, wid, gen, plan.step, encode(plan)]
+            for sequence in plan.new:
+                call += (sequence.rid, sequence.choice, sequence.placement, sequence.cursor)
+            calls.append(call)
+        await self._link.script_each(self._scripts["plan"], self.keys.leader, calls)
 
     async def finish(
         self,

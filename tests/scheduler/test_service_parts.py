@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import redis
 
 from protocol.bus import Bus, RequestRecord
-from protocol.errors import StartError
-from protocol.messages import Frame, Job, Terminal, decode_frames, encode, pack_ids
+from protocol.errors import Fenced, StartError
+from protocol.messages import Frame, Job, Plan, Terminal, decode_frames, encode, pack_ids
 from protocol.sampling import SamplingParams
 from scheduler.leadership import ServerClock
 from scheduler.metrics import Metrics, Vitals, serve_status
@@ -129,3 +130,17 @@ async def test_a_standby_ends_in_order_without_having_led(stage: Stage) -> None:
     assert await asyncio.wait_for(standby, PATIENCE_S) == 0
     assert (await stage.bus.read_leader()).epoch == 1
     assert not leader.done()
+
+
+async def test_several_plans_travel_in_one_call_in_order_even_to_a_server_that_forgot_the_script(
+    bus: Bus, raw: redis.Redis
+) -> None:
+    epoch = await bus.lead("s", await bus.read_leader())
+    assert epoch is not None
+    gen = await bus.register("w", None, "serving")
+    raw.script_flush()
+    await bus.plan(epoch, "w", gen, *(Plan(epoch, gen, step) for step in range(1, 8)))
+    await bus.plan(epoch, "w", gen, *(Plan(epoch, gen, step) for step in range(5, 10)))  # 5 to 7 are repeats
+    assert [plan.step for _, plan in await bus.read_plans("w", "0-0", 10)] == list(range(1, 10))
+    with pytest.raises(Fenced, match="gen"):
+        await bus.plan(epoch, "w", gen + 1, Plan(epoch, gen + 1, 1), Plan(epoch, gen + 1, 2))
