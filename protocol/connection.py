@@ -28,6 +28,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import TimeoutError as TimedOut
 
+from protocol import cluster
 from protocol.errors import Fenced, StoreFailed, Unavailable
 from protocol.scripts import Script
 
@@ -38,7 +39,10 @@ REPLY_TIMEOUT_S = 15.0  # a stalled server is waited for; a dead link is given u
 CONNECT_TIMEOUT_S = 5.0
 MOST_BACKOFF_S = 2.0
 # replies of a server that is there and will be able to answer later
-PASSING = {"LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED"}
+PASSING = {
+    "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED",
+    "MOVED", "ASK",
+}  # fmt: skip
 REFUSED = (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError, NoPermissionError)
 
 
@@ -50,23 +54,19 @@ class OutOfMemory(Unavailable):
 
 
 class Link:
-    """Connections to one server. Each call takes one that is idle or makes one; none is shared by two calls at once."""
+    """Connections to one server: in a cluster, to the node that holds ``key``, wherever that moves.
+
+    Each call takes a connection that is idle or makes one; none is shared by two calls at once.
+    """
 
     lost_errors = (LostConnection, TimedOut, TimeoutError, OSError, EOFError)
 
-    def __init__(self, url: str, patience: float | None) -> None:
+    def __init__(self, url: str, patience: float | None, key: str = "") -> None:
         self.url = url
         self.patience = patience
-        # the pool only reads the URL and makes connections
-        self._maker = ConnectionPool.from_url(
-            url,
-            protocol=2,
-            socket_timeout=None,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            client_name="headrace",
-            driver_info=None,
-        )
+        self.key = key
+        self.in_cluster = cluster.is_cluster(url)
+        self._maker = None if self.in_cluster else _maker(url)
         self._idle: list[Any] = []
         self._busy: set[Any] = set()
         self._closed = False
@@ -74,19 +74,26 @@ class Link:
 
     async def close(self) -> None:
         self._closed = True
-        for connection in [*self._idle, *self._busy]:
+        await self.drop_idle()
+        for connection in list(self._busy):
             await connection.disconnect(nowait=True)
-        self._idle.clear()
+
+    async def drop_idle(self) -> None:
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            await connection.disconnect(nowait=True)
 
     async def open_connection(self) -> Any:
         """A new connection, outside the pool of idle ones (subscriptions keep theirs)."""
-        connection: Any = self._maker.make_connection()  # type: ignore[no-untyped-call]
-        try:
-            await connection.connect()
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
-        return connection
+        if self._maker is None:
+            self._maker = _maker(await cluster.node_of(self.url, self.key, ask))
+        return await _connect(self._maker)
+
+    async def lose_node(self) -> None:
+        """In a cluster: look anew for the node that holds the key."""
+        if self.in_cluster:
+            self._maker = None
+            await self.drop_idle()
 
     async def once(self, packed: bytes, replies: int, timeout: float) -> list[Any]:
         """Send packed commands and read their replies; errors that the server replies are returned, not raised."""
@@ -99,15 +106,11 @@ class Link:
                 await connection.send_packed_command(packed, check_health=False)
                 out = []
                 for _ in range(replies):
-                    try:
-                        out.append(await connection.read_response(disable_decoding=True))
-                    except ResponseError as error:
-                        out.append(error)
+                    out.append(await read_reply(connection))
         except BaseException:
             self._busy.discard(connection)
-            for lost in (connection, *self._idle):  # what ended this one has likely ended the idle ones too
-                await lost.disconnect(nowait=True)
-            self._idle.clear()
+            await connection.disconnect(nowait=True)
+            await self.drop_idle()  # what ended this one has likely ended them too
             raise
         self._busy.discard(connection)
         self._idle.append(connection)
@@ -124,6 +127,7 @@ class Link:
             except (*self.lost_errors, _Passing) as error:
                 self.losses += 1
                 cause = f"{type(error).__name__}: {error}"
+            await self.lose_node()
             pause = min(MOST_BACKOFF_S, 0.05 * 2**tries) * random.uniform(0.5, 1.0)
             tries = min(tries + 1, 16)
             if self._closed:
@@ -138,7 +142,7 @@ class Link:
 
         async def attempt() -> Any:
             (reply,) = await self.once(packed, 1, REPLY_TIMEOUT_S + block_s)
-            return _checked(reply)
+            return checked(reply)
 
         return await self.repeat(attempt)
 
@@ -149,7 +153,7 @@ class Link:
         packed = b"".join([_pack(c) for c in commands])
 
         async def attempt() -> list[Any]:
-            return [_checked(reply) for reply in await self.once(packed, len(commands), REPLY_TIMEOUT_S)]
+            return [checked(reply) for reply in await self.once(packed, len(commands), REPLY_TIMEOUT_S)]
 
         return await self.repeat(attempt)
 
@@ -167,20 +171,64 @@ class Link:
             if any(isinstance(reply, NoScriptError) for reply in replies):
                 whole = _pack(("SCRIPT", "LOAD", script.source)) + packed
                 replies = (await self.once(whole, 1 + len(calls), REPLY_TIMEOUT_S))[1:]
-            return [_checked(reply) for reply in replies]
+            return [checked(reply) for reply in replies]
 
         return await self.repeat(attempt)
+
+
+def _maker(url: str) -> ConnectionPool:
+    """What makes connections to one server; it only reads the URL, nothing is pooled in it."""
+    return ConnectionPool.from_url(
+        url,
+        protocol=2,
+        socket_timeout=None,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        client_name="headrace",
+        driver_info=None,
+    )
+
+
+async def _connect(maker: ConnectionPool) -> Any:
+    connection: Any = maker.make_connection()  # type: ignore[no-untyped-call]
+    try:
+        # the greeting included: a stalled server accepts, and is silent
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await connection.connect()
+    except BaseException:
+        await connection.disconnect(nowait=True)
+        raise
+    return connection
+
+
+async def ask(url: str, *args: Argument) -> Any:
+    """One command to one server, over a connection of its own; not repeated."""
+    connection = await _connect(_maker(url))
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await connection.send_packed_command(_pack(args), check_health=False)
+            return checked(await read_reply(connection))
+    finally:
+        await connection.disconnect(nowait=True)
+
+
+async def read_reply(connection: Any) -> Any:
+    """The next reply; an error that the server replies is returned, not raised."""
+    try:
+        return await connection.read_response(disable_decoding=True)
+    except ResponseError as error:
+        return error
 
 
 class _Passing(Exception):
     """The server is there and will be able to answer later."""
 
 
-def _checked(reply: Any) -> Any:
+def checked(reply: Any) -> Any:
     """The reply, or the error that it tells of, as one of ours."""
     if not isinstance(reply, RedisError):
         return reply
-    text = str(reply)
+    text = str(reply).partition(", with args")[0]  # which may be a prompt
     code = getattr(reply, "status_code", None) or text.partition(" ")[0]
     if text.startswith("FENCED "):
         raise Fenced(text.removeprefix("FENCED ").split()[0])

@@ -106,6 +106,10 @@ class ModelLink:
 
         return await self._call(script.name, execute)
 
+    async def script_each(self, script: scripts.Script, key: str, calls: Sequence[Sequence[Any]]) -> list[Any]:
+        """One by one: a connection may be lost between any two."""
+        return [await self.script(script, key, args) for args in calls]
+
     async def _call(self, name: str, execute: Callable[[], Any]) -> Any:
         world = self.world
         await Turn()

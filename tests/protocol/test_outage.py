@@ -1,0 +1,175 @@
+"""What the bus makes of a server that dies, restarts, stalls, refuses, or was never there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from headrace.embedded import EmbeddedServer
+from protocol import messages
+from protocol.bus import Bus
+from protocol.connection import Link
+from protocol.errors import StartError, Unavailable
+from protocol.messages import Job
+from tests.protocol.stage import MODEL, Stage, frame
+from tests.protocol.test_scripts import row, until
+
+
+@pytest.fixture
+def durable() -> Iterator[EmbeddedServer]:
+    data_dir = Path(tempfile.mkdtemp(prefix="headrace-test-"))
+    server = EmbeddedServer(data_dir)
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+        shutil.rmtree(data_dir, ignore_errors=True)
+
+
+@pytest.fixture
+async def stage(durable: EmbeddedServer) -> AsyncIterator[Stage]:
+    bus = Bus(durable.url, MODEL, patience=60.0)
+    await bus.connect()
+    raw = redis.Redis.from_url(durable.url)
+    stage = Stage(bus, raw)
+    await stage.lead()
+    await stage.register()
+    yield stage
+    raw.close()
+    await bus.close()
+
+
+def kill(server: EmbeddedServer) -> None:
+    assert server.process is not None
+    server.process.kill()
+    server.process.wait()
+    server.stop()
+
+
+async def test_all_that_was_acknowledged_survives_a_kill_and_work_goes_on(
+    stage: Stage, durable: EmbeddedServer
+) -> None:
+    rid, waiting = await stage.running(reply_to="gw"), await stage.accept()
+    first, last = frame(1, "a"), frame(2, "b", "stop")
+    assert await stage.commit(row(rid, 0, first)) == "l"
+    subscription = stage.bus.subscribe("gw")
+    await subscription.start()
+    stream = aiter(subscription)
+    told = asyncio.ensure_future(anext(stream))
+    plans = asyncio.ensure_future(stage.bus.read_plans("w0", stage.key("x") and "9999999999999-0", 30_000))
+    kill(durable)
+
+    committed = asyncio.ensure_future(stage.commit(row(rid, len(first), last, finish="stop")))
+    accepted = asyncio.ensure_future(stage.accept())
+    durable.start()
+    assert await asyncio.wait_for(committed, 60) == "l"
+    assert await asyncio.wait_for(told, 60) == []  # resync, it says
+    assert sorted(await stage.bus.scan_live()) == sorted([waiting, await accepted])
+    assert stage.journal(rid) == first + last
+    assert [e.rid for e in await stage.bus.read_jobs(stage.consumer, 9, 0)] == [waiting, accepted.result()]
+    assert not plans.done()
+    plans.cancel()
+    await subscription.close()
+
+
+async def test_a_server_that_forgot_the_scripts_is_sent_them(stage: Stage) -> None:
+    stage.raw.script_flush()
+    assert await stage.commit(row(await stage.running(), 0, frame(1, "a"))) == "l"
+
+
+async def test_a_stalled_server_is_waited_for(stage: Stage, durable: EmbeddedServer) -> None:
+    rid = await stage.running()
+    pid = durable.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        committed = asyncio.ensure_future(stage.commit(row(rid, 0, frame(1, "a"))))
+        await asyncio.wait([committed], timeout=0.2)
+        assert not committed.done()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert await asyncio.wait_for(committed, 60) == "l"
+
+
+async def test_a_call_that_was_given_up_may_land_late_and_changes_nothing(
+    stage: Stage, durable: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rid = await stage.running()
+    monkeypatch.setattr("protocol.connection.REPLY_TIMEOUT_S", 0.1)
+    for _ in range(3):  # connections that are made already, so that each repeat reaches the server's socket
+        stage.bus._link._idle.append(await stage.bus._link.open_connection())
+    monkeypatch.setattr(stage.bus._link, "drop_idle", lambda: asyncio.sleep(0))
+    pid = durable.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        committed = asyncio.ensure_future(stage.commit(row(rid, 0, frame(1, "a"))))
+        await until(lambda: stage.bus._link.losses >= 3)  # three repeats wait in the server's sockets
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert await asyncio.wait_for(committed, 60) == "l"
+    monkeypatch.setattr("protocol.connection.REPLY_TIMEOUT_S", 15.0)
+    assert await stage.commit(row(rid, len(frame(1, "a")), frame(2, "b", "stop"), finish="stop")) == "l"
+    assert stage.journal(rid) == frame(1, "a") + frame(2, "b", "stop")
+    assert stage.field(rid, "open") == "0"
+
+
+async def test_patience_ends(durable: EmbeddedServer) -> None:
+    bus = Bus(durable.url, MODEL, patience=0.3)
+    await bus.connect()
+    kill(durable)
+    with pytest.raises(Unavailable):
+        await bus.accept(Job(prompt="x"), rid=messages.new_rid())
+    with pytest.raises(Unavailable):
+        await bus.read_jobs("reign", 1, 1000)
+    await bus.close()
+    with pytest.raises(Unavailable):
+        await bus.server_ms()
+
+
+async def test_no_server_a_wrong_password_and_no_permission_are_start_errors(durable: EmbeddedServer) -> None:
+    for url in ("unix:///nowhere/redis.sock", "redis://127.0.0.1:1"):
+        bus = Bus(url, MODEL, patience=0.2)
+        with pytest.raises(StartError):
+            await bus.connect()
+        await bus.close()
+    client = redis.Redis.from_url(durable.url)
+    client.execute_command("ACL", "SETUSER", "limited", "on", ">secret", "~*", "&*", "+@all", "-evalsha", "-eval")
+    path = durable.url.removeprefix("unix://")
+    bus = Bus(f"unix://limited:wrong@{path}", MODEL, patience=0.2)
+    with pytest.raises(StartError) as caught:
+        await bus.connect()
+    assert "wrong" not in str(caught.value).replace("wrong username", "")
+    await bus.close()
+    client.close()
+
+
+async def test_a_read_that_was_cancelled_loses_no_job(stage: Stage) -> None:
+    """The entries that a cancelled read took along are read again."""
+    for _ in range(20):
+        reading = asyncio.ensure_future(stage.bus.read_jobs(stage.consumer, 9, 5000))
+        await asyncio.sleep(0)
+        rid = await stage.accept()
+        reading.cancel()
+        await asyncio.wait([reading])
+        got = [] if reading.cancelled() else reading.result()
+        entries = got or await stage.bus.read_jobs(stage.consumer, 9, 0)
+        assert [e.rid for e in entries] == [rid]
+
+
+async def test_idle_connections_are_used_again(stage: Stage) -> None:
+    link = Link(stage.bus.url, 5.0)
+    for _ in range(20):
+        await link.command("PING")
+    assert len(link._idle) == 1
+    await asyncio.gather(*(link.command("PING") for _ in range(5)))
+    assert 1 <= len(link._idle) <= 5
+    await link.close()
