@@ -1,0 +1,72 @@
+"""Redis Cluster: which node holds a key. All keys of a model share a slot, so a connection to that one node will do.
+
+``redis+cluster://[user:password@]host:port[,host:port...]`` (over TLS ``rediss+cluster://``) names some of the nodes;
+any of them knows the others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import SplitResult, urlsplit, urlunsplit
+
+from redis.crc import key_slot
+from redis.exceptions import ConnectionError as LostConnection
+
+MARK = "+cluster"
+DEFAULT_PORT = 6379
+
+Ask = Callable[..., Awaitable[Any]]  # (node's URL, command...) -> its reply
+
+
+def is_cluster(url: str) -> bool:
+    return url.partition("://")[0].endswith(MARK)
+
+
+async def node_of(url: str, key: str, ask: Ask) -> str:
+    """URL of the primary that holds ``key``. LostConnection if no node can tell, or none holds it now."""
+    slot = key_slot(key.encode())
+    for first, last, node in await _ranges(url, ask):
+        if first <= slot <= last:
+            return node
+    raise LostConnection(f"no node of the cluster holds slot {slot} now")
+
+
+async def primaries(url: str, ask: Ask) -> list[str]:
+    """URLs of all nodes that hold slots; of a single server just its own."""
+    if not is_cluster(url):
+        return [url]
+    return sorted({node for _, _, node in await _ranges(url, ask)})
+
+
+async def _ranges(url: str, ask: Ask) -> list[tuple[int, int, str]]:
+    """(first slot, last slot, URL of their primary) as the first node that answers has it."""
+    parts = urlsplit(url)
+    user, _, hosts = parts.netloc.rpartition("@")
+    lost: Exception = LostConnection("the URL names no node")
+    for seed in random.sample(named := hosts.split(","), len(named)):
+        try:
+            reply = await ask(_node_url(parts, user, seed), "CLUSTER", "SLOTS")
+        except (LostConnection, TimeoutError, OSError) as error:
+            lost = error
+            continue
+        found = []
+        for first, last, (host, port, *_), *_ in reply:
+            name = host.decode() if host else ""
+            if name in ("", "?"):  # a node that has not been told its own address
+                name = _host_of(seed)
+            found.append((first, last, _node_url(parts, user, f"[{name}]:{port}" if ":" in name else f"{name}:{port}")))
+        return found
+    raise lost
+
+
+def _node_url(parts: SplitResult, user: str, place: str) -> str:
+    if ":" not in place.rpartition("]")[2]:
+        place += f":{DEFAULT_PORT}"
+    netloc = f"{user}@{place}" if user else place
+    return urlunsplit((parts.scheme.removesuffix(MARK), netloc, "", parts.query, ""))
+
+
+def _host_of(place: str) -> str:
+    return place[1 : place.index("]")] if place.startswith("[") else place.partition(":")[0]
