@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 from typing import Any
 
 import aiohttp
@@ -13,7 +14,7 @@ import pytest
 import redis
 
 from protocol.bus import Bus
-from protocol.messages import Admitted, Frame, Job, Row, decode_frames, encode
+from protocol.messages import Admitted, Frame, Job, Row, decode_frames, encode, new_rid
 from scheduler.ingest import Prompts
 from tests.conftest import leaked_keys
 from tests.models import BOS, byte_tokenizer
@@ -446,3 +447,34 @@ async def test_depth_is_written_and_cleared(stage: Stage, raw: redis.Redis) -> N
         return found.get(b"requests") == b"0" and found.get(b"tokens") == b"0" and float(found[b"rate"]) > 0
 
     await stage.until(empty)
+
+
+async def test_mangled_jobs_in_numbers_stop_nothing(stage: Stage) -> None:
+    """Valid jobs with a few bytes changed, cut or doubled: most are refused, some run; the scheduler goes on."""
+    draw = random.Random(5)
+    whole = [
+        msgpack.packb({"v": 1, "prompt": "abc", "sampling": {"max_tokens": 2, "stop": ["x"]}, "results": "r"}),
+        json.dumps({"v": 1, "messages": [{"role": "user", "content": "é"}], "sampling": {"max_tokens": 2}}).encode(),
+        msgpack.packb({"v": 1, "prompt": [[1, 2], [3]], "sampling": {"n": 2, "max_tokens": 1}, "timeout_s": 60.0}),
+    ]
+    scheduler, _ = stage.scheduler()
+    stage.worker()
+    for _ in range(300):
+        job = bytearray(draw.choice(whole))
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(len(job))
+            cut = draw.choice([b"", job[at : at + 9] * 2, bytes([draw.randrange(256)])])
+            job[at : at + draw.randint(0, 2)] = cut
+        await stage.bus.push(bytes(job))
+    rid = await stage.accept("fine", max_tokens=3)
+    assert len(await stage.tokens(rid)) == 3
+    await stage.at_rest()
+    assert not scheduler.done()
+
+
+async def test_an_accepted_job_that_nobody_checked(stage: Stage) -> None:
+    stage.scheduler()
+    for fields in ({}, {"messages": [{"role": "user"}]}, {"messages": [{"content": 3}]}, {"prompt": [True]}):
+        rid = new_rid()
+        await stage.bus.accept(Job(**fields), rid=rid)
+        assert error_of(await stage.frames(rid))[:2] == ("error", "invalid_request")
