@@ -247,8 +247,8 @@ class Answers:
         outlet = ask.model.outlet
         seen = outlet.attached.get(ask.rid, 0)
         outlet.remove(follower)
-        left_behind = isinstance(follower.failed, Draining) or self.draining
-        if follower.over or left_behind or ask.view.detached or not ask.rid:
+        ended, handed_on = follower.tally.open == 0, isinstance(follower.failed, Draining)
+        if ended or handed_on or ask.view.detached or not ask.rid:
             return
         self._spawn(self._give_up(ask, ask.rid, seen))
 
@@ -274,7 +274,7 @@ class Answers:
             accepted = await accepting
         except HeadraceError:
             return
-        if not ask.view.detached and not self.draining:
+        if not ask.view.detached:
             await self._give_up(ask, accepted.rid, accepted.attached)
 
     # -------------------------------------------------------------- accounts
@@ -338,6 +338,9 @@ class Answers:
                 ask.follower.fail(Draining("this gateway is leaving; the request goes on", retry_after=1.0))
 
     async def close(self) -> None:
+        """Let cancels that are on their way land; graces end with us, their requests go on."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=1.0)
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

@@ -185,6 +185,10 @@ class Models:
                 self.reachable = False
             self._read_at = time.monotonic()
 
+    def open_streams(self) -> int:
+        """Readers of every model, for tests and shutdown: none is left when every client has gone."""
+        return sum(len(model.outlet.everyone()) for model in self._open.values())
+
     def readiness(self) -> dict[str, dict[str, Any]]:
         return {
             name: {"ready": model.ready, "workers": model.workers, "scheduler": model.led}

@@ -104,6 +104,8 @@ async def open_gateway(redis_url: str, backend: Backend) -> AsyncIterator[Callab
     yield make
     for gateway, session in closing:
         await session.close()
+        # no zombies: with its clients gone a gateway follows nothing
+        await eventually(lambda g=gateway: not g.models.open_streams() and not g.answers.open)
         await gateway.__aexit__()
 
 

@@ -295,6 +295,18 @@ async def test_drain(open_gateway: Any, backend: Backend) -> None:
     assert backend.cancelled == []
 
 
+async def test_a_client_that_leaves_while_the_gateway_drains_cancels_too(open_gateway: Any, backend: Backend) -> None:
+    backend.hold = True
+    front = await open_gateway(drain_timeout=60.0, ready_delay=0.0)
+    reply = await front.session.post(front.url + "/v1/completions", json=COMPLETION)
+    rid = reply.headers["X-Request-Id"]
+    draining = asyncio.create_task(front.gateway.drain())
+    await eventually(lambda: front.gateway.answers.draining)
+    reply.close()
+    await eventually(lambda: backend.cancelled == [rid])
+    await asyncio.wait_for(draining, 60)  # nothing is left to wait for
+
+
 async def _is_ready(front: Front) -> bool:
     return (await front.ask("GET", "/ready"))[0] == 200
 
