@@ -10,7 +10,7 @@ end
 
 -- The first write of a script decides whether it may run when the server is out of memory: this one may.
 local function allow_when_full()
-  redis.call('HDEL', P .. 'leader', '')
+  redis.call('HDEL', P .. 'live', '')
 end
 
 local function is_leader(epoch)
