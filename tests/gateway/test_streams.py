@@ -167,10 +167,12 @@ async def test_a_journal_that_went_back_ends_the_stream_with_an_error(front: Fro
     (running,) = await backend.until_running()
     await backend.step()
     await backend.step()
+    running.over = True  # the worker has no say in what follows
     raw.set(backend.bus.keys.journal(running.record.rid, 0), running.frames[0])
     events = await asyncio.wait_for(request, 60)
     assert payload(events[-1])["error"]["code"] == "stream_diverged"
     assert not any(b"[DONE]" in e for e in events)
+    await eventually(lambda: backend.cancelled == [running.record.rid])  # nobody can read on
 
 
 async def test_a_journal_of_a_wrong_type_ends_its_stream_alone(front: Front, backend: Backend, raw: Any) -> None:
