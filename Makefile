@@ -43,6 +43,3 @@ sweep: $(STAMP) ## parity over every causal architecture of the installed transf
 
 chaos: $(STAMP) ## an hour of random faults under load (ARGS='--minutes 5 --seed 1')
 	$(BIN)/python -m tests.chaos.driver $(ARGS)
-
-chaos: $(STAMP) ## an hour of faults under load, judged (ARGS='--minutes 10 --seed 1')
-	$(BIN)/python -m tests.chaos.driver $(ARGS)
