@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from protocol import records
-from protocol.connection import Argument, Link, OutOfMemory
+from protocol.connection import Argument, Link, OutOfMemory, checked, read_reply
 from protocol.durability import weaknesses
 from protocol.errors import Conflict, Fenced, NotFound, Overloaded, ServiceError, StartError, StoreFailed
 from protocol.keys import GROUP, REGISTRY, Keys, check_name
@@ -54,12 +54,12 @@ __all__ = [
 
 MOST_COMMIT_ROWS = 256  # rows in one script call
 OLDEST_SERVER = (6, 2)
+OLDEST_IN_CLUSTER = (7, 0)  # sharded pub/sub
 STRANDED_MS = 60_000  # an entry read this long ago and not handed out has been lost on its way
 PING_EVERY_S = 5.0  # a silent subscription is asked whether it still lives
 
 _plan_decoder = msgspec.msgpack.Decoder(Plan)
 _card_decoder = msgspec.msgpack.Decoder(ModelCard)
-_terminal_decoder = msgspec.msgpack.Decoder(Terminal)
 
 
 class Bus:
@@ -77,8 +77,8 @@ class Bus:
         self.url = url
         self.keys = Keys(model)
         self._retention_ms = int(retention_s * 1000)
-        self._link = Link(url, patience)
-        self._scripts = load()
+        self._link = Link(url, patience, self.keys.leader)
+        self._scripts = load(sharded=self._link.in_cluster)
         self._handed_out: set[str] = set()  # inbox entries given to the scheduler and not yet answered
         self._missed_jobs = True  # a read of the inbox may have been lost on its way to us
 
@@ -90,8 +90,10 @@ class Bus:
         except ServiceError as error:
             raise StartError(f"cannot use the Redis server: {error.message}") from None
         version = dict(line.split(":", 1) for line in text.splitlines() if ":" in line).get("redis_version", "0.0")
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
-            raise StartError(f"the Redis server is version {version}; Redis 6.2 or Valkey 7.2 at least is needed")
+        oldest = OLDEST_IN_CLUSTER if self._link.in_cluster else OLDEST_SERVER
+        if tuple(int(part) for part in version.split(".")[:2]) < oldest:
+            needed = "Redis {}.{}".format(*oldest)
+            raise StartError(f"the Redis server is version {version}; {needed} or Valkey 7.2 at least is needed")
 
     async def close(self) -> None:
         await self._link.close()
@@ -104,11 +106,7 @@ class Bus:
     @staticmethod
     async def durability(url: str, *, patience: float | None = None) -> list[str]:
         """Settings by which this server is weaker than ours (appendonly, appendfsync always, noeviction), named."""
-        link = Link(url, patience)
-        try:
-            return await weaknesses(link)
-        finally:
-            await link.close()
+        return await weaknesses(url, patience)
 
     async def _run(self, name: str, *args: Argument, key: str | None = None) -> Any:
         return await self._link.script(self._scripts[name], key or self.keys.leader, (self.keys.prefix, *args))
@@ -178,9 +176,15 @@ class Bus:
         return records.request_record(rid, await self._link.command("HGETALL", self.keys.request(rid)))
 
     async def read_requests(self, rids: Sequence[str]) -> list[RequestRecord | None]:
-        """Many records in one round trip; None where there is none (or where its key has a wrong type)."""
-        replies = await self._link.pipeline([("HGETALL", self.keys.request(rid)) for rid in rids])
-        return [records.request_record(rid, reply) for rid, reply in zip(rids, replies, strict=True)]
+        """Many records in one round trip; None where there is none, or none that can be read."""
+        replies = await self._link.pipeline([("HGETALL", self.keys.request(rid)) for rid in rids], tolerant=True)
+        found: list[RequestRecord | None] = []
+        for rid, reply in zip(rids, replies, strict=True):
+            try:
+                found.append(records.request_record(rid, reply or []))
+            except StoreFailed:
+                found.append(None)
+        return found
 
     async def find_request(self, tenant: str, key: str) -> str | None:
         """The rid behind an idempotency key or a producer's id; None if unknown, expired or rejected."""
@@ -207,16 +211,20 @@ class Bus:
         self, name: str, after: str = "0-0", block_ms: int | None = None
     ) -> list[tuple[str, Terminal]]:
         """Terminal entries after stream id ``after``; without ``block_ms`` it does not wait."""
-        entries = await self._read_stream(self.keys.results(check_name(name, "results")), after, 1000, block_ms)
-        return [
-            (entry_id.decode(), _terminal_decoder.decode(records.fields_of(flat)[b"result"]))
-            for entry_id, flat in entries
-        ]
+        key = self.keys.results(check_name(name, "results"))
+        while entries := await self._read_stream(key, after, 1000, block_ms):
+            results = [
+                (entry_id.decode(), terminal) for entry_id, flat in entries if (terminal := records.terminal(flat))
+            ]
+            if results:
+                return results
+            after = entries[-1][0].decode()  # none of them ours: pass over them
+        return []
 
     @staticmethod
     async def models(url: str, *, patience: float | None = 5.0) -> dict[str, ModelCard]:
         """The registry."""
-        link = Link(url, patience)
+        link = Link(url, patience, REGISTRY)
         try:
             found = records.fields_of(await link.command("HGETALL", REGISTRY))
         finally:
@@ -225,10 +233,14 @@ class Bus:
 
     async def publish_card(self, card: ModelCard, tokenizer_json: bytes | None) -> None:
         """Enter the model into the registry. Out of memory leaves what was there."""
-        with contextlib.suppress(OutOfMemory):
-            await self._link.command("HSET", REGISTRY, card.model, encode(card))
-            if tokenizer_json is not None:
-                await self._link.command("SET", self.keys.tokenizer, tokenizer_json)
+        registry = Link(self.url, self._link.patience, REGISTRY)
+        try:
+            with contextlib.suppress(OutOfMemory):
+                await registry.command("HSET", REGISTRY, card.model, encode(card))
+                if tokenizer_json is not None:
+                    await self._link.command("SET", self.keys.tokenizer, tokenizer_json)
+        finally:
+            await registry.close()
 
     async def read_tokenizer(self) -> bytes | None:
         raw: bytes | None = await self._link.command("GET", self.keys.tokenizer)
@@ -439,8 +451,8 @@ class Bus:
 
     async def list_workers(self) -> list[WorkerRecord]:
         wids = sorted(wid.decode() for wid in await self._link.command("SMEMBERS", self.keys.workers))
-        replies = await self._link.pipeline([("HGETALL", self.keys.worker(wid)) for wid in wids])
-        found = [records.worker_record(wid, reply) for wid, reply in zip(wids, replies, strict=True)]
+        replies = await self._link.pipeline([("HGETALL", self.keys.worker(wid)) for wid in wids], tolerant=True)
+        found = [records.worker_record(wid, reply or []) for wid, reply in zip(wids, replies, strict=True)]
         return [worker for worker in found if worker is not None]
 
     # -------------------------------------------------------------- worker
@@ -517,8 +529,9 @@ class Subscription:
             connection = await self._link.open_connection()
             try:
                 async with asyncio.timeout(PING_EVERY_S):
-                    await connection.send_command("SUBSCRIBE", self._channel, check_health=False)
-                    await connection.read_response(disable_decoding=True)
+                    subscribe = "SSUBSCRIBE" if self._link.in_cluster else "SUBSCRIBE"
+                    await connection.send_command(subscribe, self._channel, check_health=False)
+                    checked(await read_reply(connection))
             except BaseException:
                 await connection.disconnect(nowait=True)
                 raise
@@ -544,16 +557,19 @@ class Subscription:
                     if asked:
                         raise ConnectionResetError("the subscription does not answer")
                     await self._connection.send_command("PING", check_health=False)
+                elif message[0] == b"sunsubscribe":
+                    raise ConnectionResetError("the channel has moved to another node")
                 asked = message is None
             except self._link.lost_errors:
                 if self._closed:
                     return
                 await self._connection.disconnect(nowait=True)
+                await self._link.lose_node()
                 await self.start()
                 asked = False
                 yield []
                 continue
-            if message is not None and message[0] == b"message":
+            if message is not None and message[0] in (b"message", b"smessage"):
                 yield decode_rows(message[2])
 
 

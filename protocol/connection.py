@@ -146,14 +146,16 @@ class Link:
 
         return await self.repeat(attempt)
 
-    async def pipeline(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
-        """Several commands in one round trip, not atomically."""
+    async def pipeline(self, commands: Sequence[tuple[Argument, ...]], *, tolerant: bool = False) -> list[Any]:
+        """Several commands in one round trip, not atomically. ``tolerant``: the reply of one that the server refuses
+        for good (a key of a wrong type) is None, and the others stand."""
         if not commands:
             return []
         packed = b"".join([_pack(c) for c in commands])
 
         async def attempt() -> list[Any]:
-            return [checked(reply) for reply in await self.once(packed, len(commands), REPLY_TIMEOUT_S)]
+            replies = await self.once(packed, len(commands), REPLY_TIMEOUT_S)
+            return [_or_none(reply) if tolerant else checked(reply) for reply in replies]
 
         return await self.repeat(attempt)
 
@@ -222,6 +224,13 @@ async def read_reply(connection: Any) -> Any:
 
 class _Passing(Exception):
     """The server is there and will be able to answer later."""
+
+
+def _or_none(reply: Any) -> Any:
+    try:
+        return checked(reply)
+    except StoreFailed:
+        return None
 
 
 def checked(reply: Any) -> Any:

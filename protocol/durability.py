@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
-from protocol.connection import Link
+from protocol.cluster import is_cluster, primaries
+from protocol.connection import Link, ask
 from protocol.errors import StoreFailed
 
 # what each protects from is told with it: the warning is read by somebody who has to decide
@@ -16,16 +18,32 @@ WANTED = {
 }
 
 
-async def weaknesses(link: Link) -> list[str]:
-    """Settings of the server that are weaker than ours, one sentence each. A server that hides its settings is told
-    by what is unknown. Waits for the server as long as the link's patience lasts, then raises Unavailable."""
+async def weaknesses(url: str, patience: float | None) -> list[str]:
+    """Settings of the server (in a cluster, of each primary) that are weaker than ours, one sentence each. A server
+    that hides its settings is told by what is unknown. Unavailable if it does not answer for ``patience`` seconds."""
+    first = Link(url, patience)
+    try:
+        nodes = await first.repeat(lambda: primaries(url, ask))
+    finally:
+        await first.close()
+    found = []
+    for node in nodes:
+        where = f"{urlsplit(node).netloc.rpartition('@')[2]}: " if is_cluster(url) else ""
+        link = Link(node, patience)
+        try:
+            found += [where + weakness for weakness in await _of_one(link)]
+        finally:
+            await link.close()
+    return found
+
+
+async def _of_one(link: Link) -> list[str]:
     found = []
     for name, (wanted, loss) in WANTED.items():
         try:
             reply: list[Any] = await link.command("CONFIG", "GET", name)
         except StoreFailed:  # an ACL forbids it, or a hosting service has taken the command away
-            names = ", ".join(WANTED)
-            return [f"CONFIG GET is not allowed here, so these are unknown: {names}"]
+            return [f"CONFIG GET is not allowed here, so these are unknown: {', '.join(WANTED)}"]
         actual = reply[1].decode() if len(reply) > 1 else "unknown"
         if actual != wanted:
             found.append(f"{name} is {actual}, not {wanted}: {loss}")

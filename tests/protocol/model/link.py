@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import redis
 
 from protocol import scripts
-from protocol.connection import _checked
+from protocol.connection import checked
 
 if TYPE_CHECKING:
     from tests.protocol.model.world import World
@@ -94,7 +94,7 @@ class ModelLink:
             del plain[at : at + 2]
         return await self._call(str(args[0]), lambda: self.world.client.execute_command(*plain))
 
-    async def pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    async def pipeline(self, commands: Sequence[tuple[Any, ...]], *, tolerant: bool = False) -> list[Any]:
         return [await self._call(str(c[0]), lambda c=c: self.world.client.execute_command(*c)) for c in commands]  # type: ignore[misc]
 
     async def script(self, script: scripts.Script, key: str, args: Sequence[Any]) -> Any:
@@ -135,7 +135,7 @@ class ModelLink:
             self.losses += 1
             world.ghosts.append(lambda: self._execute(execute))
         await Turn()
-        return _checked(reply)
+        return checked(reply)
 
     def _execute(self, execute: Callable[[], Any]) -> Any:
         try:
