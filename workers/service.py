@@ -54,6 +54,7 @@ class WorkerConfig:
     block_size: int | None = None
     threads: int | None = None
     engine_options: dict[str, Any] | None = None  # further fields of the engine's own
+    retention_s: float = 600.0  # how long journals stay after a request's end
     drain_timeout: float = 60.0
     stall_timeout: float = 60.0  # a step without any progress for so long ends the process
     interruption_notice_url: str | None = None  # an address or a file that tells that this machine will go away
@@ -70,7 +71,7 @@ async def run_worker(
     configured one. ``signals``: this process is the worker's alone (its signals, its interpreter's settings).
     """
     check_name(config.name, "name")
-    bus = Bus(config.redis_url, config.served_model_name)
+    bus = Bus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
     await bus.connect()
     worker = Worker(config, bus, engine or make_engine(config), progress or _silent)
     loop = asyncio.get_running_loop()
