@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from protocol.messages import Capacity, Hint, Job
+from protocol.errors import StoreFailed
+from protocol.messages import Capacity, Hint, Job, Terminal
 
 Reply = Any  # a decoded Redis reply: bytes, int, None, or a list of these
 
@@ -105,6 +106,7 @@ class LeaderRecord:
 
 _job_decoder = msgspec.msgpack.Decoder(Job)
 _hint_decoder = msgspec.msgpack.Decoder(Hint)
+_terminal_decoder = msgspec.msgpack.Decoder(Terminal)
 _capacity_decoder = msgspec.msgpack.Decoder(Capacity)
 _EVENT_KINDS = {b"h": "hint", b"w": "worker", b"c": "cancel", b"a": "attach"}
 
@@ -115,10 +117,16 @@ def fields_of(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 
 
 def request_record(rid: str, flat: Sequence[bytes]) -> RequestRecord | None:
-    """None if there is no such request."""
-    fields = fields_of(flat)
-    if b"body" not in fields:
+    """None if there is no such request. StoreFailed if what stands there is not ours."""
+    if not flat:
         return None
+    try:
+        return _request_record(rid, fields_of(flat))
+    except (KeyError, ValueError, msgspec.DecodeError):
+        raise StoreFailed("the record of a request cannot be read") from None
+
+
+def _request_record(rid: str, fields: dict[bytes, bytes]) -> RequestRecord:
     choices = range(int(fields[b"n"]))
     prompts: list[bytes] = []
     while (prompt := fields.get(b"prompt:%d" % len(prompts))) is not None:
@@ -152,36 +160,49 @@ def inbox_entry(entry_id: bytes, flat: Sequence[bytes]) -> InboxEntry:
 
 
 def event(event_id: bytes, flat: Sequence[bytes]) -> Event | None:
-    """None for an entry of a kind that this version does not know."""
+    """None for an entry that is not ours, or of a kind that this version does not know."""
     fields = fields_of(flat)
-    kind = _EVENT_KINDS.get(fields.get(b"k", b""))
-    if kind is None:
+    out = Event(event_id.decode(), _EVENT_KINDS.get(fields.get(b"k", b""), ""))
+    try:
+        match out.kind:
+            case "hint":
+                out.hint = _hint_decoder.decode(fields[b"h"])
+                out.wid, out.gen = out.hint.wid, out.hint.gen
+                out.verdicts = fields.get(b"v", b"").decode()
+            case "worker":
+                out.wid, out.gen = fields[b"w"].decode(), int(fields[b"g"])
+            case "cancel" | "attach":
+                out.rid = fields[b"r"].decode()
+            case _:
+                return None
+    except (KeyError, ValueError, msgspec.DecodeError):
         return None
-    out = Event(event_id.decode(), kind)
-    if kind == "hint":
-        out.hint = _hint_decoder.decode(fields[b"h"])
-        out.wid, out.gen = out.hint.wid, out.hint.gen
-        out.verdicts = fields.get(b"v", b"").decode()
-    elif kind == "worker":
-        out.wid, out.gen = fields[b"w"].decode(), int(fields[b"g"])
-    else:
-        out.rid = fields[b"r"].decode()
     return out
 
 
 def worker_record(wid: str, flat: Sequence[bytes]) -> WorkerRecord | None:
+    """None if there is no such worker, or what stands there is not ours."""
     fields = fields_of(flat)
-    if b"gen" not in fields:
+    try:
+        capacity = fields.get(b"capacity")
+        return WorkerRecord(
+            wid=wid,
+            gen=int(fields[b"gen"]),
+            beat=int(fields[b"beat"]),
+            state=fields[b"state"].decode(),
+            capacity=_capacity_decoder.decode(capacity) if capacity else None,
+            wire=int(fields[b"wire"]),
+        )
+    except (KeyError, ValueError, msgspec.DecodeError):
         return None
-    capacity = fields.get(b"capacity")
-    return WorkerRecord(
-        wid=wid,
-        gen=int(fields[b"gen"]),
-        beat=int(fields[b"beat"]),
-        state=fields[b"state"].decode(),
-        capacity=_capacity_decoder.decode(capacity) if capacity else None,
-        wire=int(fields[b"wire"]),
-    )
+
+
+def terminal(flat: Sequence[bytes]) -> Terminal | None:
+    """An entry of a results stream; None if it is not ours."""
+    try:
+        return _terminal_decoder.decode(fields_of(flat)[b"result"])
+    except (KeyError, msgspec.DecodeError):
+        return None
 
 
 def next_id(stream_id: str) -> str:

@@ -32,11 +32,19 @@ local function end_choice(rid, record, choice, finish, result)
   if open <= 0 then end_request(rid, record) end
 end
 
--- A key of the row has the wrong type (somebody else wrote there): the choice can never go on, so it is closed.
+-- A key of the row has the wrong type (somebody else wrote there): the choice can never go on, so it is closed, with
+-- an error result and a dead letter. A record of a wrong type is no request: it leaves `live`.
 local function close_broken(rid, choice, placement)
   local record = P .. 'r:' .. rid
-  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice)
-  if v[1] and not v[3] and (v[2] or '0') == placement then end_choice(rid, record, choice, 'error', '') end
+  local v = redis.pcall('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'id')
+  if v.err then return redis.call('HDEL', P .. 'live', rid) end
+  if not v[1] or v[3] or (v[2] or '0') ~= placement then return end
+  local result = cmsgpack.pack({
+    v = 1, rid = rid, id = v[4] or '', choice = tonumber(choice), finish_reason = 'error',
+    error = { code = 'store_failed', message = 'the journal of this request was overwritten' },
+  })
+  redis.pcall('XADD', P .. 'dead', 'MAXLEN', '~', '1000', '*', 'rid', rid, 'code', 'store_failed')
+  end_choice(rid, record, choice, 'error', result)
 end
 
 -- One row: its verdict (l landed, c closed, s stale) and whether it is to be published.

@@ -11,8 +11,9 @@ if redis.call('XDEL', P .. 'jobs', entry) == 0 then return 'repeat' end
 redis.pcall('XADD', P .. 'dead', 'MAXLEN', '~', '1000', '*', unpack(ARGV, 12))
 if tenant ~= '' and id ~= '' then
   local idem = P .. 'idem:' .. tenant .. ':' .. id
-  if redis.call('EXISTS', idem) == 1 then return 'duplicate' end
-  redis.call('SET', idem, '- ' .. hash, 'PX', retention)
+  local found = redis.call('TYPE', idem).ok
+  if found == 'string' then return 'duplicate' end
+  if found == 'none' then redis.call('SET', idem, '- ' .. hash, 'PX', retention) end -- else somebody else wrote there
 end
 if results ~= '' then
   redis.pcall('XADD', P .. 'results:' .. results, 'MAXLEN', '~', '10000', '*', 'result', result)

@@ -294,6 +294,14 @@ class TestReject:
             await stage.bus.accept(Job(prompt="x", tenant="t"), rid=messages.new_rid(), idempotency="mine")
         assert leaked_keys(stage.raw) == []
 
+    async def test_a_wrong_type_under_the_id_is_no_duplicate(self, stage: Stage) -> None:
+        stage.raw.lpush(stage.bus.keys.idempotency("t", "mine"), "x")
+        entry = await stage.bus.push(b"garbage")
+        await stage.bus.reject(
+            stage.epoch, entry, payload_hash="h", error=self.ERROR, tenant="t", id="mine", results="res"
+        )
+        assert len(await stage.bus.read_results("res")) == 1
+
     async def test_without_a_tenant_there_is_only_the_dead_letter(self, stage: Stage) -> None:
         entry = await stage.bus.push(b"garbage")
         await stage.bus.reject(stage.epoch, entry, payload_hash="h", error=self.ERROR)
@@ -534,14 +542,21 @@ class TestCommit:
         assert leaked_keys(stage.raw) == []
 
     async def test_one_bad_key_fails_its_row_alone(self, stage: Stage) -> None:
-        bad_journal, bad_record, good = [await stage.running() for _ in range(3)]
+        bad_journal, bad_record, good = [await stage.running(Job(prompt="x", results="res")) for _ in range(3)]
         stage.raw.lpush(stage.bus.keys.journal(bad_journal, 0), "x")
         stage.raw.set(stage.bus.keys.request(bad_record), "x")
         assert await stage.commit(row(bad_journal, 0, A), row(bad_record, 0, A), row(good, 0, A)) == "ccl"
         assert stage.journal(good) == A
         # what can never be written any more is closed, so that nobody waits for it
         assert stage.field(bad_journal, "e0") == "error"
-        assert bad_journal not in await stage.bus.scan_live()
+        assert list(await stage.bus.scan_live()) == [good]
+        ((_, result),) = await stage.bus.read_results("res")
+        assert (result.rid, result.finish_reason, (result.error or {})["code"]) == (
+            bad_journal,
+            "error",
+            "store_failed",
+        )
+        assert [letter[b"rid"].decode() for letter in stage.entries("dead")] == [bad_journal]
         assert [e.verdicts for e in await stage.bus.read_events("0-0", 9, 0) if e.hint] == ["ccl"]
 
     async def test_bad_results_and_channels_do_not_hold_a_row_up(self, stage: Stage) -> None:
@@ -751,6 +766,34 @@ class TestOutOfMemory:
         assert leaked_keys(stage.raw) == []
         stage.raw.config_set("maxmemory", 0)
         await stage.accept()
+
+
+class TestForeignKeys:
+    async def test_what_is_not_ours_is_passed_over_or_told(self, stage: Stage) -> None:
+        good = await stage.running()
+        odd, text = "a" * 32, "b" * 32
+        stage.raw.hset(stage.bus.keys.request(odd), "body", "garbage")
+        stage.raw.set(stage.bus.keys.request(text), "x")
+        for rid in (odd, text):
+            with pytest.raises(StoreFailed):
+                await stage.bus.read_request(rid)
+        found = await stage.bus.read_requests([good, odd, text, "c" * 32])
+        assert [record and record.rid for record in found] == [good, None, None, None]
+
+        stage.raw.sadd(stage.key("workers"), "odd", "text", "gone")
+        stage.raw.hset(stage.bus.keys.worker("odd"), mapping={"gen": 1, "capacity": "x"})
+        stage.raw.set(stage.bus.keys.worker("text"), "x")
+        assert [w.wid for w in await stage.bus.list_workers()] == ["w0"]
+
+        start = await stage.bus.last_event_id()
+        for fields in ({"k": "h"}, {"k": "h", "h": "x"}, {"k": "w", "w": "w0", "g": "x"}, {"k": "?"}, {"x": "y"}):
+            stage.raw.xadd(stage.key("events"), fields)
+        await stage.bus.cancel(good, "default")
+        assert [e.rid for e in await stage.bus.read_events(start, 10, 0)] == [good]
+
+        stage.raw.xadd(stage.key("results:res"), {"x": "y"})
+        stage.raw.xadd(stage.key("results:res"), {"result": "garbage"})
+        assert await stage.bus.read_results("res") == []
 
 
 def test_terminal_and_rows_decode_what_scripts_carry() -> None:
