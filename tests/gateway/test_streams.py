@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 
 from gateway.app import Gateway, GatewayConfig
+from gateway.streams import SILENCE_S, Outlet
 from headrace.embedded import EmbeddedServer
 from tests.gateway.backend import Backend, word
 from tests.gateway.conftest import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of, split_events
@@ -137,6 +138,26 @@ async def test_a_lost_publication_is_read_from_the_journal(front: Front, backend
     assert len(events) == 6
     text = "".join(payload(e)["choices"][0]["text"] for e in events[:-1])
     assert text == "".join(word(0, i) for i in range(5))
+
+
+async def test_without_the_length_check_a_lost_end_is_never_seen(
+    front: Front, backend: Backend, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test above can fail: with the check taken out, the same loss leaves the reader without its last token."""
+
+    async def never(outlet: Outlet) -> None:
+        pass
+
+    monkeypatch.setattr(Outlet, "_check_silent", never)
+    backend.hold = True
+    request = asyncio.create_task(front.events("POST", "/v1/completions", json=COMPLETION))
+    await backend.until_running()
+    for _ in range(4):
+        await backend.step()
+    await backend.silence(raw)
+    await backend.step()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(request, 5 * SILENCE_S)
 
 
 async def test_a_lost_admission(front: Front, backend: Backend, raw: Any) -> None:
