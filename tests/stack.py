@@ -50,14 +50,16 @@ class Stack:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, env=self.env)
 
-    def wait_ready(self, path: str = "/ready") -> None:
+    def wait_ready(self, port: int | None = None) -> None:
+        """Until the gateway on ``port`` (default: the first) says that a worker serves."""
+        url = f"http://127.0.0.1:{port or self.port}/ready"
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             assert self.process is not None
             if self.process.poll() is not None:
                 raise AssertionError(f"serve ended with {self.process.returncode}:\n{self.output()}")
             try:
-                with urllib.request.urlopen(self.url + path, timeout=5) as reply:
+                with urllib.request.urlopen(url, timeout=5) as reply:
                     if reply.status == 200:
                         return
             except (urllib.error.URLError, OSError):

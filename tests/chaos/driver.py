@@ -59,8 +59,8 @@ class Chaos:
     history: History = field(default_factory=History)
     server: subprocess.Popen[bytes] | None = None
 
-    async def run(self, seconds: float, every: float, kinds: list[str] | None = None) -> None:
-        """Load for ``seconds``, a fault every ``every``; then rest, judge, and stop."""
+    async def run(self, seconds: float, every: float, kinds: list[str] | None = None, *, rolling: bool = False) -> None:
+        """Load for ``seconds``, a fault every ``every``, or one rolling restart; then rest, judge, and stop."""
         self.rng = random.Random(self.seed)
         self.redis_port = free_port()
         self._start_server()
@@ -80,7 +80,10 @@ class Chaos:
             self.load = Load(urls, MODEL, self.history, random.Random(self.seed + 1), bus)
             loading = asyncio.create_task(self.load.run(streams=8, detached=2, wholes=2, producers=2))
             watching = asyncio.create_task(self._watch_epoch(bus))
-            await self._inject(seconds, every, kinds or list(self._table()), loading)
+            if rolling:
+                await self._restart_all()
+            else:
+                await self._inject(seconds, every, kinds or list(self._table()), loading)
             self.load.stop.set()
             await asyncio.wait_for(loading, 300)
             watching.cancel()
@@ -176,6 +179,20 @@ class Chaos:
                 self.faults.append(Fault(kind, at, time.monotonic()))
                 print(f"{at - begun:7.1f} s  {kind:24} done {self.load.done}, resumed {self.load.resumed}", flush=True)
             await asyncio.sleep(every * self.rng.uniform(0.6, 1.4))
+
+    async def _restart_all(self) -> None:
+        """SIGTERM to every process in turn, each followed by the next only once its successor serves."""
+        await asyncio.sleep(3)
+        for role in ("gateway", "scheduler", "worker"):
+            for name, pid in sorted(self.stack.pids(role).items()):
+                at = time.monotonic()
+                os.kill(pid, signal.SIGTERM)
+                while self.stack.pids(role).get(name, pid) == pid:  # noqa: ASYNC110 (another process tells by a file)
+                    await asyncio.sleep(0.2)
+                for port in (self.stack.port, self.stack.port + 1):
+                    await asyncio.to_thread(self.stack.wait_ready, port=port)
+                await asyncio.sleep(3)
+                self.faults.append(Fault(f"restart {role}", at, time.monotonic()))
 
     # -------------------------------------------------------------- judging
 

@@ -22,3 +22,14 @@ async def test_nothing_is_lost_and_nothing_comes_twice(tmp_path: Path) -> None:
     assert chaos.history.violations == []
     assert len(chaos.history.accepted) > 20
     assert len(chaos.faults) >= len(KINDS) - 2  # a fault that finds no process of its role is skipped
+
+
+@pytest.mark.timeout(600)
+async def test_a_rolling_restart_fails_no_request(tmp_path: Path) -> None:
+    """Every process in turn is asked to leave, and started again, under load: nobody is refused, no stream errs."""
+    chaos = Chaos(tmp_path, seed=12)
+    await chaos.run(seconds=0, every=0, rolling=True)
+    assert chaos.history.violations == []
+    refused = {kind: count for kind, count in chaos.history.failures.items() if not kind.startswith("503")}
+    assert refused == {}
+    assert len(chaos.faults) == 6
