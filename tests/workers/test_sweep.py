@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from protocol.errors import ModelRefused, StartError
 from tests.models import BOS, EOS, PAD, VOCAB, byte_tokenizer, liven
 from tests.workers.core_driver import CoreDriver
-from tests.workers.test_parity import first_difference, make_engine, make_requests
+from tests.workers.test_parity import first_difference, make_engine, make_requests, reference_of
 
 LAYERS = 4
 SIZES = {
@@ -118,7 +118,7 @@ def verdict(config_class: Any, path: Any) -> tuple[str, str]:
         liven(model)
         model.save_pretrained(path)
         byte_tokenizer().save_pretrained(path)
-        reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        reference = reference_of(path)
         reference(torch.arange(40)[None], use_cache=False)
     except Exception as error:  # the sweep goes on whatever a single architecture does
         return "not made", f"{type(error).__name__}: {error}"
