@@ -565,12 +565,26 @@ class Subscription:
                     return
                 await self._connection.disconnect(nowait=True)
                 await self._link.lose_node()
-                await self.start()
+                await self._start_again()
                 asked = False
                 yield []
                 continue
             if message is not None and message[0] in (b"message", b"smessage"):
-                yield decode_rows(message[2])
+                try:
+                    rows = decode_rows(message[2])
+                except msgspec.DecodeError:  # not ours; if it took the place of ours, the journals know
+                    rows = []
+                yield rows
+
+    async def _start_again(self) -> None:
+        """As `start`, for as long as it takes: nobody waits here who could be told of an outage."""
+        while not self._closed:
+            try:
+                await self.start()
+            except ServiceError:
+                await asyncio.sleep(random.uniform(0.1, 0.5))
+            else:
+                return
 
 
 def commit_arguments(rows: Sequence[CommitRow]) -> list[Argument]:

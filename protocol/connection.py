@@ -107,10 +107,11 @@ class Link:
                 out = []
                 for _ in range(replies):
                     out.append(await read_reply(connection))
-        except BaseException:
+        except BaseException as error:
             self._busy.discard(connection)
             await connection.disconnect(nowait=True)
-            await self.drop_idle()  # what ended this one has likely ended them too
+            if isinstance(error, self.lost_errors):
+                await self.drop_idle()  # what ended this one has likely ended them too
             raise
         self._busy.discard(connection)
         self._idle.append(connection)

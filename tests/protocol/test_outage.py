@@ -135,6 +135,30 @@ async def test_patience_ends(durable: EmbeddedServer) -> None:
         await bus.server_ms()
 
 
+async def test_a_subscription_outlasts_patience(durable: EmbeddedServer) -> None:
+    bus = Bus(durable.url, MODEL, patience=0.1)
+    subscription = bus.subscribe("gw")
+    await subscription.start()
+    told = asyncio.ensure_future(anext(aiter(subscription)))
+    kill(durable)
+    with pytest.raises(Unavailable):
+        await bus.server_ms()
+    assert not told.done()
+    durable.start()
+    assert await asyncio.wait_for(told, 60) == []
+    await subscription.close()
+    await bus.close()
+
+
+async def test_a_publication_that_is_not_ours_asks_for_a_resync(stage: Stage) -> None:
+    subscription = stage.bus.subscribe("gw")
+    await subscription.start()
+    for garbage in (b"\xc1garbage", b"\x95", b"\x01", b"\x92\x01\x02"):
+        stage.raw.publish(stage.key("out:gw"), garbage)
+        assert await asyncio.wait_for(anext(aiter(subscription)), 60) == []
+    await subscription.close()
+
+
 async def test_no_server_a_wrong_password_and_no_permission_are_start_errors(durable: EmbeddedServer) -> None:
     for url in ("unix:///nowhere/redis.sock", "redis://127.0.0.1:1"):
         bus = Bus(url, MODEL, patience=0.2)
@@ -171,5 +195,10 @@ async def test_idle_connections_are_used_again(stage: Stage) -> None:
         await link.command("PING")
     assert len(link._idle) == 1
     await asyncio.gather(*(link.command("PING") for _ in range(5)))
-    assert 1 <= len(link._idle) <= 5
+    assert len(link._idle) == 5
+    blocked = asyncio.ensure_future(link.command("BLPOP", "nothing", 30, block_s=30))
+    await asyncio.sleep(0)
+    blocked.cancel()
+    await asyncio.wait([blocked])
+    assert len(link._idle) == 4  # the cancelled one's is gone, no other
     await link.close()
