@@ -22,7 +22,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from protocol.bus import Bus
-from protocol.errors import EngineFailed, Expired, HeadraceError, InvalidRequest, RequestError, http_status
+from protocol.errors import (
+    EngineFailed,
+    Expired,
+    HeadraceError,
+    InvalidRequest,
+    RequestError,
+    ServiceError,
+    http_status,
+)
 from protocol.messages import DEFAULT_TENANT, Frame, Job, Priority, Row, decode_frames, new_rid
 from protocol.sampling import SamplingParams
 
@@ -176,15 +184,24 @@ class Client:
         return served[0]
 
     async def _listen(self, publications: AsyncIterable[list[Row]]) -> None:
-        """Hand rows to whoever reads their request. A subscription that was lost sends all to their journals."""
-        async for rows in publications:
-            if not rows:
-                for queues in self._readers.values():
-                    for queue in queues:
-                        queue.put_nowait(None)
-            for row in rows:
-                for queue in self._readers.get(row.rid, ()):
-                    queue.put_nowait(row)
+        """Hand rows to whoever reads their request. A subscription that was lost sends all to their journals; it is
+        taken up again however long the server is away: who reads is told by their own calls."""
+        while True:
+            try:
+                async for rows in publications:
+                    self._deliver(rows)
+                return
+            except ServiceError:
+                await asyncio.sleep(CHECK_S)
+
+    def _deliver(self, rows: list[Row]) -> None:
+        if not rows:
+            for queues in self._readers.values():
+                for queue in queues:
+                    queue.put_nowait(None)
+        for row in rows:
+            for queue in self._readers.get(row.rid, ()):
+                queue.put_nowait(row)
 
     async def _frames(self, rid: str) -> AsyncIterator[tuple[int, Frame]]:
         bus, queue = self._open_bus, asyncio.Queue[Row | None]()

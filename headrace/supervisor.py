@@ -28,6 +28,7 @@ DEATHS = 5  # within WINDOW_S of one process: give up
 WINDOW_S = 60.0
 BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 TAIL_LINES = 12
+LOG_LINES = 2
 READ_BYTES = 1 << 16
 LAST_WORDS_S = 1.0  # how long the stderr of a dead child is read on
 
@@ -190,14 +191,22 @@ class Supervisor:
         child.deaths.append(now)
         recent = [t for t in child.deaths if now - t <= WINDOW_S]
         if len(recent) >= DEATHS and not (child.program.lasting and child.was_up):
-            shown = "\n".join(f"    {line}" for line in child.tail)
+            shown = "\n".join(f"    {line}" for line in self._last_said(child))
             raise GaveUp(f"{child.name} died {len(recent)} times within {WINDOW_S:g} s, {_cause(code)} last:\n{shown}")
         if code is not None and code > 0:
-            for line in child.tail:
+            for line in self._last_said(child):
                 self._on_notice(f"{child.name} | {line}")
         delay = BACKOFF_S[min(len(recent), len(BACKOFF_S)) - 1]
         self._on_notice(f"{child.name} {_cause(code)}; started again in {delay:g} s")
         return delay
+
+    def _last_said(self, child: Child) -> list[str]:
+        """The end of its stderr, or of its log if it wrote none: the embedded server tells why it ends on stdout."""
+        if child.tail:
+            return list(child.tail)
+        with (self.logs / f"{child.name}.log").open("rb") as log:
+            log.seek(-min(READ_BYTES, log.seek(0, os.SEEK_END)), os.SEEK_END)
+            return log.read().decode(errors="replace").splitlines()[-LOG_LINES:]
 
     def _write_processes(self) -> None:
         running = [
