@@ -3,7 +3,8 @@
 It exists so that a first run of the service needs no network: examples/demo-model/ is what this script writes. The one
 idea is that every Python installation already carries ten megabytes of good text under a free licence, its own source,
 from which both plain code and question-and-answer pairs (docstrings and small functions, cut out by `ast`) can be made.
-The same interpreter, seed and thread count give the same model.
+The same interpreter, seed and thread count give the same model. Some of its length is text to train on and the model
+card: it stays one file so that it can be read, and run, alone.
 
     python examples/train_demo_model.py --out examples/demo-model
 """
@@ -18,6 +19,7 @@ import platform
 import random
 import re
 import sysconfig
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -384,13 +386,19 @@ def train(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str, out: Path) -> None:
-    """Writes the folder: weights in bfloat16, which halves it and costs the samples nothing."""
+    """Writes the folder: weights in bfloat16, which halves it and costs the samples nothing. Each file replaces its
+    predecessor at once, for a server may have that one mapped."""
     copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = model.generation_config
-    copy.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(card, encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".demo-model-", dir=out.parent) as folder:
+        copy.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        Path(folder, "README.md").write_text(card, encoding="utf-8")
+        for path in sorted(Path(folder).iterdir()):
+            path.chmod(0o644)
+            path.replace(out / path.name)
 
 
 def main() -> None:
