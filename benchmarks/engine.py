@@ -1,7 +1,7 @@
 """The engine alone, no Redis and no scheduler: what the stack around it is measured against.
 
-    python benchmarks/engine.py --model PATH            a checkpoint
-    python benchmarks/engine.py --shape 135m            a Llama shape with random bf16 weights, made on the spot
+    python -m benchmarks.engine --model PATH            a checkpoint
+    python -m benchmarks.engine --shape 135m            a Llama shape with random bf16 weights, made on the spot
 
 Told are: milliseconds of a decode step by batch size, and output tokens per second of the workloads w1 (one stream,
 prompt 128, output 128) and w2 (64 requests at once, prompts 32-256, outputs 16-256), all greedy and seeded.
@@ -13,65 +13,17 @@ import argparse
 import json
 import random
 import statistics
-import tempfile
 import time
 from array import array
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.models import SHAPES, checkpoint
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
-from tests.models import byte_tokenizer
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.engine import TorchEngine
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
-    },
-    "500m": {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
-    },
-    "8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 8192,
-    },
-}
-
-
-def make_checkpoint(shape: str, path: Path) -> None:
-    """Random bf16 weights of a shape, seeded, with the byte tokenizer."""
-    fields = dict(SHAPES[shape])
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
 
 
 class Batch:
@@ -141,23 +93,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--steps-only", action="store_true", help="no workloads")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.model is None:
-            make_checkpoint(args.shape, Path(scratch))
-        engine = TorchEngine(
-            EngineConfig(
-                model=args.model or scratch,
-                dtype=args.dtype,
-                device=args.device,
-                max_model_len=2048,
-                max_num_seqs=256,
-                max_num_batched_tokens=512,
-                threads=args.threads,
-            )
+    engine = TorchEngine(
+        EngineConfig(
+            model=args.model or str(checkpoint(args.shape)),
+            dtype=args.dtype,
+            device=args.device,
+            max_model_len=2048,
+            max_num_seqs=256,
+            max_num_batched_tokens=512,
+            threads=args.threads,
         )
-        capacity = engine.load(lambda stage, fraction: None)
+    )
+    capacity = engine.load(lambda stage, fraction: None)
     batch = Batch(engine, SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=1 << 20))
     rng = random.Random(1)
     w2 = [(rng.randint(32, 256), rng.randint(16, 256)) for _ in range(64)]
@@ -166,10 +116,11 @@ def main() -> None:
     for rows in map(int, args.batches.split(",")):
         values = [decode_ms(batch, rows, args.context, 8) for _ in range(args.rounds)]
         found[f"decode_ms_{rows}"] = round(statistics.median(values), 2)
-    w1_s, w1_first = batch.run([(128, 128)])
-    w2_s, _ = batch.run(w2)
-    found["w1_tokens_s"], found["w1_first_ms"] = round(128 / w1_s, 1), round(w1_first * 1e3)
-    found["w2_tokens_s"] = round(sum(output for _, output in w2) / w2_s, 1)
+    if not args.steps_only:
+        w1_s, w1_first = batch.run([(128, 128)])
+        w2_s, _ = batch.run(w2)
+        found["w1_tokens_s"], found["w1_first_ms"] = round(128 / w1_s, 1), round(w1_first * 1e3)
+        found["w2_tokens_s"] = round(sum(output for _, output in w2) / w2_s, 1)
     print(json.dumps(found) if args.json else "\n".join(f"{name:14} {value}" for name, value in found.items()))
 
 
