@@ -5,7 +5,7 @@ program ingests the requests and publishes one row per stream and step, at a giv
 arrived, the gateway's CPU time per token (from it: what one core could stream), and how long a token took from
 its publication to the client.
 
-    python benchmarks/gateway.py --streams 1000 --rate 10000 --seconds 10
+    python -m benchmarks.gateway --streams 1000 --rate 10000 --seconds 10
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import re
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import redis.asyncio
 import uvloop
 
+from benchmarks.stack import cpu_seconds, resident_bytes
 from headrace.embedded import FAST, EmbeddedServer
 from protocol.bus import Bus
 from protocol.messages import Capacity, Frame, ModelCard, PoolCapacity, encode, pack_ids, row_edges
@@ -50,7 +50,9 @@ class Reader(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        )
         transport.write(head % len(self.body) + self.body)  # type: ignore[attr-defined]
 
     def data_received(self, received: bytes) -> None:
@@ -126,11 +128,6 @@ class Source:
             await self.raw.publish(self.bus.keys.out(self.channel), b"".join(parts[at : at + per_row]))
 
 
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 async def measure(url: str, streams: int, rate: float, seconds: float) -> dict[str, Any]:
     source = Source(url)
     await source.start()
@@ -154,7 +151,7 @@ async def measure(url: str, streams: int, rate: float, seconds: float) -> dict[s
     totals = await asyncio.to_thread(queue.get)
     wall, cpu = time.monotonic() - started, cpu_seconds(gateway.pid) - cpu
     clients.join()
-    memory = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{gateway.pid}/status").read_text())[0]) / 1024
+    memory = resident_bytes(gateway.pid) / 2**20
     gateway.terminate()
     await gateway.wait()
     ages = sorted(totals["ages"])

@@ -178,6 +178,11 @@ class Stack:
         """(role, pid) of every process."""
         return [(p["role"], p["pid"]) for p in json.loads((self.run_dir / "processes.json").read_text())]
 
+    def metrics_ports(self, role: str) -> list[int]:
+        """Ports of /metrics of the processes of ``role``, as serve prints them."""
+        found = re.findall(rf"\b{role}-\d+ 127\.0\.0\.1:(\d+)", self._process.log.read_text(errors="replace"))
+        return [int(port) for port in found]
+
     def use(self) -> Use:
         cpu: Counter[str] = Counter()
         for role, pid in self.pids():

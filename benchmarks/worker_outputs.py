@@ -19,10 +19,13 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import redis
 
-from protocol.bus import Bus, commit_arguments
+from benchmarks.stack import disk_flushes
+from protocol.bus import Bus, Subscription, commit_arguments
 from protocol.messages import Hint, Job, NewSequence, Plan, encode, new_rid, pack_ids
 from protocol.sampling import SamplingParams
 from workers.engine import Sampled
@@ -87,14 +90,31 @@ def measure(name: str, rows: int, steps: int) -> None:
 
 
 @contextmanager
-def bench_server() -> Iterator[str]:
-    from headrace.embedded import FAST, EmbeddedServer
+def bench_server(durable: bool = False) -> Iterator[tuple[str, Path]]:
+    """(URL, data directory) of a server. ``durable``: it syncs its log before it answers, as in service."""
+    from headrace.embedded import DURABLE, FAST, EmbeddedServer
 
-    with tempfile.TemporaryDirectory(prefix="hr-") as data_dir, EmbeddedServer(Path(data_dir), settings=FAST) as server:
-        yield server.url
+    settings = DURABLE if durable else FAST
+    with tempfile.TemporaryDirectory(prefix="hr-") as folder:
+        data_dir = Path(folder)
+        with EmbeddedServer(data_dir, settings=settings) as server:
+            yield server.url, data_dir
 
 
-async def measure_commits(url: str, rows: int, steps: int) -> None:
+def server_use(url: str, data_dir: Path) -> dict[str, float]:
+    """The server's counters: microseconds in scripts, CPU seconds, bytes in and out, syncs of the disk."""
+    with redis.Redis.from_url(url) as server:
+        told: dict[str, Any] = server.info("everything")  # type: ignore[assignment]
+    return {
+        "script_us": told["cmdstat_evalsha"]["usec"],
+        "cpu_s": told["used_cpu_user"] + told["used_cpu_sys"],
+        "bytes": told["total_net_input_bytes"] + told["total_net_output_bytes"],
+        "flushes": disk_flushes(data_dir) or 0,
+    }
+
+
+async def measure_commits(url: str, rows: int, steps: int, data_dir: Path) -> dict[str, float]:
+    """Commits of ``rows`` sequences, one after the other; a channel has one subscriber, as in service."""
     bus = Bus(url, "bench")
     await bus.connect()
     epoch = await bus.lead("bench", await bus.read_leader())
@@ -109,8 +129,13 @@ async def measure_commits(url: str, rows: int, steps: int) -> None:
     placed = [NewSequence(s, rid, 0, 1, b"", 0, job.sampling, 0, 0, b"", 0) for s, rid in enumerate(rids)]
     await bus.plan(epoch, "w0", gen, Plan(epoch, gen, 1, new=placed))
     steady = Steady(rids, job.sampling)
+    subscription = bus.subscribe("gateway")
+    await subscription.start()
+    reading = asyncio.create_task(_drop(subscription))
     walls, cpus = [], []
-    for _ in range(steps):
+    for step in range(-8, steps):
+        if step == 0:
+            before, began = await asyncio.to_thread(server_use, url, data_dir), time.perf_counter()
         sampled = steady.sampled()
         wall, cpu = time.perf_counter(), time.process_time()
         batch = steady.execute(sampled)
@@ -118,9 +143,28 @@ async def measure_commits(url: str, rows: int, steps: int) -> None:
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
         assert verdicts == "l" * rows, verdicts
+    took, after = time.perf_counter() - began, await asyncio.to_thread(server_use, url, data_dir)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    await subscription.close()
     await bus.close()
-    wall, cpu = (statistics.median(times) * 1e6 for times in (walls, cpus))
-    print(f"{rows:5d} rows  outputs + commit to a server: {wall:8.0f} us wall, {cpu:8.0f} us CPU of this process")
+    moved = {name: after[name] - before[name] for name in after}
+    wall, cpu = (statistics.median(times[8:]) * 1e6 for times in (walls, cpus))
+    return {
+        "rows": rows,
+        "wall_us": round(wall),
+        "own_cpu_us": round(cpu),
+        "script_us_per_row": round(moved["script_us"] / steps / rows, 2),
+        "server_cpu_us_per_row": round(1e6 * moved["cpu_s"] / steps / rows, 2),
+        "bytes_per_token": round(moved["bytes"] / steps / rows, 1),
+        "commits_per_s": round(steps / took, 1),
+        "fsyncs_per_s": round(moved["flushes"] / took, 1),
+    }
+
+
+async def _drop(subscription: Subscription) -> None:
+    async for _ in subscription:
+        pass
 
 
 def main() -> None:
@@ -128,12 +172,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--server", action="store_true", help="also commit to an embedded server")
+    parser.add_argument("--durable", action="store_true", help="that server syncs its log before it answers")
     args = parser.parse_args()
     for name in SAMPLINGS:
         measure(name, args.rows, args.steps)
     if args.server:
-        with bench_server() as url:
-            asyncio.run(measure_commits(url, args.rows, args.steps))
+        with bench_server(durable=args.durable) as (url, data_dir):
+            found = asyncio.run(measure_commits(url, args.rows, args.steps, data_dir))
+        print("outputs + commit to a server: " + "  ".join(f"{name} {value:g}" for name, value in found.items()))
 
 
 if __name__ == "__main__":
