@@ -28,7 +28,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--redis-url",
         "serve gateway scheduler worker submit",
-        "Redis or Valkey, as redis://[user:password@]host:port/db, rediss://... or unix:///path "
+        "Redis or Valkey, as redis://[user:password@]host:port/db, rediss://..., unix:///path, or "
+        "redis+cluster://host:port,host:port "
         "(default: serve starts an embedded one; the others find that, else redis://127.0.0.1:6379/0)",
         metavar="URL",
     ),

@@ -1,0 +1,284 @@
+"""A real Redis Cluster of three nodes: every model lives in one slot, and the bus finds the node that holds it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import redis
+from redis.crc import key_slot
+
+from headrace.embedded import FAST, EmbeddedServer, find_server
+from protocol.bus import Bus, CommitRow
+from protocol.errors import StartError, Unavailable
+from protocol.keys import REGISTRY, Keys
+from protocol.messages import ModelCard
+from tests.conftest import MODEL
+from tests.models import tiny_model
+from tests.protocol.stage import Stage, frame
+
+# the life of a request as on a single server, by the same tests
+from tests.protocol.test_bus import (
+    test_accept_limits_joins_and_conflicts,  # noqa: F401
+    test_fences,  # noqa: F401
+    test_one_request_from_accept_to_end,  # noqa: F401
+)
+from tests.stack import Stack, free_port
+
+WAIT_S = 60.0
+SLOT = key_slot(Keys(MODEL).leader.encode())
+
+
+@dataclass
+class Cluster:
+    """Three primaries without replicas, each with a third of the slots."""
+
+    folder: Path
+    nodes: list[redis.Redis] = field(default_factory=list)
+    ports: list[int] = field(default_factory=list)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self) -> None:
+        bus_ports = []
+        for _ in range(3):
+            port, bus_port = free_port(), free_port()
+            home = self.folder / str(port)
+            home.mkdir()
+            options = {
+                "port": port, "cluster-port": bus_port, "bind": "127.0.0.1", "dir": home, "save": "",
+                "appendonly": "no", "cluster-enabled": "yes", "cluster-node-timeout": 5000, "logfile": home / "log",
+            }  # fmt: skip
+            command = [find_server(), *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+            self.processes.append(subprocess.Popen(command))
+            self.ports.append(port)
+            self.nodes.append(redis.Redis(port=port, retry_on_error=[]))
+            bus_ports.append(bus_port)
+        for node in self.nodes:
+            _until(lambda node=node: node.ping(), "a node that answers")
+        for index, node in enumerate(self.nodes):
+            node.execute_command("CLUSTER ADDSLOTSRANGE", 16384 * index // 3, 16384 * (index + 1) // 3 - 1)
+            for port, bus_port in zip(self.ports, bus_ports, strict=True):
+                node.execute_command("CLUSTER MEET", "127.0.0.1", port, bus_port)
+        for node in self.nodes:
+            _until(lambda node=node: self._whole(node), "a whole cluster")
+
+    @staticmethod
+    def _whole(node: redis.Redis) -> bool:
+        told = node.execute_command("CLUSTER INFO")
+        return told["cluster_state"] == "ok" and told["cluster_known_nodes"] == "3"
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            node.close()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    @property
+    def url(self) -> str:
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in self.ports)
+
+    def owner(self, slot: int = SLOT) -> int:
+        """Index of the node that holds ``slot``, as that node says itself."""
+        for index, node in enumerate(self.nodes):
+            with contextlib.suppress(redis.ResponseError):
+                node.execute_command("EXISTS", f"{{{_name_in(slot)}}}")
+                return index
+        raise AssertionError("nobody holds the slot")
+
+    def move(self, slot: int, to: int) -> None:
+        """Hand a slot and its keys to another node, as resharding does."""
+        source, target = self.nodes[self.owner(slot)], self.nodes[to]
+        source_id, target_id = (node.execute_command("CLUSTER MYID").decode() for node in (source, target))
+        target.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", source_id)
+        source.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", target_id)
+        while keys := source.execute_command("CLUSTER GETKEYSINSLOT", slot, 100):
+            source.execute_command("MIGRATE", "127.0.0.1", self.ports[to], "", 0, 5000, "KEYS", *keys)
+        for node in (target, source):
+            node.execute_command("CLUSTER SETSLOT", slot, "NODE", target_id)
+
+
+def _name_in(slot: int) -> str:
+    return next(name for name in map(str, range(10**6)) if key_slot(name.encode()) == slot)
+
+
+def _until(condition, what: str) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        with contextlib.suppress(redis.RedisError):
+            if condition():
+                return
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="headrace-cluster-"))
+    made = Cluster(folder)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def raw(cluster: Cluster) -> Iterator[redis.RedisCluster]:
+    """Another implementation's view of the (emptied) cluster."""
+    for node in cluster.nodes:
+        node.flushall()
+    with redis.RedisCluster(host="127.0.0.1", port=cluster.ports[0]) as client:
+        yield client
+
+
+@pytest.fixture
+async def bus(cluster: Cluster, raw: redis.RedisCluster) -> AsyncIterator[Bus]:
+    bus = Bus(cluster.url, MODEL, patience=30.0)
+    await bus.connect()
+    yield bus
+    await bus.close()
+
+
+async def test_all_keys_of_a_model_share_a_node_and_the_registry_has_its_own(bus: Bus, cluster: Cluster) -> None:
+    registry = cluster.owner(key_slot(REGISTRY.encode()))
+    if registry == cluster.owner():
+        cluster.move(SLOT, (registry + 1) % 3)
+    stage = Stage(bus, cluster.nodes[cluster.owner()])
+    await stage.lead()
+    await stage.register()
+    rid = await stage.running(reply_to="gw")
+    assert await stage.commit(CommitRow(rid, 0, 1, 0, frame(1, "a"))) == "l"
+    await bus.publish_card(ModelCard(model=MODEL, created=1, max_model_len=256, vocab_size=257), b"{}")
+    found = [{key.decode() for key in node.scan_iter()} for node in cluster.nodes]
+    assert found[registry] == {REGISTRY}
+    assert {"jobs", "live", "leader", "workers", "events", "tokenizer"} < {
+        key.removeprefix(bus.keys.prefix) for key in found[cluster.owner()]
+    }
+    assert sum(map(bool, found)) == 2
+    assert list(await Bus.models(cluster.url)) == [MODEL]
+
+
+async def test_publications_stay_on_the_node_of_the_model(bus: Bus, cluster: Cluster) -> None:
+    """Sharded: the other nodes are not told of each token."""
+    stage = Stage(bus, cluster.nodes[cluster.owner()])
+    subscription = bus.subscribe("gw")
+    await subscription.start()
+    counts = [node.execute_command("PUBSUB", "SHARDNUMSUB", bus.keys.out("gw"))[1] for node in cluster.nodes]
+    assert counts == [int(index == cluster.owner()) for index in range(3)]
+    await stage.lead()
+    await stage.register()
+    rid = await stage.running(reply_to="gw")
+    assert await stage.commit(CommitRow(rid, 0, 1, 0, frame(1, "a"))) == "l"
+    assert [(row.choice, row.cursor) for row in await rows_of(subscription, 2)] == [(-1, 0), (0, 0)]
+    await subscription.close()
+
+
+async def rows_of(subscription, count: int) -> list:  # type: ignore[no-untyped-def,type-arg]
+    rows = []
+    async with asyncio.timeout(WAIT_S):
+        async for got in subscription:
+            rows += got
+            if len(rows) >= count:
+                break
+    return rows
+
+
+async def test_a_model_that_moves_to_another_node_is_followed(bus: Bus, cluster: Cluster) -> None:
+    """Calls, blocking reads and subscriptions find the new node; nothing is lost on the way."""
+    stage = Stage(bus, cluster.nodes[cluster.owner()])
+    subscription = bus.subscribe("gw")
+    await subscription.start()
+    await stage.lead()
+    await stage.register()
+    rid = await stage.running(reply_to="gw")
+    assert len(await rows_of(subscription, 1)) == 1
+    assert await stage.commit(CommitRow(rid, 0, 1, 0, frame(1, "a"))) == "l"
+    after = (await bus.read_events("0-0", 100, 0))[-1].event_id
+    reading = asyncio.create_task(bus.read_events(after, 10, 30_000))
+
+    target = (cluster.owner() + 1) % 3
+    await asyncio.to_thread(cluster.move, SLOT, target)
+    assert cluster.owner() == target
+    first = frame(1, "a")
+    assert await stage.commit(CommitRow(rid, 0, 1, len(first), frame(2, "b", "stop"), "stop")) == "l"
+    assert await bus.read_journal(rid, 0) == first + frame(2, "b", "stop")
+    async with asyncio.timeout(WAIT_S):
+        assert [event.kind for event in await reading] == ["hint"]
+        lost = False
+        async for got in subscription:  # the reader is told that rows may be missing
+            if lost := not got:
+                break
+        assert lost
+    next_rid = await stage.running(reply_to="gw", placement=1)
+    assert {row.rid for row in await rows_of(subscription, 1)} == {next_rid}
+    await subscription.close()
+
+
+async def test_one_living_seed_is_enough_and_none_is_said(cluster: Cluster) -> None:
+    dead = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    bus = Bus(f"redis+cluster://{dead[0]},{dead[1]},127.0.0.1:{cluster.ports[0]}", MODEL, patience=30.0)
+    await bus.connect()
+    assert (await bus.read_leader()).epoch >= 0
+    await bus.close()
+    lost = Bus("redis+cluster://" + ",".join(dead), MODEL, patience=0.1)
+    with pytest.raises(StartError, match="does not answer"):
+        await lost.connect()
+    with pytest.raises(Unavailable):
+        await Bus.models("redis+cluster://" + ",".join(dead), patience=0.1)
+
+
+async def test_a_single_server_is_no_cluster(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path / "single", port=free_port(), settings=FAST) as single:
+        bus = Bus(f"redis+cluster://127.0.0.1:{single.port}", MODEL, patience=5.0)
+        with pytest.raises(StartError, match="cluster support disabled"):
+            await bus.connect()
+        await bus.close()
+
+
+async def test_each_primary_is_checked_for_durability(cluster: Cluster) -> None:
+    found = await Bus.durability(cluster.url, patience=5.0)
+    for port in cluster.ports:
+        assert any(line.startswith(f"127.0.0.1:{port}: appendonly is no") for line in found)
+
+
+def test_a_whole_stack_streams_from_a_cluster(
+    cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = tiny_model(tmp_path_factory, "llama")
+    args = (
+        "--redis-url",
+        cluster.url,
+        "--model",
+        str(model),
+        "--served-model-name",
+        "org/tiny",
+        "--engine",
+        "simulated",
+    )
+    with Stack(tmp_path / "stack", *args) as stack:
+        body = {"model": "org/tiny", "prompt": "x", "max_tokens": 50, "ignore_eos": True, "seed": 1}
+        texts = []
+        for streamed in (True, False):
+            raw = json.dumps({**body, "stream": streamed}).encode()
+            ask = urllib.request.Request(stack.url + "/v1/completions", raw, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(ask, timeout=WAIT_S) as reply:
+                lines = reply.read().decode().splitlines()
+            if streamed:
+                assert lines[-2:] == ["data: [DONE]", ""]
+                lines = [line.removeprefix("data: ") for line in lines if line.startswith("data: {")]
+                assert len(lines) >= 50
+            texts.append("".join(choice["text"] for line in lines for choice in json.loads(line)["choices"]))
+        assert texts[0] == texts[1]
+        assert len(texts[0]) > 0
