@@ -463,7 +463,8 @@ class Bus:
         return gen
 
     async def pulse(self, wid: str, gen: int, state: str | None = None, capacity: Capacity | None = None) -> int:
-        """A beat that no commit carries; changes state if given. Returns the current epoch. Fenced("gen")."""
+        """A beat that no commit carries; changes state if given (within a gen only forward: loading, warming, serving,
+        draining). Returns the current epoch. Fenced("gen")."""
         packed = encode(capacity) if capacity is not None else b""
         epoch: int = await self._run("pulse", wid, gen, state or "", packed)
         return epoch

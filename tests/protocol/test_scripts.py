@@ -398,8 +398,9 @@ class TestWorkers:
         for state in ("loading", "warming", "warming", None):
             assert await stage.bus.pulse("w1", gen, state) == stage.epoch
         await stage.bus.pulse("w1", gen, "serving", CAPACITY)
+        await stage.bus.pulse("w1", gen, "warming")  # a late repeat
         worker = (await stage.bus.list_workers())[1]
-        assert (worker.state, worker.beat, worker.capacity, worker.wire) == ("serving", 5, CAPACITY, messages.WIRE)
+        assert (worker.state, worker.beat, worker.capacity, worker.wire) == ("serving", 6, CAPACITY, messages.WIRE)
         assert [e.wid for e in await stage.bus.read_events(start, 10, 0)] == ["w1", "w1"]
         assert await fenced(stage.bus.pulse("w1", gen - 1)) == "gen"
         assert await fenced(stage.bus.pulse("nobody", gen)) == "gen"
