@@ -16,6 +16,8 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from aiohttp.web import AppRunner
+
 from protocol.bus import Bus
 from protocol.errors import Fenced
 from protocol.keys import check_name
@@ -59,57 +61,64 @@ async def run_scheduler(config: SchedulerConfig, stop: asyncio.Event | None = No
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         hide_torch()
-    name = check_name(config.name, "name") if config.name else socket.gethostname()
-    threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="ingest")
-    metrics, vitals = Metrics(config.served_model_name), Vitals()
-    bus = Bus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
-    status = None
+    life = _Life(config, alone)
     try:
-        if config.metrics_port:
-            status = await serve_status(metrics, vitals, config.metrics_host, config.metrics_port)
-        prompts = await loop.run_in_executor(threads, Prompts.load, config.model, config.max_model_len)
-        if alone:
-            gc.freeze()  # what was imported stays: the collector need not look at it again
-        await bus.connect()
-        # a name of this incarnation alone: a restarted scheduler must not pass for its former self
-        life = _Life(config, bus, f"{name}.{secrets.token_hex(4)}", prompts, metrics, vitals, threads)
         await _until(stop, life.run())
     except Fenced:
         log.error("deposed: another scheduler leads %s, this one ends", config.served_model_name)
         return 1
     finally:
-        if status is not None:
-            await status.cleanup()
-        await bus.close()
-        threads.shutdown(wait=False, cancel_futures=True)
+        await life.close()
     return 0
 
 
-@dataclass
 class _Life:
-    """Standby, then leader, once each."""
+    """A scheduler from its start: it loads, stands by, and leads, once each. Can be cancelled at any point."""
 
-    config: SchedulerConfig
-    bus: Bus
-    owner: str
-    prompts: Prompts
-    metrics: Metrics
-    vitals: Vitals
-    threads: ThreadPoolExecutor
+    def __init__(self, config: SchedulerConfig, alone: bool) -> None:
+        self.config = config
+        self.alone = alone
+        name = check_name(config.name, "name") if config.name else socket.gethostname()
+        # a name of this incarnation alone: a restarted scheduler must not pass for its former self
+        self.owner = f"{name}.{secrets.token_hex(4)}"
+        self.bus = Bus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
+        self.threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="ingest")
+        self.metrics, self.vitals = Metrics(config.served_model_name), Vitals()
+        self.status: AppRunner | None = None
 
     async def run(self) -> None:
-        """Ends only by cancellation (the lead is released then), by Fenced, or by a fault."""
+        """Ends only by cancellation, by Fenced, or by a fault; what was led is released."""
+        config = self.config
+        if config.metrics_port:
+            self.status = await serve_status(self.metrics, self.vitals, config.metrics_host, config.metrics_port)
+        loading = asyncio.get_running_loop().run_in_executor(
+            self.threads, Prompts.load, config.model, config.max_model_len
+        )
+        prompts = await loading
+        if self.alone:
+            gc.freeze()  # what was imported stays: the collector need not look at it again
+        await self.bus.connect()
+        try:
+            await self._lead(prompts)
+        finally:
+            self.metrics.is_leader.set(0)
+            with contextlib.suppress(TimeoutError):  # a server that is away: standbys will count the beats
+                async with asyncio.timeout(RELEASE_S):
+                    await self._release()
+
+    async def _lead(self, prompts: Prompts) -> None:
+        config, clock = self.config, ServerClock()
+        model, timing = config.served_model_name, config.timing
         self.vitals.state = "standby"
         note = self.vitals.alive("leadership")
-        model, timing, clock = self.config.served_model_name, self.config.timing, ServerClock()
         log.info("%s stands by for the lead of %s", self.owner, model)
         epoch = await stand_by(self.bus, self.owner, timing, note)
         log.info("%s leads %s in epoch %d", self.owner, model, epoch)
         self.vitals.state = "leading"
         self.metrics.leads(epoch)
         reign = Reign(
-            self.bus, epoch, self.prompts, self.metrics, self.vitals, clock, self.threads, timing,
-            model=model, tenant_weights=self.config.tenant_weights or {}, max_model_len=self.config.max_model_len,
+            self.bus, epoch, prompts, self.metrics, self.vitals, clock, self.threads, timing,
+            model=model, tenant_weights=config.tenant_weights or {}, max_model_len=config.max_model_len,
         )  # fmt: skip
         try:
             async with asyncio.TaskGroup() as group:
@@ -117,12 +126,18 @@ class _Life:
                 group.create_task(reign.run())
         except* Fenced as fenced:
             raise Fenced("epoch") from fenced
-        finally:
-            log.info("%s gives up the lead of %s", self.owner, model)
-            self.metrics.is_leader.set(0)
-            with contextlib.suppress(TimeoutError):  # a server that is away: standbys will count the beats
-                async with asyncio.timeout(RELEASE_S):
-                    await self.bus.release(epoch, self.owner)
+
+    async def _release(self) -> None:
+        """Hand the lead over, if it is ours: also where it was won just as the end came."""
+        seen = await self.bus.read_leader()
+        if seen.owner == self.owner and await self.bus.release(seen.epoch, self.owner):
+            log.info("%s gave up the lead of %s", self.owner, self.config.served_model_name)
+
+    async def close(self) -> None:
+        if self.status is not None:
+            await self.status.cleanup()
+        await self.bus.close()
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
 
 async def _until(stop: asyncio.Event, life: Coroutine[None, None, None]) -> None:

@@ -144,3 +144,11 @@ async def test_several_plans_travel_in_one_call_in_order_even_to_a_server_that_f
     assert [plan.step for _, plan in await bus.read_plans("w", "0-0", 10)] == list(range(1, 10))
     with pytest.raises(Fenced, match="gen"):
         await bus.plan(epoch, "w", gen + 1, Plan(epoch, gen + 1, 1), Plan(epoch, gen + 1, 2))
+
+
+async def test_a_stop_is_heard_while_the_server_is_away(stage: Stage) -> None:
+    scheduler, stop = stage.scheduler(redis_url="redis://127.0.0.1:9/0")
+    await asyncio.sleep(0.1)
+    assert not scheduler.done()
+    stop.set()
+    assert await asyncio.wait_for(scheduler, PATIENCE_S) == 0
