@@ -63,7 +63,8 @@ local function land(i)
   return 'l', true
 end
 
--- All rows from argument `first` on; `keep` is the retention. One string of verdicts, and the number of rows that landed just now.
+-- All rows from argument `first` on; `keep` is the retention.
+-- -> one string of verdicts, and the number of rows that landed just now
 local function land_rows(first, keep)
   retention = keep
   local rids, verdicts, parts, order, landed = {}, {}, {}, {}, 0

@@ -1,6 +1,7 @@
 -- Send one plan to a worker and record where its new sequences are. Counts as the leader's beat.
 -- A placement is recorded only if the journal is as long as the plan says: from then on no row of an earlier placement
--- lands, so what the new one computes follows what the journal holds. Else the new rows will be stale, and it is read again.
+-- lands, so what the new one computes follows what the journal holds. Else the new rows will be stale, and the leader
+-- reads the journal again.
 -- KEYS: leader. ARGV: P, epoch, wid, gen, step, plan, then per new sequence: rid, choice, placement, cursor
 -- -> 1, or 0 for a step that was sent before (a repeat)
 allow_when_full()

@@ -114,9 +114,9 @@ async def test_a_call_that_was_given_up_may_land_late_and_changes_nothing(
         committed = asyncio.ensure_future(stage.commit(row(rid, 0, frame(1, "a"))))
         await until(lambda: stage.bus._link.losses >= 3)  # three repeats wait in the server's sockets
     finally:
+        monkeypatch.setattr("protocol.connection.REPLY_TIMEOUT_S", 15.0)
         os.kill(pid, signal.SIGCONT)
     assert await asyncio.wait_for(committed, 60) == "l"
-    monkeypatch.setattr("protocol.connection.REPLY_TIMEOUT_S", 15.0)
     assert await stage.commit(row(rid, len(frame(1, "a")), frame(2, "b", "stop"), finish="stop")) == "l"
     assert stage.journal(rid) == frame(1, "a") + frame(2, "b", "stop")
     assert stage.field(rid, "open") == "0"
