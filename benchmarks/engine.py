@@ -18,6 +18,7 @@ from array import array
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.models import SHAPES, checkpoint
 from protocol.messages import NewSequence, Plan, pack_ids
@@ -81,6 +82,34 @@ def decode_ms(batch: Batch, rows: int, context: int, steps: int) -> float:
     return (times[1] - times[0]) / steps * 1e3
 
 
+def ceilings() -> tuple[float, float]:
+    """What this machine can do with these threads: bytes read a second, float32 operations a second of a product."""
+    words = torch.ones(1 << 26)  # 256 MiB: no cache holds it
+    left, right = torch.ones(2048, 2048), torch.ones(2048, 2048)
+    reads, products = [], []
+    for _ in range(5):
+        began = time.perf_counter()
+        words.sum()
+        middle = time.perf_counter()
+        left @ right
+        reads.append(words.nbytes / (middle - began))
+        products.append(2 * 2048**3 / (time.perf_counter() - middle))
+    return max(reads), max(products)
+
+
+def matrix_weights(config: Any) -> int:
+    """Weights that take part in every token's products; packed ones are not the model's parameters any more."""
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config)
+    return sum(m.weight.numel() for m in shapes.modules() if isinstance(m, torch.nn.Linear))
+
+
+def floor_ms(weights: int, rows: int, read: float, product: float) -> float:
+    """No step of ``rows`` tokens can be faster: the weights are read once, in the checkpoint's bf16, and every token
+    costs a multiplication and an addition per weight. Attention is not counted."""
+    return 1e3 * max(2 * weights / read, 2 * weights * rows / product)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a local checkpoint; default: --shape")
@@ -113,9 +142,16 @@ def main() -> None:
     w2 = [(rng.randint(32, 256), rng.randint(16, 256)) for _ in range(64)]
     batch.run([(16, 4)])  # warm
     found: dict[str, Any] = {"device": capacity.device, "dtype": capacity.dtype, "threads": torch.get_num_threads()}
+    if capacity.device == "cpu":
+        read, product = ceilings()
+        found["read_gb_s"], found["product_gflop_s"] = round(read / 1e9, 1), round(product / 1e9, 1)
+        weights = matrix_weights(engine.model.config.get_text_config())
     for rows in map(int, args.batches.split(",")):
         values = [decode_ms(batch, rows, args.context, 8) for _ in range(args.rounds)]
         found[f"decode_ms_{rows}"] = round(statistics.median(values), 2)
+        found[f"decode_spread_{rows}"] = round((max(values) - min(values)) / statistics.median(values), 3)
+        if capacity.device == "cpu":
+            found[f"floor_ms_{rows}"] = round(floor_ms(weights, rows, read, product), 2)
     if not args.steps_only:
         w1_s, w1_first = batch.run([(128, 128)])
         w2_s, _ = batch.run(w2)

@@ -18,7 +18,7 @@ import time
 import urllib.request
 from typing import Any
 
-from benchmarks.stack import START_S, Stack, Unavailable
+from benchmarks.stack import Stack, Unavailable, end_on_sigterm
 from headrace.options import demo_model
 from protocol.bus import Bus
 from protocol.messages import Job, new_rid
@@ -28,6 +28,7 @@ SEQUENCES = 256  # on each worker
 STEP_US = 10_000
 CONTEXT = 4096  # tokens that a sequence may grow to: more than any window here needs
 MODEL = "bench-knees"
+SETTLE_S = 120.0
 
 
 def worker_tokens(ports: list[int]) -> float:
@@ -67,14 +68,15 @@ def measure(workers: int, seconds: float, sequences: int = SEQUENCES, step_us: i
         "--engine-options": json.dumps(engine),
         "--workers": str(workers),
         "--max-num-seqs": str(sequences),
-        "--threads": "1",
+        "--max-model-len": str(CONTEXT),  # the simulated engine's; the demo model, of which only the tokenizer is
+        "--threads": "1",  # used, has less
         "--drain-timeout": "0s",
     }
     with Stack(*(part for pair in options.items() for part in pair)) as stack:
         ports = stack.metrics_ports("worker")
         wanted = workers * sequences
         asyncio.run(fill(stack.redis_url, wanted))
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + SETTLE_S
         while worker_tokens(ports) < 16 * wanted:  # all are past their prompts, and the pace has settled
             if time.monotonic() > deadline:
                 raise Unavailable("the simulated workers did not come to a steady state")
@@ -98,6 +100,7 @@ def measure(workers: int, seconds: float, sequences: int = SEQUENCES, step_us: i
 
 
 def main() -> None:
+    end_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--sequences", type=int, default=SEQUENCES)

@@ -38,6 +38,11 @@ class Unavailable(Exception):
     """What was to be measured cannot run here. The message says why, for the report."""
 
 
+def end_on_sigterm() -> None:
+    """SIGTERM unwinds this process as an exception, so that it stops what it started."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
