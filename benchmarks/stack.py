@@ -107,6 +107,7 @@ class Process:
         if self.process is None:
             return
         if self.process.poll() is None:
+            self.signal_group(signal.SIGCONT)
             self.process.send_signal(signal.SIGINT)
             try:
                 self.process.wait(timeout=STOP_S)
@@ -117,6 +118,11 @@ class Process:
         except ProcessLookupError:
             pass
         self.process.wait()
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """To it and to all that it started."""
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
 
     def tail(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
