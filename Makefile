@@ -7,10 +7,10 @@ PYTEST ?= $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test check lint format sweep chaos
+.PHONY: help venv serve test check lint format sweep chaos bench bench-peers
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,3 +43,9 @@ sweep: $(STAMP) ## parity over every causal architecture of the installed transf
 
 chaos: $(STAMP) ## an hour of random faults under load (ARGS='--minutes 5 --seed 1')
 	$(BIN)/python -m tests.chaos.driver $(ARGS)
+
+bench: $(STAMP) ## measure Headrace, about 10 minutes, into docs/performance.md (ARGS=--quick; ARGS='--only w2 commit')
+	$(BIN)/python -m benchmarks.suite $(ARGS)
+
+bench-peers: $(STAMP) ## measure it beside other engines, which are installed into ~/.cache/headrace/bench
+	$(BIN)/python -m benchmarks.peers $(ARGS)

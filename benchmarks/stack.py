@@ -190,9 +190,15 @@ class Stack:
         return [(p["role"], p["pid"]) for p in json.loads((self.run_dir / "processes.json").read_text())]
 
     def metrics_ports(self, role: str) -> list[int]:
-        """Ports of /metrics of the processes of ``role``, as serve prints them."""
-        found = re.findall(rf"\b{role}-\d+ 127\.0\.0\.1:(\d+)", self._process.log.read_text(errors="replace"))
-        return [int(port) for port in found]
+        """Ports of /metrics of the processes of ``role``, as serve prints them once it finds that all is ready."""
+        deadline = time.monotonic() + 30
+        while not (
+            told := re.search(r"^  metrics +(.*)$", self._process.log.read_text(errors="replace"), re.MULTILINE)
+        ):
+            if time.monotonic() > deadline:
+                raise Unavailable("serve did not say where its metrics are")
+            time.sleep(0.1)
+        return [int(port) for port in re.findall(rf"\b{role}-\d+ 127\.0\.0\.1:(\d+)", told[1])]
 
     def use(self) -> Use:
         cpu: Counter[str] = Counter()
