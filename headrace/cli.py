@@ -232,10 +232,17 @@ def _with_model(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked(values: Mapping[str, Any], service: Coroutine[Any, Any, int]) -> Coroutine[Any, Any, int]:
-    """The service, with its server's durability checked; under ``serve``, which has done that, just the service."""
+    """The service, with its server's durability checked; under ``serve``, which has done that, just the service.
+    StartError for a URL that makes no sense."""
     from headrace.durability import with_check
     from headrace.progress import SUPERVISED
+    from protocol.connection import check_url
 
+    try:
+        check_url(values["redis_url"])
+    except StartError:
+        service.close()
+        raise
     if SUPERVISED in os.environ:
         return service
     return with_check(values["redis_url"], values["strict_durability"], service)

@@ -24,6 +24,15 @@ def is_cluster(url: str) -> bool:
     return url.partition("://")[0].endswith(MARK)
 
 
+def seeds(url: str) -> list[str]:
+    """A URL for each node that ``url`` names; of a single server just itself."""
+    if not is_cluster(url):
+        return [url]
+    parts = urlsplit(url)
+    user, _, hosts = parts.netloc.rpartition("@")
+    return [_node_url(parts, user, host) for host in hosts.split(",")]
+
+
 async def node_of(url: str, key: str, ask: Ask) -> str:
     """URL of the primary that holds ``key``. LostConnection if no node can tell, or none holds it now."""
     slot = key_slot(key.encode())
@@ -42,20 +51,18 @@ async def primaries(url: str, ask: Ask) -> list[str]:
 
 async def _ranges(url: str, ask: Ask) -> list[tuple[int, int, str]]:
     """(first slot, last slot, URL of their primary) as the first node that answers has it."""
-    parts = urlsplit(url)
-    user, _, hosts = parts.netloc.rpartition("@")
     lost: Exception = LostConnection("the URL names no node")
-    for seed in random.sample(named := hosts.split(","), len(named)):
+    for seed in random.sample(named := seeds(url), len(named)):
         try:
-            reply = await ask(_node_url(parts, user, seed), "CLUSTER", "SLOTS")
+            reply = await ask(seed, "CLUSTER", "SLOTS")
         except (LostConnection, TimeoutError, OSError) as error:
             lost = error
             continue
-        found = []
+        parts, found = urlsplit(seed), []
+        user = parts.netloc.rpartition("@")[0]
         for first, last, (host, port, *_), *_ in reply:
-            name = host.decode() if host else ""
-            if name in ("", "?"):  # a node that has not been told its own address
-                name = _host_of(seed)
+            # a node that has not been told its own address is where it was asked
+            name = host.decode() if host not in (None, b"", b"?") else parts.hostname or ""
             found.append((first, last, _node_url(parts, user, f"[{name}]:{port}" if ":" in name else f"{name}:{port}")))
         return found
     raise lost
@@ -66,7 +73,3 @@ def _node_url(parts: SplitResult, user: str, place: str) -> str:
         place += f":{DEFAULT_PORT}"
     netloc = f"{user}@{place}" if user else place
     return urlunsplit((parts.scheme.removesuffix(MARK), netloc, "", parts.query, ""))
-
-
-def _host_of(place: str) -> str:
-    return place[1 : place.index("]")] if place.startswith("[") else place.partition(":")[0]

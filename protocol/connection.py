@@ -29,7 +29,7 @@ from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import TimeoutError as TimedOut
 
 from protocol import cluster
-from protocol.errors import Fenced, StoreFailed, Unavailable
+from protocol.errors import Fenced, StartError, StoreFailed, Unavailable
 from protocol.scripts import Script
 
 T = TypeVar("T")
@@ -66,6 +66,7 @@ class Link:
         self.patience = patience
         self.key = key
         self.in_cluster = cluster.is_cluster(url)
+        check_url(url)
         self._maker = None if self.in_cluster else _maker(url)
         self._idle: list[Any] = []
         self._busy: set[Any] = set()
@@ -179,17 +180,30 @@ class Link:
         return await self.repeat(attempt)
 
 
+def check_url(url: str) -> None:
+    """StartError for a URL that makes no sense."""
+    for seed in cluster.seeds(url):
+        _maker(seed)
+
+
 def _maker(url: str) -> ConnectionPool:
-    """What makes connections to one server; it only reads the URL, nothing is pooled in it."""
-    return ConnectionPool.from_url(
-        url,
-        protocol=2,
-        socket_timeout=None,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),
-        client_name="headrace",
-        driver_info=None,
-    )
+    """What makes connections to one server; it only reads the URL, nothing is pooled in it. StartError for a URL that
+    makes no sense; it is not repeated: part of a password may be what was taken for a port."""
+    try:
+        return ConnectionPool.from_url(
+            url,
+            protocol=2,
+            socket_timeout=None,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            client_name="headrace",
+            driver_info=None,
+        )
+    except ValueError:
+        raise StartError(
+            "this is no Redis URL; write redis://[user:password@]host:port/db, rediss://..., unix:///path or "
+            "redis+cluster://host:port,host:port (special characters in a password as %XX)"
+        ) from None
 
 
 async def _connect(maker: ConnectionPool) -> Any:
