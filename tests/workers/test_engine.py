@@ -46,7 +46,7 @@ def sequence(seat=0, ids=range(20), blocks=range(4), computed=0, **fields):
 
 
 def test_the_same_request_draws_the_same_tokens_alone_and_in_a_crowd(tmp_path_factory):
-    """Thirty-two sampled requests with penalties and filters, chunked and preempted together, then every second one alone."""
+    """Thirty-two sampled requests with penalties and filters, chunked and preempted; then every second one alone."""
     path = tiny_model(tmp_path_factory, "llama")
 
     def requests():

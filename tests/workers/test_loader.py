@@ -155,6 +155,7 @@ def test_dtype_of_the_checkpoint():
 def test_longrope_is_fixed_by_the_longest_context(length, factor):
     """Whatever positions a batch holds, one frequency set serves."""
     model = build(CONFIGS["phi3_longrope"])
+    loader.fix_rotary(model, 200)
     loader.fix_rotary(model, length)
     rotary = model.model.rotary_emb
     scale = torch.tensor(CONFIGS["phi3_longrope"]["rope_parameters"][factor])

@@ -202,6 +202,16 @@ def test_logprobs_are_the_models_own():
     assert drawn.lp_top_ids[0].tolist() == own[1].topk(3).indices.tolist()
 
 
+def test_a_row_that_is_not_a_number_leaves_the_others_alone():
+    logits = logits_of(rows=3)
+    params = [SamplingParams(top_p=0.5), SamplingParams(top_p=0.5, top_k=5, min_p=0.1), GREEDY]
+    wanted = sample(make(*params), logits).tokens
+    logits[0] = torch.nan
+    got = sample(make(*params), logits).tokens
+    assert 0 <= got[0] < V
+    assert torch.equal(got[1:], wanted[1:])
+
+
 def test_extreme_parameters_draw_something():
     logits = logits_of(rows=4) * 30
     made = make(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import time
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -30,11 +29,13 @@ from workers.torch_engine.inputs import Seats, StepInputs
 from workers.torch_engine.kv_pool import KVPool, block_bytes, blocks_within
 from workers.torch_engine.memory import default_threads, kv_budget
 from workers.torch_engine.native_attention import NativeAttention
-from workers.torch_engine.output import TorchStepOutput
+from workers.torch_engine.output import StepClock, TorchStepOutput
 from workers.torch_engine.sampler import Sampler
 from workers.torch_engine.torch_attention import TorchAttention
 
 log = logging.getLogger(__name__)
+
+_NOBODY = np.zeros(0, np.int64)
 
 
 class TorchEngine:
@@ -69,7 +70,7 @@ class TorchEngine:
         adopt(self.model, self.attention)
         verify.probe(self.model, self.attention, self.device)
         loader.fix_rotary(self.model, self.max_model_len)
-        self._make_pool(4 * verify.LENGTH)
+        self._make_pool(4 * verify.LENGTH, max(self.max_model_len, verify.LENGTH))
         verify.compare(self.model, self._paged_logits, self.device)
 
         progress("warm-up", 0.0)
@@ -115,13 +116,14 @@ class TorchEngine:
                     f"KV cache, and there are {budget}: raise --kv-cache-memory or lower --max-model-len"
                 )
             self.max_model_len = tokens
-        self._make_pool(tokens)
+            loader.fix_rotary(self.model, tokens)
+        self._make_pool(tokens, self.max_model_len)
 
-    def _make_pool(self, tokens: int) -> None:
+    def _make_pool(self, tokens: int, longest: int) -> None:
         size = self.config.block_size
         self.pool = KVPool(self.attention.shapes, -(-tokens // size), size, self.attention.dtype, self.device)
         self.attention.pool = self.pool
-        self.seats = Seats(self.config.max_num_seqs, self.max_model_len, size, self.device)
+        self.seats = Seats(self.config.max_num_seqs, longest, size, self.device)
 
     def _paged_logits(self, texts: list[torch.Tensor]) -> list[torch.Tensor]:
         """Logits of every token of ``texts``, run side by side: two chunks each, then token by token."""
@@ -177,7 +179,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> TorchStepOutput:
-        began = time.perf_counter()
+        clock = StepClock(self.device)
         for seat in plan.frees:
             self._drop(seat)
         for new in plan.new:
@@ -185,20 +187,21 @@ class TorchEngine:
             self.sampler.add(new)
         for seat, blocks in plan.blocks:
             self.seats.extend(seat, blocks)
-        output = self._run(plan) if plan.seats else TorchStepOutput.empty()
+        output = self._run(plan, clock)
         for seat, _ in plan.ends:
             self._drop(seat)
-        output.exec_us = int((time.perf_counter() - began) * 1e6)
         return output
 
-    def _run(self, plan: Plan) -> TorchStepOutput:
+    def _run(self, plan: Plan, clock: StepClock) -> TorchStepOutput:
+        if not plan.seats:
+            return TorchStepOutput(_NOBODY, None, _NOBODY, clock)
         step = self.seats.build(plan)
         logits = self._forward(step)
         if not len(step.sampling_seats):
-            return TorchStepOutput.empty()
+            return TorchStepOutput(_NOBODY, None, _NOBODY, clock)
         drawn = self.sampler.sample(logits, step.sampling_seats, step.sampling_positions)
         self.seats.note_sampled(step.sampling_seats, drawn.tokens)
-        return TorchStepOutput(step.sampling_seats, drawn, self.sampler.tops(step.sampling_seats))
+        return TorchStepOutput(step.sampling_seats, drawn, self.sampler.tops(step.sampling_seats), clock)
 
     def _forward(self, step: StepInputs) -> torch.Tensor:
         """Logits [k, vocabulary] of the rows that are wanted."""

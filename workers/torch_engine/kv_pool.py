@@ -7,11 +7,15 @@ One block more than is offered lies at the end: slot -1, where padding writes, i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from protocol.errors import StartError
+
+_LINE = 64  # bytes of a cache line, on which tensors begin
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class KVPool:
         self.block_size = block_size
         slots = (blocks + 1) * block_size
         # Zeros, not empty: a masked-out slot is multiplied by zero, and zero times NaN is NaN.
-        self.keys = [torch.zeros(slots, s.kv_heads, s.key_size, dtype=dtype, device=device) for s in shapes]
-        self.values = [torch.zeros(slots, s.kv_heads, s.value_size, dtype=dtype, device=device) for s in shapes]
+        self.keys = [_zeros((slots, s.kv_heads, s.key_size), dtype, device) for s in shapes]
+        self.values = [_zeros((slots, s.kv_heads, s.value_size), dtype, device) for s in shapes]
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store key and value, each [tokens, kv_heads, size], at ``slots`` [tokens]; slot -1 is padding."""
@@ -49,6 +53,16 @@ class KVPool:
     def zero_(self) -> None:
         for tensor in (*self.keys, *self.values):
             tensor.zero_()
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU ones that take memory only where they are written (calloc), so a large pool starts at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + _LINE, np.uint8)
+    start = -raw.ctypes.data % _LINE
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
 
 
 def block_bytes(shapes: list[LayerShape], block_size: int, dtype: torch.dtype) -> int:

@@ -157,10 +157,13 @@ def fix_rotary(model: torch.nn.Module, max_model_len: int) -> None:
     """Make rotary tables that depend on the batch (longrope, dynamic) those of ``max_model_len``, for good.
 
     transformers picks them anew in each pass by the longest position in it, so that a long neighbour would
-    change a short request. Each module is asked once at the longest position and told to stay so.
+    change a short request. Each module is asked once at the longest position and told to stay so; asked again
+    with another length, it changes.
     """
     for module in model.modules():
-        rope = getattr(module, "rope_type", None)
+        rope = module.__dict__.setdefault("headrace_rope", getattr(module, "rope_type", None))  # what it came with
+        if rope is not None:
+            module.rope_type = rope
         kinds: dict[str | None, str] = rope if isinstance(rope, dict) else {None: rope} if isinstance(rope, str) else {}
         moving = [layer for layer, kind in kinds.items() if kind == "longrope" or "dynamic" in kind]
         for layer in moving:

@@ -1,6 +1,8 @@
-"""What a step gives back: sampled ids on their way from the device to the host."""
+"""What a step gives back: sampled ids on their way from the device to the host, and how long the device took."""
 
 from __future__ import annotations
+
+import time
 
 import numpy as np
 import torch
@@ -9,33 +11,50 @@ from workers.engine import Sampled
 from workers.torch_engine.sampler import Drawn
 
 
-class TorchStepOutput:
-    """Holds one step's draws. On a GPU their copy to pinned memory is queued here; ``wait`` awaits it."""
+class StepClock:
+    """Device time of one step: from its making to ``stop``. On a GPU both are marks in the stream."""
 
-    def __init__(self, seats: np.ndarray, drawn: Drawn, tops: np.ndarray) -> None:
-        self.exec_us = 0
+    def __init__(self, device: torch.device) -> None:
+        self._marks = None
+        self._took_us = 0
+        if device.type == "cuda":
+            self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+            self._marks[0].record()
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """Everything of the step has been queued (GPU) or done (CPU)."""
+        self._took_us = int((time.perf_counter() - self._began) * 1e6)
+        if self._marks is not None:
+            self._marks[1].record()
+
+    def wait(self) -> int:
+        """Block until the device is there; microseconds that the step took it."""
+        if self._marks is None:
+            return self._took_us
+        self._marks[1].synchronize()
+        return int(self._marks[0].elapsed_time(self._marks[1]) * 1e3)
+
+
+class TorchStepOutput:
+    """Holds one step's draws (None where no row samples). On a GPU their copy to pinned memory is queued here."""
+
+    def __init__(self, seats: np.ndarray, drawn: Drawn | None, tops: np.ndarray, clock: StepClock) -> None:
         self._seats = seats
         self._tops = tops
-        self._lp_rows = drawn.lp_rows
+        self._clock = clock
+        self._lp_rows = drawn.lp_rows if drawn else None
         self._copies = [
             None if tensor is None else _to_host(tensor)
-            for tensor in (drawn.tokens, drawn.lp_drawn, drawn.lp_top_ids, drawn.lp_top)
+            for tensor in ((drawn.tokens, drawn.lp_drawn, drawn.lp_top_ids, drawn.lp_top) if drawn else ())
         ]
-        self._done: torch.cuda.Event | None = None
-        if drawn.tokens.is_cuda:
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
-
-    @staticmethod
-    def empty() -> TorchStepOutput:
-        """The output of a step in which no row samples."""
-        nobody = np.zeros(0, np.int64)
-        return TorchStepOutput(nobody, Drawn(torch.zeros(0, dtype=torch.int64)), nobody)
+        clock.stop()
 
     def wait(self) -> Sampled:
         """Block until the step's ids are on the host."""
-        if self._done is not None:
-            self._done.synchronize()
+        exec_us = self._clock.wait()
+        if not self._copies:
+            return Sampled(self._seats.astype(np.int32), self._seats.astype(np.int32), {}, exec_us)
         tokens, drawn, top_ids, top = (None if copy is None else copy.numpy() for copy in self._copies)
         assert tokens is not None
         logprobs: dict[int, tuple[float, np.ndarray, np.ndarray]] = {}
@@ -47,7 +66,7 @@ class TorchStepOutput:
                 asked = int(self._tops[row])
                 own = (float(drawn[at]), top_ids[at, :asked].astype(np.int32), top[at, :asked])
                 logprobs[int(self._seats[row])] = own
-        return Sampled(self._seats.astype(np.int32), tokens.astype(np.int32), logprobs, self.exec_us)
+        return Sampled(self._seats.astype(np.int32), tokens.astype(np.int32), logprobs, exec_us)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -242,6 +242,7 @@ def draw(logits: torch.Tensor, fields: np.ndarray, uniform: np.ndarray) -> torch
         return to_device(np.ascontiguousarray(fields[name]), device)[:, None]
 
     weights = torch.softmax(logits / column("temperature"), dim=-1)
+    weights.nan_to_num_(0.0)  # a row whose model has gone astray must not take the others along
     if (fields["min_p"] > 0).any():
         weights = weights.masked_fill(weights < column("min_p") * weights.amax(-1, keepdim=True), 0)
     if ((fields["top_k"] > 0) & (fields["top_k"] < weights.shape[-1])).any():
@@ -251,7 +252,7 @@ def draw(logits: torch.Tensor, fields: np.ndarray, uniform: np.ndarray) -> torch
     cdf = weights.cumsum(-1)
     total = cdf[:, -1:]
     target = torch.minimum(to_device(uniform, device)[:, None] * total, torch.nextafter(total, total.new_zeros(())))
-    return torch.searchsorted(cdf, target, right=True)[:, 0]
+    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 def keep_top_k(weights: torch.Tensor, top_k: np.ndarray) -> torch.Tensor:
