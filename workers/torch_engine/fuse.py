@@ -80,7 +80,7 @@ class NativeRMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = torch.empty(rows.shape)
-        return self.kernels.rms_norm(rows, self.weight, self.eps, out).view(x.shape)  # type: ignore[arg-type]
+        return self.kernels.rms_norm(rows, self.weight, self.eps, out).view(x.shape)
 
 
 class NativeMLP(nn.Module):
@@ -309,5 +309,5 @@ def _fuse_rotary(model: nn.Module, kernels: Kernels, report: FuseReport, generat
         if bound is None:
             report.kept["rotary"] += 1
             continue
-        module.forward = types.MethodType(bound, module)  # type: ignore[method-assign]
+        module.forward = types.MethodType(bound, module)
         report.fused["rotary"] += 1
