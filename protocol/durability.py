@@ -16,6 +16,7 @@ WANTED = {
     "no-appendfsync-on-rewrite": ("no", "nothing is flushed while the file is rewritten"),
     "maxmemory-policy": ("noeviction", "the server may throw requests and journals away when memory runs short"),
 }
+HIDDEN = "CONFIG GET is not allowed to us"
 
 
 async def weaknesses(url: str, patience: float | None) -> list[str]:
@@ -43,7 +44,7 @@ async def _of_one(link: Link) -> list[str]:
         try:
             reply: list[Any] = await link.command("CONFIG", "GET", name)
         except StoreFailed:  # an ACL forbids it, or a hosting service has taken the command away
-            return [f"CONFIG GET is not allowed here, so these are unknown: {', '.join(WANTED)}"]
+            return [f"{HIDDEN}, so these are unknown: {', '.join(WANTED)}"]
         actual = reply[1].decode() if len(reply) > 1 else "unknown"
         if actual != wanted:
             found.append(f"{name} is {actual}, not {wanted}: {loss}")

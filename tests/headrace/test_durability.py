@@ -7,7 +7,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import redis
 from headrace.durability import with_check
 from headrace.embedded import EmbeddedServer
 from protocol.bus import Bus
+from protocol.durability import HIDDEN
 from protocol.errors import StartError, Unavailable
 from tests.stack import START_S, free_port
 
@@ -32,6 +34,14 @@ def foreign(tmp_path: Path) -> Iterator[EmbeddedServer]:
     """A server that somebody else configured."""
     with EmbeddedServer(tmp_path / "weak", settings={name: value for name, (value, _) in WEAKER.items()}) as running:
         yield running
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[Bus]:
+    bus = Bus(url, "m", patience=10.0)
+    await bus.connect()
+    yield bus
+    await bus.close()
 
 
 async def test_our_own_server_has_every_setting(tmp_path: Path) -> None:
@@ -53,8 +63,27 @@ async def test_a_server_that_hides_its_settings_is_said_to(foreign: EmbeddedServ
     with redis.Redis.from_url(foreign.url) as client:
         client.acl_setuser("guest", enabled=True, passwords=["+secret"], categories=["+@all"], commands=["-config"])
     (line,) = await Bus.durability(foreign.url.replace("unix://", "unix://guest:secret@"))
-    assert "CONFIG GET is not allowed" in line
+    assert HIDDEN in line
     assert all(name in line for name in WEAKER)
+
+
+async def test_a_write_that_was_torn_by_a_power_cut_is_the_only_one_missing(tmp_path: Path) -> None:
+    server = EmbeddedServer(tmp_path / "torn").start()
+    async with opened(server.url) as bus:
+        pushed = [await bus.push(b'{"v": 1, "prompt": "%d"}' % number) for number in range(10)]
+        assert server.process is not None
+        server.process.kill()
+        server.stop()
+        (log,) = (tmp_path / "torn" / "appendonlydir").glob("*.incr.aof")
+        with log.open("ab") as file:
+            file.truncate(log.stat().st_size - 7)
+        server.start()
+        assert await bus.inbox_length() == len(pushed) - 1
+        await bus.push(b'{"v": 1, "prompt": "again"}')
+        server.stop()
+        server.start()
+        assert await bus.inbox_length() == len(pushed)
+    server.stop()
 
 
 # ------------------------------------------------------------------ starts
