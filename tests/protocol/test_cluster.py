@@ -46,6 +46,7 @@ class Cluster:
     folder: Path
     nodes: list[redis.Redis] = field(default_factory=list)
     ports: list[int] = field(default_factory=list)
+    commands: list[list[str]] = field(default_factory=list)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self) -> None:
@@ -56,10 +57,11 @@ class Cluster:
             home.mkdir()
             options = {
                 "port": port, "cluster-port": bus_port, "bind": "127.0.0.1", "dir": home, "save": "",
-                "appendonly": "no", "cluster-enabled": "yes", "cluster-node-timeout": 5000, "logfile": home / "log",
+                "appendonly": "yes", "appendfsync": "always", "cluster-enabled": "yes", "cluster-node-timeout": 5000,
+                "logfile": home / "log",
             }  # fmt: skip
-            command = [find_server(), *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
-            self.processes.append(subprocess.Popen(command))
+            self.commands.append([str(part) for name, value in options.items() for part in (f"--{name}", value)])
+            self.processes.append(subprocess.Popen([find_server(), *self.commands[-1]]))
             self.ports.append(port)
             self.nodes.append(redis.Redis(port=port, retry_on_error=[]))
             bus_ports.append(bus_port)
@@ -76,6 +78,13 @@ class Cluster:
     def _whole(node: redis.Redis) -> bool:
         told = node.execute_command("CLUSTER INFO")
         return told["cluster_state"] == "ok" and told["cluster_known_nodes"] == "3"
+
+    def kill(self, index: int) -> None:
+        self.processes[index].kill()
+        self.processes[index].wait()
+
+    def restart(self, index: int) -> None:
+        self.processes[index] = subprocess.Popen([find_server(), *self.commands[index]])
 
     def stop(self) -> None:
         for node in self.nodes:
@@ -248,9 +257,38 @@ async def test_a_single_server_is_no_cluster(tmp_path: Path) -> None:
 
 
 async def test_each_primary_is_checked_for_durability(cluster: Cluster) -> None:
-    found = await Bus.durability(cluster.url, patience=5.0)
-    for port in cluster.ports:
-        assert any(line.startswith(f"127.0.0.1:{port}: appendonly is no") for line in found)
+    assert await Bus.durability(cluster.url, patience=5.0) == []
+    cluster.nodes[1].config_set("appendfsync", "everysec")
+    (line,) = await Bus.durability(cluster.url, patience=5.0)
+    cluster.nodes[1].config_set("appendfsync", "always")
+    assert line.startswith(f"127.0.0.1:{cluster.ports[1]}: appendfsync is everysec")
+
+
+async def test_a_node_that_dies_and_returns_has_lost_nothing(bus: Bus, cluster: Cluster) -> None:
+    stage = Stage(bus, cluster.nodes[cluster.owner()])
+    subscription = bus.subscribe("gw")
+    await subscription.start()
+    await stage.lead()
+    await stage.register()
+    rid = await stage.running(reply_to="gw")
+    assert len(await rows_of(subscription, 1)) == 1
+    owner = cluster.owner()
+    cluster.kill(owner)
+    committing = asyncio.create_task(stage.commit(CommitRow(rid, 0, 1, 0, frame(1, "a"))))
+    reading = asyncio.create_task(rows_of(subscription, 1))
+    await asyncio.sleep(0.5)  # the commit finds nobody for a while
+    assert not committing.done()
+    cluster.restart(owner)
+    async with asyncio.timeout(WAIT_S):
+        assert await committing == "l"
+        assert await bus.read_journal(rid, 0) == frame(1, "a")
+        cursor = len(frame(1, "a"))
+        while not reading.done():  # rows that come before the subscription is up again are for the journal to tell
+            assert await stage.commit(CommitRow(rid, 0, 1, cursor, frame(2, "b"))) == "l"
+            cursor += len(frame(2, "b"))
+            await asyncio.sleep(0.05)
+        assert {row.rid for row in await reading} == {rid}
+    await subscription.close()
 
 
 def test_a_whole_stack_streams_from_a_cluster(
