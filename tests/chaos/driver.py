@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import os
 import random
+import resource
 import signal
 import statistics
 import subprocess
@@ -116,8 +117,9 @@ class Chaos:
         data.mkdir(parents=True, exist_ok=True)
         with (self.folder / "redis.log").open("ab") as log:
             self.server = subprocess.Popen(
-                server_command(data, port=self.redis_port), stdout=log, stderr=subprocess.STDOUT
-            )
+                server_command(data, port=self.redis_port), stdout=log, stderr=subprocess.STDOUT,
+                restore_signals=False,  # a file that may not grow is an error of write, not a signal
+            )  # fmt: skip
 
     def _stop_server(self) -> None:
         if self.server is not None:
@@ -135,6 +137,8 @@ class Chaos:
             table[f"lose reply {role}"] = lambda role=role: self._lose_reply(role)
             table[f"term {role}"] = lambda role=role: self._kill(role, signal.SIGTERM)
         table["restart redis"] = self._restart_redis
+        table["no memory for redis"] = self._starve_redis
+        table["no disk for redis"] = self._fill_disk
         table["freeze redis"] = lambda: self._freeze(self.server.pid if self.server else 0)
         return table
 
@@ -164,6 +168,35 @@ class Chaos:
         await asyncio.to_thread(self.server.wait)
         await asyncio.sleep(self.rng.uniform(0.1, 3))
         self._start_server()
+
+    async def _starve_redis(self) -> None:
+        """Less memory than it holds, for a while: nothing new is taken, all else goes on."""
+        async with redis.asyncio.Redis(port=self.redis_port) as client:
+            await client.config_set("maxmemory", 1 << 20)
+            await asyncio.sleep(self.rng.uniform(2, 10))
+            await client.config_set("maxmemory", 0)
+
+    async def _fill_disk(self) -> None:
+        """Its file cannot grow any more: it ends at the next write, and is started again and again until it can."""
+        deadline = time.monotonic() + self.rng.uniform(3, 10)
+        largest = max(file.stat().st_size for file in (self.folder / "redis" / "appendonlydir").iterdir())
+        while time.monotonic() < deadline:
+            self._limit_file_size(largest + self.rng.randrange(1 << 14))
+            await self._restart_if_ended(deadline - time.monotonic())
+        self._limit_file_size(resource.RLIM_INFINITY)
+        await self._restart_if_ended(0.2)
+
+    def _limit_file_size(self, most: int) -> None:
+        assert self.server is not None
+        with suppress(ProcessLookupError):
+            resource.prlimit(self.server.pid, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+
+    async def _restart_if_ended(self, within_s: float) -> None:
+        assert self.server is not None
+        with suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self.server.wait, max(0.0, within_s))
+            await asyncio.sleep(self.rng.uniform(0.1, 1))
+            self._start_server()
 
     async def _inject(self, seconds: float, every: float, kinds: list[str], loading: asyncio.Task[None]) -> None:
         begun, deck = time.monotonic(), []

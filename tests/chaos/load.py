@@ -19,6 +19,7 @@ import aiohttp
 import msgspec
 
 from protocol.bus import Bus
+from protocol.errors import Unavailable
 from tests.chaos.history import History, View
 
 Broken = (aiohttp.ClientError, ConnectionError, TimeoutError, asyncio.IncompleteReadError)
@@ -203,7 +204,7 @@ class Load:
         prompt = [self.rng.randrange(5, 200) for _ in range(self.rng.randint(3, 40))]
         job = msgspec.msgpack.encode({"v": 1, "id": name, "prompt": prompt, "sampling": sampling, "results": "chaos"})
         for _ in range(self.rng.choice((1, 1, 2))):
-            await self.bus.push(job)
+            await self._push_once(job)
         begun = time.monotonic()
         while name not in self.history.results.rids:
             if time.monotonic() - begun > GIVE_UP_S:
@@ -213,6 +214,15 @@ class Load:
         rid = self.history.results.rids[name]
         self.history.accept(rid, 1)
         self.history.wants_result.add(rid)
+
+    async def _push_once(self, job: bytes) -> None:
+        while True:
+            try:
+                await self.bus.push(job)
+                return
+            except Unavailable:  # the server has no memory to spare
+                self.history.failures["push refused"] += 1
+                await asyncio.sleep(0.3)
 
     async def _read_results(self) -> None:
         after = "0-0"
