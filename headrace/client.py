@@ -92,8 +92,10 @@ class Client:
 
     async def connect(self) -> None:
         """Find the model and subscribe. StartError or Unavailable if there is no server."""
-        if self.model is None:
-            self.model = await self._only_model()
+        served = sorted(await Bus.models(self.redis_url))
+        if self.model is None and len(served) != 1:
+            raise InvalidRequest(f"name the model, one of: {', '.join(served) or 'none is served here'}", param="model")
+        self.model = self.model or served[0]
         self._bus = Bus(self.redis_url, self.model, patience=30.0)
         await self._bus.connect()
         self._subscription = self._bus.subscribe(self._channel)
@@ -176,12 +178,6 @@ class Client:
         if self._bus is None:
             raise RuntimeError("the client is not connected: use `async with Client(...)`")
         return self._bus
-
-    async def _only_model(self) -> str:
-        served = sorted(await Bus.models(self.redis_url))
-        if len(served) != 1:
-            raise InvalidRequest(f"name the model, one of: {', '.join(served) or 'none is served here'}", param="model")
-        return served[0]
 
     async def _listen(self, publications: AsyncIterable[list[Row]]) -> None:
         """Hand rows to whoever reads their request. A subscription that was lost sends all to their journals; it is
