@@ -47,7 +47,7 @@ OPTIONS: tuple[Option, ...] = (
         metavar="DIR",
     ),
     # how many
-    Option("--workers", "serve", "worker processes", count, 1, metavar="N"),
+    Option("--workers", "serve", "worker processes; they share out the GPUs", count, 1, metavar="N"),
     Option("--schedulers", "serve", "scheduler processes; one leads, the others stand by", count, 1, metavar="N"),
     Option("--gateways", "serve", "gateway processes, on PORT, PORT+1, ...", count, 1, metavar="N"),
     # the engine

@@ -135,6 +135,18 @@ def worker_threads(workers: int) -> int:
     return max(1, (cores - min(2, cores // 4)) // workers)
 
 
+def gpu_of(worker: int, workers: int, device: str | None, proc: Path = Path("/proc/driver/nvidia/gpus")) -> str | None:
+    """CUDA_VISIBLE_DEVICES for one of several workers, which share out the GPUs; None: leave it as it is."""
+    if workers == 1 or device not in (None, "auto", "cuda"):
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
+    else:
+        gpus = [str(k) for k in range(len(list(proc.iterdir())))] if proc.is_dir() else []
+    return gpus[worker % len(gpus)] if gpus else None
+
+
 @contextlib.contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the run directory for this process alone. StartError if that cannot be."""
@@ -225,7 +237,9 @@ class Stack:
                 if role == "gateway":
                     own["port"] = layout.ports[index]
                 argv = [sys.executable, "-m", "headrace", role, *options.argv_of(options_of(role), {**values, **own})]
-                self.supervisor.start(Program(role, name, argv, env))
+                gpu = gpu_of(index, values["workers"], values["device"]) if role == "worker" else None
+                own_env = env if gpu is None else env | {"CUDA_VISIBLE_DEVICES": gpu}
+                self.supervisor.start(Program(role, name, argv, own_env))
                 self.view.stage(name, "start", 0.0)
         await self._until_ready()
         self.view.close()

@@ -214,3 +214,18 @@ def test_threads_leave_room_where_there_is_some(monkeypatch: pytest.MonkeyPatch)
         assert serve.worker_threads(workers) == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert serve.worker_threads(1) == 5
+
+
+def test_workers_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [serve.gpu_of(k, 3, None, tmp_path) for k in range(3)] == ["0", "1", "0"]
+    assert serve.gpu_of(0, 2, None, tmp_path / "none") is None
+    assert serve.gpu_of(0, 1, None, tmp_path) is None
+    assert serve.gpu_of(0, 2, "cpu", tmp_path) is None
+    assert serve.gpu_of(1, 2, "cuda:1", tmp_path) is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [serve.gpu_of(k, 2, "cuda", tmp_path) for k in range(2)] == ["3", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert serve.gpu_of(0, 2, None, tmp_path) is None
