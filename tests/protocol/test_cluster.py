@@ -22,10 +22,10 @@ from headrace.embedded import FAST, EmbeddedServer, find_server
 from protocol.bus import Bus, CommitRow
 from protocol.errors import StartError, Unavailable
 from protocol.keys import REGISTRY, Keys
-from protocol.messages import ModelCard
+from protocol.messages import Job, ModelCard, new_rid
 from tests.conftest import MODEL
 from tests.models import tiny_model
-from tests.protocol.stage import Stage, frame
+from tests.protocol.stage import CAPACITY, Stage, frame, terminal
 
 # the life of a request as on a single server, by the same tests
 from tests.protocol.test_bus import (
@@ -35,6 +35,7 @@ from tests.protocol.test_bus import (
 )
 from tests.stack import Stack, free_port
 
+ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0
 SLOT = key_slot(Keys(MODEL).leader.encode())
 
@@ -289,6 +290,45 @@ async def test_a_node_that_dies_and_returns_has_lost_nothing(bus: Bus, cluster: 
             await asyncio.sleep(0.05)
         assert {row.rid for row in await reading} == {rid}
     await subscription.close()
+
+
+async def test_the_users_of_the_roles_are_fit_for_a_cluster(cluster: Cluster, raw: redis.RedisCluster) -> None:
+    lines = [line.split()[1:] for line in (ROOT / "deploy" / "users.acl").read_text().splitlines()]
+    for node in cluster.nodes:
+        for user in lines:
+            if user[0] != "default":
+                node.execute_command("ACL", "SETUSER", *user)
+        node.execute_command("ACL", "LOG", "RESET")
+    roles = {
+        role: Bus(cluster.url.replace("://", f"://{role}:CHANGE-ME-{role}@"), MODEL, patience=30.0)
+        for role in ("gateway", "scheduler", "worker")
+    }
+    for bus in roles.values():
+        await bus.connect()
+    gateway, worker = roles["gateway"], roles["worker"]
+    stage = Stage(roles["scheduler"], cluster.nodes[cluster.owner()])
+    await stage.lead()
+    await stage.bus.publish_card(ModelCard(model=MODEL, created=1, max_model_len=256, vocab_size=257), b"{}")
+    assert list(await Bus.models(gateway.url)) == [MODEL]
+    stage.gen = await worker.register("w0", CAPACITY, "serving")
+    subscription = gateway.subscribe("gw")
+    await subscription.start()
+    rid = new_rid()
+    await gateway.accept(Job(prompt="x", results="done"), rid=rid, reply_to="gw", idempotency="once")
+    await stage.ingest(rid)
+    for name in ("a", "b", "c", "d"):  # those whom nobody hears make room
+        await gateway.attach(rid, "default", name)
+    await stage.place(rid)
+    assert len(await worker.read_plans("w0", "0-0", 100)) == 1
+    stage.bus = worker
+    assert await stage.commit(CommitRow(rid, 0, 1, 0, frame(1, "a", "stop"), "stop", terminal(rid))) == "l"
+    assert [row.choice for row in await rows_of(subscription, 2)] == [-1, 0]
+    assert len(await gateway.read_journal(rid, 0)) > 0
+    assert await roles["scheduler"].scan_live() == {}
+    await subscription.close()
+    for bus in roles.values():
+        await bus.close()
+    assert [node.execute_command("ACL", "LOG") for node in cluster.nodes] == [[], [], []]
 
 
 def test_a_whole_stack_streams_from_a_cluster(
