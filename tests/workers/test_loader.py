@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from protocol.errors import ModelRefused, StartError
 from tests.models import CONFIGS, EOS, VOCAB, build, byte_tokenizer, tiny_model
+from workers.torch_engine import engine as engine_module
 from workers.torch_engine import loader
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.engine import TorchEngine
@@ -170,3 +171,18 @@ def test_byte_tokenizer_round_trip():
     tokenizer = byte_tokenizer()
     assert tokenizer(text).input_ids == list(text.encode())
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_kernels_that_change_the_model_are_not_used(tmp_path_factory, monkeypatch, caplog):
+    """Whatever a replacement gets wrong is seen in the logits, and torch serves alone."""
+    real = engine_module.fuse
+
+    def faulty(model, kernels):
+        report = real(model, kernels)
+        model.model.norm.weight.data[:8] *= 3
+        return report
+
+    monkeypatch.setattr(engine_module, "fuse", faulty)
+    engine, _, _ = load(tiny_model(tmp_path_factory, "llama"))
+    assert type(engine.attention.backend).__name__ == "TorchAttention"
+    assert "other logits" in caplog.text

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from protocol.errors import StartError
+from protocol.errors import ModelRefused, StartError
 from protocol.messages import Capacity, NewSequence, Plan, PoolCapacity, pack_ids
 from protocol.sampling import SamplingParams
 from workers.engine import Progress
-from workers.native import KernelsUnavailable, load_kernels
+from workers.native import Kernels, KernelsUnavailable, load_kernels
 from workers.torch_engine import loader, verify
 from workers.torch_engine.attention import PagedAttention, adopt
 from workers.torch_engine.config import EngineConfig
@@ -59,19 +59,9 @@ class TorchEngine:
             torch.set_num_threads(config.threads or default_threads())
         model_config = loader.load_config(config.model)
         self.max_model_len = loader.choose_max_model_len(config.max_model_len, model_config)
-        self.model = loader.load_model(config, model_config, self.device, progress)
-        if self.device.type == "cpu":
-            self._go_native()
+        self._load_checked(model_config, progress)
         self.tokenizer = loader.load_tokenizer(config.model)
         self.eos_token_ids = loader.eos_token_ids(config.model, model_config)
-        self._keeps_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-
-        progress("check", 0.0)
-        adopt(self.model, self.attention)
-        verify.probe(self.model, self.attention, self.device)
-        loader.fix_rotary(self.model, self.max_model_len)
-        self._make_pool(4 * verify.LENGTH, max(self.max_model_len, verify.LENGTH))
-        verify.compare(self.model, self._paged_logits, self.device)
 
         progress("warm-up", 0.0)
         budget = kv_budget(config.kv_cache_memory, self.device, self._warm_up)
@@ -91,14 +81,43 @@ class TorchEngine:
             device=str(self.device),
         )
 
-    def _go_native(self) -> None:
-        """Native kernels where they are built; weights keep their precision, arithmetic is float32 either way."""
+    def _load_checked(self, model_config: Any, progress: Progress) -> None:
+        """The model, on native kernels where they serve it as torch would, else on torch alone."""
+        kernels = None
+        if self.device.type == "cpu":
+            try:
+                kernels = load_kernels()
+            except KernelsUnavailable as reason:
+                log.warning("native CPU kernels %s; torch serves alone, more slowly", reason)
         try:
-            kernels = load_kernels()
-        except KernelsUnavailable as reason:
-            log.warning("native CPU kernels %s; torch serves alone, more slowly", reason)
+            self._load_model(model_config, kernels, progress)
+        except ModelRefused as refused:
+            if kernels is None:
+                raise
+            log.warning("not on native CPU kernels: %s; trying torch alone, which is slower", refused)
+            self._load_model(model_config, None, progress)
+
+    def _load_model(self, model_config: Any, kernels: Kernels | None, progress: Progress) -> None:
+        """Load the weights, put the kernels in, and check that what comes out is what the model itself says."""
+        self.model = loader.load_model(self.config, model_config, self.device, progress)
+        self.attention = PagedAttention(TorchAttention())
+        self._keeps_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        adopt(self.model, self.attention)
+        loader.fix_rotary(self.model, self.max_model_len)
+        progress("check", 0.0)
+        if self.device.type == "cpu" and kernels is None:
             self.model.float()
-            return
+        # 16-bit products take minutes on a CPU: such a model is compared with itself as it is on the kernels
+        early = kernels is None or self.model.dtype == torch.float32
+        own = verify.own_logits(self.model, self.device) if early else None
+        if kernels is not None:
+            self._go_native(kernels)
+        verify.probe(self.model, self.attention, self.device)
+        self._make_pool(4 * verify.LENGTH, max(self.max_model_len, verify.LENGTH))
+        verify.compare(self.model, self._paged_logits, own or verify.own_logits(self.model, self.device), self.device)
+
+    def _go_native(self, kernels: Kernels) -> None:
+        """Weights keep their precision, arithmetic is float32 either way."""
         report = fuse(self.model, kernels)
         self.attention.backend = NativeAttention(kernels)
         log.info("native CPU kernels (%s): %s", kernels.instruction_set, report)

@@ -47,8 +47,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.kernels, self.packed = kernels, packed
         self.in_features, self.out_features = packed.inputs, packed.outputs
-        # Some models ask a weight for its dtype. It has no memory, so whoever would compute with it fails.
-        self.weight = torch.empty(packed.outputs, packed.inputs, device="meta")
+        # Some models ask a weight for its dtype. No tensor: products with one on meta are garbage, not errors.
+        self.weight: Any = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)

@@ -43,19 +43,34 @@ def probe(model: Any, attention: PagedAttention, device: torch.device) -> None:
         )
 
 
-def compare(model: Any, paged_logits: Callable[[list[torch.Tensor]], list[torch.Tensor]], device: torch.device) -> None:
-    """Raise ModelRefused if the paged path and the model's own eager attention disagree.
+def own_logits(model: Any, device: torch.device) -> list[torch.Tensor]:
+    """Logits [tokens, vocabulary] of the texts as the model gives them with its own eager attention.
+
+    Without position ids: some count theirs from elsewhere than zero. ModelRefused if it does not run so.
+    """
+    model.set_attn_implementation("eager")
+    try:
+        return [model(input_ids=text[None], use_cache=False).logits[0].float() for text in _texts(model, device)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever it is that this architecture needs, we do not give it
+        raise ModelRefused(f"{type(model).__name__} does not run without a cache of its own: {error}") from error
+    finally:
+        model.set_attn_implementation(NAME)
+
+
+def compare(
+    model: Any,
+    paged_logits: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+    whole: list[torch.Tensor],
+    device: torch.device,
+) -> None:
+    """Raise ModelRefused if the paged path and ``whole``, what the model itself says, disagree.
 
     ``paged_logits`` runs sequences in pieces, side by side, and returns the logits [tokens, vocabulary] of each.
     """
     name = type(model).__name__
-    texts = [_text(model, length, seed).to(device) for seed, length in enumerate((LENGTH, LENGTH - 6))]
-    model.set_attn_implementation("eager")  # and without position ids: some count theirs from elsewhere than zero
-    try:
-        whole = [_own_logits(model, text) for text in texts]
-    finally:
-        model.set_attn_implementation(NAME)
-    for own, paged in zip(whole, paged_logits(texts), strict=True):
+    for own, paged in zip(whole, paged_logits(_texts(model, device)), strict=True):
         distance = (own - paged).abs().amax(-1) / own.abs().amax()
         # A token near a router's tie may take another expert in low precision: most must agree, not all.
         worst = distance.quantile(0.75 if model.dtype != torch.float32 else 0.9).item()
@@ -66,9 +81,8 @@ def compare(model: Any, paged_logits: Callable[[list[torch.Tensor]], list[torch.
             )
 
 
-def _own_logits(model: Any, text: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=text[None], use_cache=False).logits
-    return logits[0].float()
+def _texts(model: Any, device: torch.device) -> list[torch.Tensor]:
+    return [_text(model, length, seed).to(device) for seed, length in enumerate((LENGTH, LENGTH - 6))]
 
 
 def _text(model: Any, length: int, seed: int) -> torch.Tensor:
