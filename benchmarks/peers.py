@@ -158,7 +158,7 @@ class Setting:
             "--served-model-name", self.shape, "--host", "127.0.0.1", "--port", str(port),
             "--max-model-len", str(MAX_MODEL_LEN), "--dtype", "bfloat16" if has_bf16() else "float32",
         ]  # fmt: skip
-        env = {**OFFLINE, "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB), "VLLM_LOGGING_LEVEL": "WARNING"}
+        env = {**OFFLINE, "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB), "VLLM_LOGGING_LEVEL": "INFO"}
         return self._server("vllm", command, env, port, "/health", Target(_url(port), self.shape, body=BODY), self.ids)
 
     def openvino(self) -> Contender:

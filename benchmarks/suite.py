@@ -32,8 +32,9 @@ from headrace.embedded import FAST, EmbeddedServer
 from headrace.serve import worker_threads
 from headrace.workload import Vocabulary
 
-MAX_MODEL_LEN = 2048
+MAX_MODEL_LEN = 4096
 HTTP = ("w1", "w2", "w3", "w4")
+PREFILL = "prefill"  # a long prompt beside running streams, on the same stack
 ONCE = ("w3",)  # takes its time however fast the machine is
 BARE = ("w1", "w2")
 
@@ -69,7 +70,8 @@ def say(line: str) -> None:
 # ------------------------------------------------------------------ over HTTP, and the bare loop beside it
 
 
-def over_http(names: list[str], options: Options) -> Outcome:
+def over_http(asked: list[str], options: Options) -> Outcome:
+    names = [name for name in asked if name in HTTP]
     path = models.checkpoint(options.shape, options.cache)
     vocabulary = Vocabulary(size=models.SHAPES[options.shape]["vocab_size"])
     env = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # as serve sets it
@@ -92,8 +94,19 @@ def over_http(names: list[str], options: Options) -> Outcome:
                 if name in bare_runs:
                     bare_runs[name].append(bare.run(name, round_, options.quick))
                     say(f"{name} round {round_ + 1}: {bare_runs[name][-1]['tokens_per_s']:.1f} tokens/s in a bare loop")
+        beside = []
+        if PREFILL in asked:
+            for round_ in range(options.rounds):
+                few = {"streams": 2, "output": 48, "prompt": 256} if options.quick else {}
+                beside.append(load.beside_prefill(target, vocabulary, seed=1000 + 10 * round_, **few))
+                say(f"prefill round {round_ + 1}: {beside[-1]['p99_ratio']} of the inter-token p99 without it")
         resident = stack.resident()
-    return http_outcome(runs, bare_runs, resident, options)
+    outcome = http_outcome(runs, bare_runs, resident, options)
+    if beside:
+        outcome.figures["prefill"] = beside
+        outcome.sections.append(Section("A long prompt beside running streams: milliseconds between tokens", beside))
+        outcome.bound("inter-token p99 beside a prefill / without", middle([b["p99_ratio"] for b in beside]), most=2)
+    return outcome
 
 
 def one_run(
@@ -147,7 +160,8 @@ def http_outcome(
         + ", ".join(f"{role} {size / 2**20:,.0f}" for role, size in resident.items())
         + " (the worker's with its KV pool)."
     )
-    outcome.sections += [table, use]
+    if runs:
+        outcome.sections += [table, use]
     ratios = Section("Whole stack against the bare engine loop")
     for name, alone in bare_runs.items():
         pairs = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(runs[name], alone, strict=True)]
@@ -266,11 +280,25 @@ def knees_alone(options: Options) -> Outcome:
         missing = report.plot_knees(found, report.FIGURES / "knees.svg")
         section.notes.append(missing or "![tokens per second and cores by role](performance/knees.svg)")
     best = max(found, key=lambda row: row["tokens_per_s"])
+    section.notes.append(capacity_plan(best["tokens_per_core_s"]))
     outcome.bound("tokens/s through one scheduler, on this machine's cores", best["tokens_per_s"], least=100_000)
     per_core = best["tokens_per_core_s"]
     outcome.bound("tokens/s per core of the scheduler", per_core.get("scheduler", 0), least=100_000)
     outcome.sections, outcome.figures = [section], {"knees": found}
     return outcome
+
+
+def capacity_plan(per_core: dict[str, int]) -> str:
+    """In words: what a million streams of 10 tokens/s take, at the tokens per core and second found."""
+    wanted = 10_000_000
+    cores = {role: -(-wanted // per_core[role]) for role in ("scheduler", "redis") if per_core.get(role)}
+    groups = max(cores.values(), default=0)
+    return (
+        "A million streams of 10 tokens/s each, at these rates: "
+        + ", ".join(f"{count} cores of {role}" for role, count in cores.items())
+        + f". Server and scheduler run on one core each, and a served name lies in one slot of a cluster, so that is "
+        f"{groups} served names spread over {groups} shards; gateways by the tokens per CPU second of their own table."
+    )
 
 
 PARTS: dict[str, Callable[[Options], Outcome]] = {
@@ -288,7 +316,7 @@ PARTS: dict[str, Callable[[Options], Outcome]] = {
 def measure(names: list[str], options: Options) -> Outcome:
     """All parts, one after the other. A part that cannot run here is named with the reason."""
     whole = Outcome()
-    http = [name for name in HTTP if name in names]
+    http = [name for name in (*HTTP, PREFILL) if name in names]
     parts: list[tuple[str, Callable[[], Outcome]]] = [("HTTP", lambda: over_http(http, options))] if http else []
     parts += [(name, lambda part=part: part(options)) for name, part in PARTS.items() if name in names]
     for name, part in parts:
@@ -309,7 +337,8 @@ def measure(names: list[str], options: Options) -> Outcome:
 def main() -> None:
     end_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[*HTTP, *PARTS], metavar="PART", help=" ".join([*HTTP, *PARTS]))
+    everything = [*HTTP, PREFILL, *PARTS]
+    parser.add_argument("--only", nargs="+", choices=everything, metavar="PART", help=" ".join(everything))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shape", choices=models.SHAPES, default="135m")
@@ -324,7 +353,7 @@ def main() -> None:
     options = Options(args.shape, args.cache, rounds, args.quick, args.threads)
     write = args.write if args.write is not None else not (args.only or args.quick)
     where = report.circumstances()
-    outcome = measure(args.only or [*HTTP, *PARTS], options)
+    outcome = measure(args.only or everything, options)
     body = report.text(where, outcome.sections)
     print(body)
     folder = args.json or (report.FIGURES if write else options.cache / "results")
