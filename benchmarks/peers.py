@@ -136,6 +136,7 @@ class Setting:
         self.cache: Path = args.cache
         self.shape: str = args.shape
         self.threads: int = args.threads
+        self.quick: bool = args.quick
         self.checkpoint = models.checkpoint(args.shape, args.cache)
         self.scratch, self.closing = scratch, closing
         self.ids = Vocabulary(size=models.SHAPES[args.shape]["vocab_size"])
@@ -158,7 +159,11 @@ class Setting:
             "--served-model-name", self.shape, "--host", "127.0.0.1", "--port", str(port),
             "--max-model-len", str(MAX_MODEL_LEN), "--dtype", "bfloat16" if has_bf16() else "float32",
         ]  # fmt: skip
-        env = {**OFFLINE, "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB), "VLLM_LOGGING_LEVEL": "INFO"}
+        if self.quick:
+            command.append("--enforce-eager")  # its compilation takes minutes
+        env = {**OFFLINE, "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB)}
+        for library in VLLM.folder(self.cache).glob("venv/**/libiomp5.so"):
+            env["LD_PRELOAD"] = str(library)  # as it asks for in its log, "for best performance"
         return self._server("vllm", command, env, port, "/health", Target(_url(port), self.shape, body=BODY), self.ids)
 
     def openvino(self) -> Contender:
