@@ -6,8 +6,10 @@ hardware is pulled in. What cannot be installed or started raises Unavailable wi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -94,18 +96,25 @@ def _run(
 ) -> str:
     """The output of a command. Unavailable with its last words if it fails or takes too long."""
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-            timeout=patience, env={**os.environ, **(env or {})},
+            env={**os.environ, **(env or {})}, start_new_session=True,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise Unavailable(f"{what} took more than {patience:.0f} s") from None
     except OSError as error:
         raise Unavailable(f"{what}: {error}") from None
+    try:
+        output, _ = process.communicate(timeout=patience)
+    except BaseException as error:  # an interrupt too: a build's compilers would go on
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise Unavailable(f"{what} took more than {patience:.0f} s") from None
+        raise
     if log is not None:
-        log.write_text(done.stdout)
-    if done.returncode:
-        lines = [line for line in done.stdout.strip().splitlines() if line.strip()]
+        log.write_text(output)
+    if process.returncode:
+        lines = [line for line in output.strip().splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower()] or lines
-        raise Unavailable(f"{what} ended with {done.returncode}: " + " | ".join(errors[-2:])[-300:])
-    return done.stdout
+        raise Unavailable(f"{what} ended with {process.returncode}: " + " | ".join(errors[-2:])[-300:])
+    return output
