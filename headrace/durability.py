@@ -9,7 +9,7 @@ from typing import Any
 
 from protocol.bus import Bus
 from protocol.durability import HIDDEN
-from protocol.errors import StartError
+from protocol.errors import StartError, StoreFailed
 
 PATIENCE_S = 5.0  # of a check that a person waits for
 
@@ -36,16 +36,22 @@ async def with_check(url: str, strict: bool, service: Coroutine[Any, Any, int]) 
         plain = text.removeprefix("warning: ")
         log.log(logging.INFO if plain == text else logging.WARNING, "%s", plain)
 
-    def check() -> Coroutine[Any, Any, None]:
-        return check_durability(url, strict, tell, patience=None)
-
     if strict:
         try:
-            await check()
-        except BaseException:
+            await check_durability(url, strict, tell, patience=None)
+        except BaseException as error:
             service.close()
+            if isinstance(error, StoreFailed):
+                raise StartError(f"--strict-durability: {error}") from None
             raise
         return await service
+
+    async def check() -> None:
+        try:
+            await check_durability(url, strict, tell, patience=None)
+        except StoreFailed as error:  # a gateway starts all the same, and answers 503
+            log.error("%s", error)
+
     checking = asyncio.create_task(check())
     try:
         return await service

@@ -212,8 +212,10 @@ async def _connect(maker: ConnectionPool) -> Any:
         # the greeting included: a stalled server accepts, and is silent
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             await connection.connect()
-    except BaseException:
+    except BaseException as error:
         await connection.disconnect(nowait=True)
+        if isinstance(error.__cause__, REFUSED):  # the library makes a lost connection of it
+            raise error.__cause__ from None
         raise
     return connection
 

@@ -21,10 +21,12 @@ HIDDEN = "CONFIG GET is not allowed to us"
 
 async def weaknesses(url: str, patience: float | None) -> list[str]:
     """Settings of the server (in a cluster, of each primary) that are weaker than ours, one sentence each. A server
-    that hides its settings is told by what is unknown. Unavailable if it does not answer for ``patience`` seconds."""
+    that hides its settings is told by what is unknown. Unavailable if it does not answer for ``patience`` seconds,
+    StoreFailed if it does not know us."""
     first = Link(url, patience)
     try:
         nodes = await first.repeat(lambda: primaries(url, ask))
+        await first.command("PING")
     finally:
         await first.close()
     found = []

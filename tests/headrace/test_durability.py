@@ -118,6 +118,27 @@ async def test_a_strict_service_is_not_begun(foreign: EmbeddedServer) -> None:
         await with_check(foreign.url, True, service())
 
 
+async def test_a_server_that_does_not_know_us_is_said_to(
+    foreign: EmbeddedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A gateway, which starts without its server too, would else be silent about why it answers 503."""
+    url = foreign.url.replace("unix://", "unix://nobody:a-wrong-word@")
+    refused = asyncio.Event()
+
+    async def service() -> int:
+        async with asyncio.timeout(60):
+            while "refused us" not in caplog.text:  # noqa: ASYNC110 (a log)
+                await asyncio.sleep(0.02)
+        refused.set()
+        return 0
+
+    assert await with_check(url, False, service()) == 0
+    assert refused.is_set()
+    assert "a-wrong-word" not in caplog.text
+    with pytest.raises(StartError, match="refused us"):
+        await with_check(url, True, service())
+
+
 async def test_a_check_has_an_end(tmp_path: Path) -> None:
     with pytest.raises(Unavailable):
         await Bus.durability(f"redis://127.0.0.1:{free_port()}/0", patience=0.1)

@@ -52,7 +52,8 @@ def under_fire(stack: Stack, port: int) -> str:
         client.xadd(key, {"job": PROMPT.encode()})
         client.config_set("requirepass", "another")  # from now on the stack is refused
         client.client_kill_filter(_type="normal", skipme=True)
-    assert complete(stack) >= 500
+    assert stack.process is not None
+    assert stack.process.wait(START_S) == 78
     return seen
 
 
@@ -73,8 +74,14 @@ def test_a_whole_stack_gives_nothing_away(tmp_path: Path, model_dir: Path) -> No
     with EmbeddedServer(tmp_path / "server", port=port) as server:
         with redis.Redis.from_url(server.url) as client:
             client.config_set("requirepass", PASSWORD)
-        with Stack(folder, *args, env=env) as stack:
+        stack = Stack(folder, *args, env=env)
+        try:
+            stack.start()
+            stack.wait_ready()
             seen = under_fire(stack, port)
+        finally:
+            stack.stop(expect=None)
+    assert "the Redis server refused us" in stack.log.read_text()
     for log in (folder / "run" / "logs").iterdir():
         seen += log.read_text()
     seen += stack.log.read_text() + (folder / "run" / "processes.json").read_text()
