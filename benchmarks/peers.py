@@ -246,7 +246,8 @@ class Contest:
             contender = start()
             warm = contender.run(Workload(2, (64, 64), (8, 8), seed=1_000_003))
             if warm["failed"]:
-                raise Unavailable(f"answers with errors: {warm['errors']}")
+                words = f"; its log: {contender.process.tail()}" if isinstance(contender, Server) else ""
+                raise Unavailable(f"answers with errors: {warm['errors']}{words}")
         except Unavailable as reason:
             self.out[name] = str(reason)
             say(f"{name} cannot run here: {reason}")
