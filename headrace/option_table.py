@@ -61,7 +61,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--dtype",
         "serve worker",
-        "precision of the weights (default: float32 on a CPU, the checkpoint's on a GPU)",
+        "precision of the weights (default: the checkpoint's; on a CPU arithmetic is float32 all the same)",
         choices=("auto", "float32", "bfloat16", "float16"),
     ),
     Option("--device", "serve worker", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"),
