@@ -99,10 +99,11 @@ async def test_out_of_disk(starved: tuple[Stack, SizeLimit | FullDisk, Path]) ->
         disk.begin(stack)
         accepted = []
         for number in range(10_000):  # each takes some 4 KiB of the disk
+            text = f"{number} " + "x" * 3000
             try:
-                text = f"{number} " + "x" * 3000
-                accepted.append(await client.submit(text, max_tokens=8, seed=number, ignore_eos=True))
-            except Unavailable:
+                async with asyncio.timeout(2):  # a client would go on trying for longer
+                    accepted.append(await client.submit(text, max_tokens=8, seed=number, ignore_eos=True))
+            except (Unavailable, TimeoutError):
                 break
             if stack.pids("redis").get("redis") != first:
                 break
