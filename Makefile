@@ -23,8 +23,9 @@ venv: $(STAMP) ## make and fill .venv
 serve: $(STAMP) ## serve the demo model (ARGS='--model ... --port ...')
 	@bash -c '[ -t 0 ] && set -m && { $(BIN)/headrace serve "$$@"; exit $$?; }; exec $(BIN)/headrace serve "$$@"' serve $(ARGS)
 
+# Several at once, file by file: most of them wait for processes of their own rather than compute.
 test: $(STAMP) ## run the tests (ARGS='tests/headrace -k cli')
-	$(PYTEST) -m "not sweep" $(ARGS)
+	$(PYTEST) -m "not sweep" -n 3 --dist loadfile $(ARGS)
 
 check: lint test ## everything that a change must pass: format, lint, types, import rules, tests
 
