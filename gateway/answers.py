@@ -127,6 +127,7 @@ class Answers:
         meanwhile is answered by a cancel as soon as the accept is through."""
         rid = new_rid()
         follower = self._made(ask, rid, ask.job, ask.view)
+        follower.accepted = False
         self._follow(ask, follower)
         accepting = self._spawn(self._accept(ask, rid))
         try:
@@ -140,6 +141,7 @@ class Answers:
                 self._spawn(self._give_up(ask, rid, 0))
             raise
         ask.rid = accepted.rid
+        follower.accepted = True
         if accepted.joined:
             ask.model.outlet.remove(follower)
             await self._join(ask, accepted)

@@ -171,6 +171,8 @@ class Models:
             record = await model.bus.read_request(rid)
             if record is not None:
                 return model, record
+        if not self.reachable:  # a gateway that has just started may not know any model yet
+            raise Unavailable("the queue cannot be reached")
         return None
 
     async def refresh(self, older_than_s: float = 0.0) -> None:

@@ -45,6 +45,7 @@ class Follower:
         self.news = asyncio.Event()
         self.behind = False
         self.failed: HeadraceError | None = None
+        self.accepted = True  # False while accept is under way: that there is no record then tells nothing
         self.silent_s = 0.0
         self.record_check_s = SILENCE_S
         self.dirty = False
@@ -128,7 +129,8 @@ class Follower:
     def learn(self, record: RequestRecord | None) -> None:
         """Take from the record what no journal tells. Expired if there is none any more."""
         if record is None:
-            self.fail(Expired("the request is not there any more"))
+            if self.accepted:
+                self.fail(Expired("the request is not there any more"))
         elif record.prompts or record.open == 0:
             self.admit(sum(len(prompt) // 4 for prompt in record.prompts))
 

@@ -13,8 +13,10 @@ import aiohttp
 import pytest
 
 from gateway.app import Gateway, GatewayConfig
-from gateway.streams import SILENCE_S, Outlet
+from gateway.models import Models
+from gateway.streams import SILENCE_S, Collector, Outlet
 from headrace.embedded import EmbeddedServer
+from protocol.errors import Expired, Unavailable
 from tests.gateway.backend import Backend, word
 from tests.gateway.conftest import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of, split_events
 
@@ -246,3 +248,21 @@ async def test_the_server_is_killed_and_comes_back(tmp_path: Path) -> None:
 async def _front(url: str) -> AsyncIterator[Front]:
     async with Gateway(GatewayConfig(redis_url=url, port=0)) as gateway, aiohttp.ClientSession() as session:
         yield Front(gateway, session)
+
+
+async def test_a_record_looked_for_before_accept_has_landed_ends_nothing() -> None:
+    """After an outage a silence check may come through before the accept that is being repeated."""
+    follower = Collector("rid", 1)
+    follower.accepted = False
+    follower.learn(None)
+    assert follower.failed is None
+    follower.accepted = True
+    follower.learn(None)
+    assert isinstance(follower.failed, Expired)
+
+
+async def test_a_gateway_that_has_read_no_registry_says_so(tmp_path: Path) -> None:
+    """It must not call a request gone that it could not look for."""
+    models = Models(f"unix://{tmp_path}/nobody.sock", "gateway")
+    with pytest.raises(Unavailable):
+        await models.find_request("rid")
