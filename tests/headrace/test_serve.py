@@ -35,7 +35,9 @@ def alive(pid: int) -> bool:
 
 
 def test_it_says_how_to_use_it_and_the_curl_line_works(stack: Stack) -> None:
-    shown = stack.output()
+    deadline = time.monotonic() + 60  # /ready may be true a moment before serve has looked
+    while "Headrace is ready." not in (shown := stack.output()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert "Headrace is ready." in shown
     (curl,) = [line for line in shown.splitlines() if line.strip().startswith("curl ")]
     answer = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=120)
