@@ -33,7 +33,21 @@ class AttentionRule:
 
 
 class Backend(Protocol):
-    """Where the arithmetic is done. ``keys`` and ``values`` are one layer's pool tensors, written already."""
+    """Where the arithmetic is done, and with it how keys and values lie in the pool's memory.
+
+    ``keys`` and ``values`` are one layer's pool tensors; ``write`` is called before ``attend``.
+    """
+
+    panel: int  # a block's slots are rounded up to a multiple of this
+
+    def write(
+        self,
+        key: torch.Tensor,  # [T, kv_heads, key_size]
+        value: torch.Tensor,  # [T, kv_heads, value_size]
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        step: StepInputs,
+    ) -> None: ...
 
     def attend(
         self,
@@ -98,10 +112,9 @@ class PagedAttention:
         assert self.step is not None
         layer = self._layer
         self._layer += 1
-        self.pool.write(layer, self.step.slots, key, value)
-        out = self.backend.attend(
-            query, key, value, self.pool.keys[layer], self.pool.values[layer], self.step, rule, sinks
-        )
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        self.backend.write(key, value, keys, values, self.step)
+        out = self.backend.attend(query, key, value, keys, values, self.step, rule, sinks)
         return out[None]
 
 

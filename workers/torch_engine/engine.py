@@ -125,7 +125,9 @@ class TorchEngine:
     def _make_pool_within(self, budget: int) -> None:
         """Make the pool that serves. A longest context that the user left open is lowered to what fits."""
         config, length = self.config, self.max_model_len
-        per_block = block_bytes(self.attention.shapes, config.block_size, self.attention.dtype)
+        per_block = block_bytes(
+            self.attention.shapes, config.block_size, self.attention.dtype, self.attention.backend.panel
+        )
         most = config.max_num_seqs * (length + config.block_size)
         tokens = blocks_within(budget, per_block, config.block_size, most) * config.block_size
         if tokens < length:
@@ -140,7 +142,10 @@ class TorchEngine:
 
     def _make_pool(self, tokens: int, longest: int) -> None:
         size = self.config.block_size
-        self.pool = KVPool(self.attention.shapes, -(-tokens // size), size, self.attention.dtype, self.device)
+        attention = self.attention
+        self.pool = KVPool(
+            attention.shapes, -(-tokens // size), size, attention.dtype, self.device, attention.backend.panel
+        )
         self.attention.pool = self.pool
         self.seats = Seats(self.config.max_num_seqs, longest, size, self.device)
 

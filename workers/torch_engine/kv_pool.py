@@ -1,8 +1,8 @@
 """The KV pool: where the keys and values of all running sequences lie, in blocks, layer by layer.
 
-The scheduler owns the accounting (which sequence has which block); the pool is only memory. Slot s of a
-layer is row s of its key and value tensors; block b holds slots b * block_size to (b + 1) * block_size - 1.
-One block more than is offered lies at the end: slot -1, where padding writes, is its last row.
+The scheduler owns the accounting (which sequence has which block); the pool is only memory, and how keys and
+values lie in it is the attention backend's. Block b holds slots b * block_size to (b + 1) * block_size - 1.
+One block more than is offered lies at the end: slot -1, where padding may be written, is its last.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ class KVPool:
     """``keys[layer]``: [slots, kv_heads, key_size], ``values[layer]``: [slots, kv_heads, value_size]."""
 
     def __init__(
-        self, shapes: list[LayerShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: list[LayerShape],
+        blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        panel: int = 1,
     ) -> None:
         self.blocks = blocks
         self.block_size = block_size
-        slots = (blocks + 1) * block_size
+        slots = (blocks + 1) * rounded(block_size, panel)
         # Zeros, not empty: a masked-out slot is multiplied by zero, and zero times NaN is NaN.
         self.keys = [_zeros((slots, s.kv_heads, s.key_size), dtype, device) for s in shapes]
         self.values = [_zeros((slots, s.kv_heads, s.value_size), dtype, device) for s in shapes]
-
-    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store key and value, each [tokens, kv_heads, size], at ``slots`` [tokens]; slot -1 is padding."""
-        self.keys[layer].index_put_((slots,), key)
-        self.values[layer].index_put_((slots,), value)
 
     @torch.inference_mode()
     def zero_(self) -> None:
@@ -65,9 +66,14 @@ def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
     return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
 
 
-def block_bytes(shapes: list[LayerShape], block_size: int, dtype: torch.dtype) -> int:
+def rounded(block_size: int, panel: int) -> int:
+    """Slots that a block takes up where it consists of whole panels."""
+    return -(-block_size // panel) * panel
+
+
+def block_bytes(shapes: list[LayerShape], block_size: int, dtype: torch.dtype, panel: int = 1) -> int:
     """Bytes of one block over all layers."""
-    return block_size * sum(shape.numbers for shape in shapes) * dtype.itemsize
+    return rounded(block_size, panel) * sum(shape.numbers for shape in shapes) * dtype.itemsize
 
 
 def blocks_within(budget: int, per_block: int, block_size: int, most_tokens: int) -> int:

@@ -13,8 +13,16 @@ from workers.torch_engine.inputs import StepInputs
 class NativeAttention:
     """Backend for float32 pools on the CPU. The index tensors are made once per step and used in every layer."""
 
+    panel = 1
+
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
+
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: StepInputs
+    ) -> None:
+        keys.index_put_((step.slots,), key)
+        values.index_put_((step.slots,), value)
 
     def attend(
         self,

@@ -27,7 +27,15 @@ class Gather:
 
 
 class TorchAttention:
-    """Backend that runs wherever torch runs."""
+    """Backend that runs wherever torch runs. Slot s of the pool is row s of its tensors."""
+
+    panel = 1
+
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: StepInputs
+    ) -> None:
+        keys.index_put_((step.slots,), key)
+        values.index_put_((step.slots,), value)
 
     def attend(
         self,
