@@ -17,6 +17,11 @@ from protocol.keys import REGISTRY
 
 MODEL = "test/model"
 
+# Where there is no GPU, Triton's kernels are tested in its interpreter. That is settled when triton is first imported,
+# which any test that imports transformers does.
+if not Path("/proc/driver/nvidia").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[EmbeddedServer]:
