@@ -29,7 +29,7 @@ SHARED_DEFAULT = 96 << 10  # bytes of shared memory a program may use where the 
 @triton.jit
 def _bounded(scores, softcap):
     """softcap * tanh(scores / softcap), by exp: there is no tanh in the language itself."""
-    return softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
+    return softcap * (2.0 / (1.0 + tl.exp(tl.minimum(-2.0 * scores / softcap, 80.0))) - 1.0)
 
 
 @triton.jit

@@ -1,0 +1,189 @@
+"""Small fused operations on a GPU: each saves a trip of the activations through device memory, and launches.
+
+They compute in float32 and round once at the end, where torch rounds after each operation; put in place by
+triton_fuse.py, which compares each with what it replaces.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+WIDEST_NORM = 16384  # values of a row that one program holds
+SILU, GELU_TANH = 0, 1
+
+
+@triton.jit
+def norm_rows(
+    x, delta, total, weight, out, x_row, delta_row, eps,
+    SIZE: tl.constexpr, SIZE_P2: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows). out = weight * s / rms(s), s = x, or where ADD: x + delta, which is stored to ``total`` too."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, SIZE_P2)
+    inside = at < SIZE
+    value = tl.load(x + row * x_row + at, mask=inside, other=0.0)
+    if ADD:
+        more = tl.load(delta + row * delta_row + at, mask=inside, other=0.0)
+        value = (value.to(tl.float32) + more.to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + row * SIZE + at, value, mask=inside)
+    wide = value.to(tl.float32)
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
+    gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * SIZE + at, (scaled * gain).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_rows(gate, up, out, gate_row, up_row, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr):
+    """Grid (rows, columns / BLOCK). out = act(gate) * up."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    g = tl.load(gate + row * gate_row + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + at, mask=inside, other=0.0).to(tl.float32)
+    if ACT == 0:
+        y = g
+    else:  # 0.5 * (1 + tanh(y)) is the logistic function of 2y
+        y = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+    g = g / (1.0 + tl.exp(tl.minimum(-y, 80.0)))  # no overflow
+    tl.store(out + row * SIZE + at, (g * u).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn(source, target, cos, sin, mask, half, HALF: tl.constexpr):
+    """Rotate pairs (d, d + HALF) by the token's angles. The tables may differ in their halves."""
+    low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+    inside = half < HALF
+    cos_low = tl.load(cos + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    cos_high = tl.load(cos + HALF + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin_low = tl.load(sin + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin_high = tl.load(sin + HALF + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    kind = target.dtype.element_ty
+    tl.store(target, (low * cos_low - high * sin_low).to(kind), mask=mask)
+    tl.store(target + HALF, (high * cos_high + low * sin_high).to(kind), mask=mask)
+
+
+@triton.jit
+def turn_and_store(
+    query, key, value, turned, keys, values, slots, cos, sin,
+    q_token, q_head, k_token, k_head, v_token, v_head, angle_row, pool_k_slot, pool_k_head, pool_v_slot, pool_v_head,
+    HEADS: tl.constexpr, HEADS_P2: tl.constexpr, KV_HEADS: tl.constexpr, KV_HEADS_P2: tl.constexpr,
+    DK: tl.constexpr, DK_P2: tl.constexpr, DV: tl.constexpr, DV_P2: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens, 2 or 3): values to the pool; keys to the pool, turned where ROTATE; then queries, turned.
+
+    Keys and values of slot -1 are padding and go nowhere.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    slot = tl.load(slots + token)
+    if part == 2:
+        head, half = tl.arange(0, HEADS_P2), tl.arange(0, DK_P2 // 2)
+        mask = (head < HEADS)[:, None] & (half < DK // 2)[None, :]
+        source = query + token * q_token + head[:, None] * q_head + half[None, :]
+        target = turned + (token * HEADS + head[:, None]) * DK + half[None, :]
+        _turn(source, target, cos + token * angle_row, sin + token * angle_row, mask, half, DK // 2)
+    elif slot >= 0:
+        head = tl.arange(0, KV_HEADS_P2)
+        if part == 0:
+            at = tl.arange(0, DV_P2)
+            mask = (head < KV_HEADS)[:, None] & (at < DV)[None, :]
+            held = tl.load(value + token * v_token + head[:, None] * v_head + at[None, :], mask=mask, other=0.0)
+            target = values + slot * pool_v_slot + head[:, None] * pool_v_head + at[None, :]
+            tl.store(target, held.to(values.dtype.element_ty), mask=mask)
+        elif ROTATE:
+            half = tl.arange(0, DK_P2 // 2)
+            mask = (head < KV_HEADS)[:, None] & (half < DK // 2)[None, :]
+            source = key + token * k_token + head[:, None] * k_head + half[None, :]
+            target = keys + slot * pool_k_slot + head[:, None] * pool_k_head + half[None, :]
+            _turn(source, target, cos + token * angle_row, sin + token * angle_row, mask, half, DK // 2)
+        else:
+            at = tl.arange(0, DK_P2)
+            mask = (head < KV_HEADS)[:, None] & (at < DK)[None, :]
+            held = tl.load(key + token * k_token + head[:, None] * k_head + at[None, :], mask=mask, other=0.0)
+            target = keys + slot * pool_k_slot + head[:, None] * pool_k_head + at[None, :]
+            tl.store(target, held.to(keys.dtype.element_ty), mask=mask)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """weight * x / rms(x) over the last dimension, in x's precision."""
+    rows = _rows(x)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    _norm(rows, rows, out, weight, out, eps, add=False)
+    return out.view(x.shape)
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + delta, its norm): the sum is rounded to x's precision first, as a model that adds and then norms does."""
+    rows, more = _rows(x), _rows(delta)
+    total, out = (torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(2))
+    _norm(rows, more, total, weight, out, eps, add=True)
+    return total.view(x.shape), out.view(x.shape)
+
+
+def _norm(
+    x: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float,
+    add: bool,
+) -> None:  # fmt: skip
+    size = x.shape[1]
+    warps = 4 if size <= 2048 else 8 if size <= 8192 else 16
+    norm_rows[(x.shape[0],)](
+        x, delta, total, weight, out, x.stride(0), delta.stride(0), eps,
+        SIZE=size, SIZE_P2=triton.next_power_of_2(size), ADD=add, num_warps=warps,
+    )  # fmt: skip
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, act: int) -> torch.Tensor:
+    """act(gate) * up; both [rows, size], rows may be strided."""
+    rows, size = gate.shape
+    out = torch.empty(rows, size, dtype=gate.dtype, device=gate.device)
+    block = min(1024, triton.next_power_of_2(size))
+    gate_rows[(rows, triton.cdiv(size, block))](
+        gate, up, out, gate.stride(0), up.stride(0), SIZE=size, BLOCK=block, ACT=act, num_warps=4
+    )
+    return out
+
+
+def store_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    query: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Write key and value, each [T, kv_heads, size], to one layer's pool tensors at ``slots`` [T].
+
+    With ``query`` [T, heads, key_size] and the tables ``cos`` and ``sin`` [T, key_size], keys are turned on their way
+    and the turned queries are returned.
+    """
+    tokens, kv_heads, key_size = key.shape
+    value_size = value.shape[2]
+    rotate = query is not None
+    turned = None if query is None else query.new_empty(query.shape)
+    q = key if query is None else query  # a pointer is asked for; it is not read
+    c, s = (slots if table is None else table for table in (cos, sin))
+    heads = q.shape[1]
+    turn_and_store[(tokens, 3 if rotate else 2)](
+        q, key, value, q if turned is None else turned, keys, values, slots, c, s,
+        q.stride(0), q.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1), c.stride(0),
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        HEADS=heads, HEADS_P2=triton.next_power_of_2(heads),
+        KV_HEADS=kv_heads, KV_HEADS_P2=triton.next_power_of_2(kv_heads),
+        DK=key_size, DK_P2=triton.next_power_of_2(key_size), DV=value_size, DV_P2=triton.next_power_of_2(value_size),
+        ROTATE=rotate, num_warps=4,
+    )  # fmt: skip
+    return turned
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[rows, size] with adjacent elements; rows may be strided."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
