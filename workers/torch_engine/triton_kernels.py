@@ -52,16 +52,34 @@ def gate_rows(gate, up, out, gate_row, up_row, SIZE: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _turn(source, target, cos, sin, mask, half, HALF: tl.constexpr):
+def _copy_heads(
+    source, head_stride, target, target_stride,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_P2: tl.constexpr, HEADS_P2: tl.constexpr,
+):  # fmt: skip
+    head, at = tl.arange(0, HEADS_P2), tl.arange(0, SIZE_P2)
+    mask = (head < HEADS)[:, None] & (at < SIZE)[None, :]
+    held = tl.load(source + head[:, None] * head_stride + at[None, :], mask=mask, other=0.0)
+    tl.store(target + head[:, None] * target_stride + at[None, :], held.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _turn_heads(
+    source, head_stride, target, target_stride, cos, sin,
+    HEADS: tl.constexpr, HALF: tl.constexpr, HALF_P2: tl.constexpr, HEADS_P2: tl.constexpr,
+):  # fmt: skip
     """Rotate pairs (d, d + HALF) by the token's angles. The tables may differ in their halves."""
+    head, at = tl.arange(0, HEADS_P2), tl.arange(0, HALF_P2)
+    inside = at < HALF
+    mask = (head < HEADS)[:, None] & inside[None, :]
+    source += head[:, None] * head_stride + at[None, :]
     low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-    inside = half < HALF
-    cos_low = tl.load(cos + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    cos_high = tl.load(cos + HALF + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sin_low = tl.load(sin + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sin_high = tl.load(sin + HALF + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    cos_low = tl.load(cos + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    cos_high = tl.load(cos + HALF + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin_low = tl.load(sin + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin_high = tl.load(sin + HALF + at, mask=inside, other=0.0).to(tl.float32)[None, :]
     kind = target.dtype.element_ty
+    target += head[:, None] * target_stride + at[None, :]
     tl.store(target, (low * cos_low - high * sin_low).to(kind), mask=mask)
     tl.store(target + HALF, (high * cos_high + low * sin_high).to(kind), mask=mask)
 
@@ -81,31 +99,23 @@ def turn_and_store(
     part = tl.program_id(1)
     slot = tl.load(slots + token)
     if part == 2:
-        head, half = tl.arange(0, HEADS_P2), tl.arange(0, DK_P2 // 2)
-        mask = (head < HEADS)[:, None] & (half < DK // 2)[None, :]
-        source = query + token * q_token + head[:, None] * q_head + half[None, :]
-        target = turned + (token * HEADS + head[:, None]) * DK + half[None, :]
-        _turn(source, target, cos + token * angle_row, sin + token * angle_row, mask, half, DK // 2)
+        source, target = query + token * q_token, turned + token * HEADS * DK
+        angles = token * angle_row
+        _turn_heads(source, q_head, target, DK, cos + angles, sin + angles, HEADS, DK // 2, DK_P2 // 2, HEADS_P2)
     elif slot >= 0:
-        head = tl.arange(0, KV_HEADS_P2)
         if part == 0:
-            at = tl.arange(0, DV_P2)
-            mask = (head < KV_HEADS)[:, None] & (at < DV)[None, :]
-            held = tl.load(value + token * v_token + head[:, None] * v_head + at[None, :], mask=mask, other=0.0)
-            target = values + slot * pool_v_slot + head[:, None] * pool_v_head + at[None, :]
-            tl.store(target, held.to(values.dtype.element_ty), mask=mask)
-        elif ROTATE:
-            half = tl.arange(0, DK_P2 // 2)
-            mask = (head < KV_HEADS)[:, None] & (half < DK // 2)[None, :]
-            source = key + token * k_token + head[:, None] * k_head + half[None, :]
-            target = keys + slot * pool_k_slot + head[:, None] * pool_k_head + half[None, :]
-            _turn(source, target, cos + token * angle_row, sin + token * angle_row, mask, half, DK // 2)
+            held, place = value + token * v_token, values + slot * pool_v_slot
+            _copy_heads(held, v_head, place, pool_v_head, KV_HEADS, DV, DV_P2, KV_HEADS_P2)
         else:
-            at = tl.arange(0, DK_P2)
-            mask = (head < KV_HEADS)[:, None] & (at < DK)[None, :]
-            held = tl.load(key + token * k_token + head[:, None] * k_head + at[None, :], mask=mask, other=0.0)
-            target = keys + slot * pool_k_slot + head[:, None] * pool_k_head + at[None, :]
-            tl.store(target, held.to(keys.dtype.element_ty), mask=mask)
+            fresh, home = key + token * k_token, keys + slot * pool_k_slot
+            if ROTATE:
+                angle = token * angle_row
+                _turn_heads(
+                    fresh, k_head, home, pool_k_head, cos + angle, sin + angle,
+                    KV_HEADS, DK // 2, DK_P2 // 2, KV_HEADS_P2,
+                )  # fmt: skip
+            else:
+                _copy_heads(fresh, k_head, home, pool_k_head, KV_HEADS, DK, DK_P2, KV_HEADS_P2)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
