@@ -64,11 +64,12 @@ class Case:
             tokens, rows, tile_tokens(group, self.keys.element_size()) if tile is None else tile, extra, shortest
         )
         items, merges = np.full((shape.items, ITEM), 7, np.int32), np.full((shape.extra, MERGE), 7, np.int32)
-        fill_work(shape, self.step.counts, self.step.contexts, np.array(self.seats), items, merges)
+        fill_work(shape, tokens, self.step.counts, self.step.contexts, np.array(self.seats), items, merges)
         self.cut = int((items[items[:, 1] > 0, 6] >= 0).sum())
         work = Work(shape, *(torch.from_numpy(array).to(DEVICE) for array in (items, merges, self.tables)))
         query = torch.nn.functional.pad(self.query, (0, 0, 0, 0, 0, spare[1]))
         out = TritonAttention(DEVICE).attend(query, self.keys, self.values, work, PAGE, rule, sinks)
+        assert not out[len(self.query) :].any()  # padding is computed with, so it must be something
         return out[: len(self.query)].float()
 
     def check(self, rule=None, sinks=None, **given):
@@ -147,16 +148,19 @@ def test_the_work_list_covers_every_key_of_every_token_once(seed):
     rng = random.Random(seed)
     rows = [(rng.choice([1, 1, 1, rng.randint(1, 70)]), rng.choice([0, rng.randint(0, 900)])) for _ in range(24)]
     counts, contexts = np.array([c for c, _ in rows]), np.array([c + b for c, b in rows])
-    shape = WorkShape.of(int(counts.sum()) + rng.randint(0, 9), 24, rng.choice([1, 4, 16]), rng.choice([1, 3, 40]), 16)
+    tokens = int(counts.sum()) + rng.choice([0, rng.randint(0, 99)])
+    shape = WorkShape.of(tokens, 24, rng.choice([1, 4, 16]), rng.choice([1, 3, 40]), 16)
     items, merges = np.full((shape.items, ITEM), 7, np.int32), np.full((shape.extra, MERGE), 7, np.int32)
-    fill_work(shape, counts, contexts, np.arange(24), items, merges)
+    fill_work(shape, tokens, counts, contexts, np.arange(24), items, merges)
 
-    used = items[items[:, 1] > 0]
+    used = items[(items[:, 1] > 0) & (items[:, 5] > 0)]
+    padding = items[(items[:, 1] > 0) & (items[:, 5] == 0)]
+    assert (padding[:, 6] == -1).all()
     seen = {}
     for token, count, position, table, begin, end, slot, _ in used.tolist():
         seen.setdefault((token, count, position, table), []).append((begin, end, slot))
     merged = {(token, count): (first, slots) for token, count, first, slots in merges[merges[:, 1] > 0].tolist()}
-    tokens = []
+    covered = [at for token, count, *_ in padding.tolist() for at in range(token, token + count)]
     for (token, count, position, table), stretches in seen.items():
         assert count <= shape.tile
         assert token - (counts.cumsum() - counts)[table] == position - (contexts - counts)[table]
@@ -168,8 +172,8 @@ def test_the_work_list_covers_every_key_of_every_token_once(seed):
             assert first + slots <= shape.slots
         else:
             assert stretches[0][2] == -1
-        tokens += range(token, token + count)
-    assert sorted(tokens) == list(range(counts.sum()))
+        covered += range(token, token + count)
+    assert sorted(covered) == list(range(tokens))
     assert not merged
 
 

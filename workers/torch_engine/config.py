@@ -19,3 +19,4 @@ class EngineConfig:
     kv_cache_memory: int | None = None  # bytes for keys and values; default: a share of what is free
     block_size: int = 16  # tokens per KV block
     threads: int | None = None  # CPU threads of the forward pass
+    graphs: bool = True  # on a GPU: record steps as CUDA graphs

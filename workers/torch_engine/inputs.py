@@ -47,6 +47,23 @@ class StepInputs:
         return self.memo[key]
 
 
+@dataclass
+class HostStep:
+    """The same step as arrays on the host: T tokens of R rows. ``logit_rows`` may be set to other tokens."""
+
+    seats: np.ndarray  # int64 [R]
+    counts: np.ndarray  # int64 [R]
+    computed: np.ndarray  # int64 [R]: tokens of the row before this step
+    contexts: np.ndarray  # int64 [R]
+    row_starts: np.ndarray  # int64 [R + 1]
+    positions: np.ndarray  # int64 [T]
+    slots: np.ndarray  # int64 [T]
+    logit_rows: Any  # int64 [k]
+    block_tables: np.ndarray  # int32 [R, widest]
+    sampling_seats: np.ndarray  # int64 [k]
+    sampling_positions: np.ndarray  # int64 [k]
+
+
 _NO_IDS = np.zeros(0, np.int32)
 
 
@@ -111,6 +128,24 @@ class Seats:
 
     def build(self, plan: Plan) -> StepInputs:
         """The flat batch of ``plan``'s rows; counts them as computed, and the sampled tokens as known."""
+        step = self.arrange(plan)
+        return StepInputs(
+            input_ids=self._input_ids(step.seats, step.counts, step.computed, step.row_starts)[None],
+            positions=self._to_device(step.positions)[None],
+            slots=self._to_device(step.slots),
+            logit_rows=self._to_device(step.logit_rows),
+            seats=step.seats,
+            counts=step.counts,
+            contexts=step.contexts,
+            row_starts=step.row_starts,
+            block_tables=step.block_tables,
+            block_size=self.block_size,
+            sampling_seats=step.sampling_seats,
+            sampling_positions=step.sampling_positions,
+        )
+
+    def arrange(self, plan: Plan) -> HostStep:
+        """``build`` as far as the host goes."""
         seats = np.frombuffer(plan.seats, "<u2").astype(np.int64)
         counts = np.frombuffer(plan.counts, "<i4").astype(np.int64) if plan.counts else np.ones(len(seats), np.int64)
         samples = np.frombuffer(plan.samples, np.uint8).astype(bool) if plan.samples else np.ones(len(seats), bool)
@@ -130,24 +165,12 @@ class Seats:
         tables[np.arange(widest) >= -(-contexts // self.block_size)[:, None]] = 0
         slots = tables[row_of, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
-
-        step = StepInputs(
-            input_ids=self._input_ids(seats, counts, computed, row_starts)[None],
-            positions=self._to_device(positions)[None],
-            slots=self._to_device(slots),
-            logit_rows=self._to_device(row_starts[1:][samples] - 1),
-            seats=seats,
-            counts=counts,
-            contexts=contexts,
-            row_starts=row_starts,
-            block_tables=tables,
-            block_size=self.block_size,
-            sampling_seats=seats[samples],
-            sampling_positions=contexts[samples],
-        )
         self.computed[seats] = contexts
-        self.known[step.sampling_seats] += 1
-        return step
+        self.known[seats[samples]] += 1
+        return HostStep(
+            seats, counts, computed, contexts, row_starts, positions, slots, row_starts[1:][samples] - 1, tables,
+            seats[samples], contexts[samples],
+        )  # fmt: skip
 
     def note_sampled(self, seats: np.ndarray, tokens: torch.Tensor) -> None:
         """Keep the ids just drawn, int64 [k] on the device, as the next inputs of their seats."""
@@ -169,14 +192,20 @@ class Seats:
         beyond = computed >= self.given[seats]
         if beyond.all():
             return self.last_id[self._to_device(seats)]
-        ids = np.zeros(int(row_starts[-1]), np.int64)
-        for row in np.flatnonzero(~beyond):
-            given = self.ids[seats[row]]
-            ids[row_starts[row] : row_starts[row + 1]] = given[computed[row] : computed[row] + counts[row]]
-        flat = self._to_device(ids)
+        flat = self._to_device(self._given_ids(~beyond, seats, counts, computed, row_starts))
         if beyond.any():
             flat[self._to_device(row_starts[:-1][beyond])] = self.last_id[self._to_device(seats[beyond])]
         return flat
+
+    def _given_ids(
+        self, rows: np.ndarray, seats: np.ndarray, counts: np.ndarray, computed: np.ndarray, row_starts: np.ndarray
+    ) -> np.ndarray:
+        """int64 [T]: the ids of the ``rows`` (bool [R]) whose tokens are known here, 0 for all others."""
+        ids = np.zeros(int(row_starts[-1]), np.int64)
+        for row in np.flatnonzero(rows):
+            given = self.ids[seats[row]]
+            ids[row_starts[row] : row_starts[row + 1]] = given[computed[row] : computed[row] + counts[row]]
+        return ids
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return to_device(array, self.device)

@@ -33,12 +33,13 @@ class WorkShape:
     @staticmethod
     def of(tokens: int, rows: int, tile: int, extra: int, shortest: int = 64) -> WorkShape:
         """For steps of at most ``tokens`` tokens in at most ``rows`` rows."""
-        tiles = tokens if tile == 1 else tokens // tile + min(rows, tokens)
+        tiles = tokens if tile == 1 else tokens // tile + min(rows, tokens) + 1
         return WorkShape(tile, tiles + extra, extra, shortest)
 
 
 def fill_work(
     shape: WorkShape,
+    tokens: int,
     counts: np.ndarray,
     contexts: np.ndarray,
     tables: np.ndarray,
@@ -48,7 +49,8 @@ def fill_work(
     """Write the tables of a step: ``items`` int32 [shape.items, ITEM], ``merges`` int32 [shape.extra, MERGE].
 
     By row: ``counts`` tokens in this step, ``contexts`` tokens once it is done, ``tables`` the row of the block
-    tables. Rows follow each other in the flat batch.
+    tables. Rows follow each other in the flat batch. What they leave of its ``tokens`` is padding: work without keys,
+    which gives zeros, so that nothing left in memory is computed with.
     """
     tiles = -(-counts // shape.tile)
     row = np.repeat(np.arange(len(counts)), tiles)
@@ -74,6 +76,12 @@ def fill_work(
     items[:used, 4] = begin
     items[:used, 5] = np.minimum(begin + chunk, end[of])
     items[:used, 6] = np.where(cut[of], slots, -1)
+    padding = np.arange(int(counts.sum()), tokens, shape.tile)
+    used, first = used + len(padding), used
+    items[first:used] = 0
+    items[first:used, 0] = padding
+    items[first:used, 1] = np.minimum(shape.tile, tokens - padding)
+    items[first:used, 6] = -1
     items[used:, 1] = 0
 
     merged = np.flatnonzero(cut)
