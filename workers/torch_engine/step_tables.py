@@ -78,8 +78,8 @@ class Layout:
     def views(self, buffer: torch.Tensor, seats: TableSeats) -> StepTables:
         """The tables of a step as they lie in ``buffer``, uint8 [nbytes at least] on the device."""
         longs, words = self._cuts()
-        ids, id_seats, positions, slots, logit_rows = buffer[: 8 * self._longs].view(torch.int64).split(longs)
-        items, merges = buffer[8 * self._longs : self.nbytes].view(torch.int32).split(words)
+        ids, id_seats, positions, slots, logit_rows = torch.split(buffer[: 8 * self._longs].view(torch.int64), longs)
+        items, merges = torch.split(buffer[8 * self._longs : self.nbytes].view(torch.int32), words)
         work = Work(self.shape, items.view(-1, ITEM), merges.view(-1, MERGE), seats.device_tables)
         return StepTables(ids, id_seats, positions, slots, logit_rows, work, seats.last_id, seats.block_size)
 

@@ -18,7 +18,7 @@ from protocol.errors import EngineFailed
 from workers.torch_engine.attention import AttentionRule, PagedAttention
 from workers.torch_engine.step_tables import StepTables
 from workers.torch_engine.triton_attention import TritonAttention
-from workers.torch_engine.triton_kernels import store_kv
+from workers.torch_engine.triton_kernels import store_kv, turn_and_store_kv
 
 
 @dataclass
@@ -93,7 +93,7 @@ class TableAttention(PagedAttention):
         self._at += 1
         q, k, v = (_adjacent(states[0].transpose(0, 1)) for states in (query, key, value))
         if left is not None:
-            q = store_kv(k, v, keys, values, step.slots, q, _adjacent(left.cos[0]), _adjacent(left.sin[0]))
+            q = turn_and_store_kv(k, v, keys, values, step.slots, q, _adjacent(left.cos[0]), _adjacent(left.sin[0]))
         else:
             store_kv(k, v, keys, values, step.slots)
         return self.kernels.attend(q, keys, values, step.work, step.block_size, rule, sinks)[None]

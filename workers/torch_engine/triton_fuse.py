@@ -242,7 +242,7 @@ def _fuse_layers(model: Any, report: FuseReport) -> None:
         model.set_attn_implementation(NAME)
     for (layer, forward), agrees in zip(forwards, agree, strict=True):
         if agrees:
-            layer.forward = forward  # type: ignore[method-assign]
+            layer.forward = forward
         (report.fused if agrees else report.kept)["layer"] += 1
 
 
@@ -332,6 +332,5 @@ def _rotary_agrees(original: Callable[..., Any], draw: _Draw) -> bool:
     except (TypeError, RuntimeError, IndexError, ValueError):  # another signature or shape: not the one we know
         return False
     query, key = q[0].transpose(0, 1), k[0].transpose(0, 1)
-    turned = kernels.store_kv(key, key, keys, values, slots, query, cos[0], sin[0])
-    assert turned is not None
+    turned = kernels.turn_and_store_kv(key, key, keys, values, slots, query, cos[0], sin[0])
     return _equal(turned, theirs_q[0].transpose(0, 1)) and _equal(keys[:5], theirs_k[0].transpose(0, 1))

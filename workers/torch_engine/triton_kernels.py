@@ -160,37 +160,43 @@ def gated(gate: torch.Tensor, up: torch.Tensor, act: int) -> torch.Tensor:
 
 
 def store_kv(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Write key and value, each [T, kv_heads, size], to one layer's pool tensors at ``slots`` [T]."""
+    _store(key, value, keys, values, slots, key, key, slots, slots, rotate=False)
+
+
+def turn_and_store_kv(
     key: torch.Tensor,
     value: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     slots: torch.Tensor,
-    query: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """Write key and value, each [T, kv_heads, size], to one layer's pool tensors at ``slots`` [T].
+    query: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    """The same, keys turned on their way by the tables ``cos`` and ``sin`` [T, key_size]; gives ``query``
+    [T, heads, key_size] turned."""
+    turned = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    _store(key, value, keys, values, slots, query, turned, cos, sin, rotate=True)
+    return turned
 
-    With ``query`` [T, heads, key_size] and the tables ``cos`` and ``sin`` [T, key_size], keys are turned on their way
-    and the turned queries are returned.
-    """
-    tokens, kv_heads, key_size = key.shape
-    value_size = value.shape[2]
-    rotate = query is not None
-    turned = None if query is None else query.new_empty(query.shape)
-    q = key if query is None else query  # a pointer is asked for; it is not read
-    c, s = (slots if table is None else table for table in (cos, sin))
-    heads = q.shape[1]
-    turn_and_store[(tokens, 3 if rotate else 2)](
-        q, key, value, q if turned is None else turned, keys, values, slots, c, s,
-        q.stride(0), q.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1), c.stride(0),
+
+def _store(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
+    query: torch.Tensor, turned: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate: bool,
+) -> None:  # fmt: skip
+    heads, kv_heads, key_size, value_size = query.shape[1], key.shape[1], key.shape[2], value.shape[2]
+    turn_and_store[(key.shape[0], 3 if rotate else 2)](
+        query, key, value, turned, keys, values, slots, cos, sin,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1), cos.stride(0),
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         HEADS=heads, HEADS_P2=triton.next_power_of_2(heads),
         KV_HEADS=kv_heads, KV_HEADS_P2=triton.next_power_of_2(kv_heads),
         DK=key_size, DK_P2=triton.next_power_of_2(key_size), DV=value_size, DV_P2=triton.next_power_of_2(value_size),
         ROTATE=rotate, num_warps=4,
     )  # fmt: skip
-    return turned
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
