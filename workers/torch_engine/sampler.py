@@ -88,12 +88,13 @@ class Sampler:
         ``seats`` [k] names the rows' seats, ``positions`` [k] the position that each token takes in its sequence.
         """
         fields = self._fields[seats]
+        random, lp_rows = np.flatnonzero(fields["temperature"] > 0), np.flatnonzero(fields["logprobs"] >= 0)
+        if not len(random) and not len(lp_rows) and not self._steered:
+            return Drawn(logits.argmax(dim=-1))  # 16-bit logits order as they would if widened
         logits = logits.float()
-        lp_rows = np.flatnonzero(fields["logprobs"] >= 0)
         logprobs = torch.log_softmax(logits[self._index(lp_rows)], dim=-1) if len(lp_rows) else None
         logits = self._steer(logits, seats, positions)
         tokens = logits.argmax(dim=-1)
-        random = np.flatnonzero(fields["temperature"] > 0)
         if len(random):
             rows = slice(None) if len(random) == len(seats) else self._index(random)
             tokens[rows] = draw(logits[rows], fields[random], uniforms(fields["key"][random], positions[random]))
@@ -132,7 +133,7 @@ class Sampler:
         if banned:
             at = [self._index(np.repeat([b[0] for b in banned], [len(b[1]) for b in banned]))]
             at.append(self._index(np.concatenate([b[1] for b in banned])))
-            steered.index_put_(tuple(at), torch.tensor(-torch.inf, device=self.device))
+            steered.index_put_(tuple(at), torch.full((), -torch.inf, device=self.device))  # torch.tensor() would wait
         return steered
 
     @property
