@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from workers import incarnation
 from workers.detokenizer import Vocabulary, WindowVocabulary
 from workers.device import Device, Ticket
 from workers.engine import Engine, Progress, Sampled
+from workers.engine_process import ProcessEngine
 from workers.incarnation import Incarnation
 from workers.interruption import wait_for_notice
 from workers.metrics import Metrics, serve_metrics
@@ -53,7 +55,7 @@ class WorkerConfig:
     kv_cache_memory: int | None = None
     block_size: int | None = None
     threads: int | None = None
-    engine_options: dict[str, Any] | None = None  # further fields of the engine's own
+    engine_options: dict[str, Any] | None = None  # further fields of the engine's own; "process": whether in its own
     retention_s: float = 600.0  # how long journals stay after a request's end
     drain_timeout: float = 60.0
     stall_timeout: float = 60.0  # a step without any progress for so long ends the process
@@ -81,29 +83,46 @@ async def run_worker(
     try:
         return await worker.run()
     finally:
+        if isinstance(worker.engine, ProcessEngine):
+            worker.engine.close()
         for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
             loop.remove_signal_handler(number)
         await bus.close()
 
 
 def make_engine(config: WorkerConfig) -> Engine:
-    if config.engine == "simulated":
-        return SimulatedEngine(_engine_config(SimulatedConfig, config))
-    if config.engine != "torch":
+    """The configured engine. On a GPU in a process of its own, or as `process` of the engine options says."""
+    if config.engine not in ("torch", "simulated"):
         raise StartError(f"engine must be torch or simulated, not {config.engine}")
+    options = dict(config.engine_options or {})
+    apart = options.pop("process", config.engine == "torch" and on_gpu(config.device))
+    if config.engine == "simulated":
+        simulated = _engine_config(SimulatedConfig, config, options)
+        return ProcessEngine("simulated", simulated) if apart else SimulatedEngine(simulated)
     if config.model is None:
         raise StartError("no model: pass --model with a local directory or a hub id")
     from workers.torch_engine.config import EngineConfig
-    from workers.torch_engine.engine import TorchEngine  # torch takes seconds to import
 
-    return TorchEngine(_engine_config(EngineConfig, config))
+    torch_config = _engine_config(EngineConfig, config, options)
+    if apart:
+        return ProcessEngine("torch", torch_config)
+    from workers.torch_engine.make import make_engine  # torch takes seconds to import
+
+    return make_engine(torch_config)
 
 
-def _engine_config(kind: type[Any], config: WorkerConfig) -> Any:
+def on_gpu(device: str | None) -> bool:
+    """Whether ``device`` will be a GPU, as far as can be told without torch."""
+    if device not in (None, "auto"):
+        return str(device).startswith("cuda")
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _engine_config(kind: type[Any], config: WorkerConfig, options: dict[str, Any]) -> Any:
     names = {f.name for f in dataclasses.fields(kind)}
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in names}
     try:
-        return kind(**{k: v for k, v in given.items() if v is not None} | (config.engine_options or {}))
+        return kind(**{k: v for k, v in given.items() if v is not None} | options)
     except TypeError as error:
         raise StartError(f"--engine-options: {error}") from error
 
