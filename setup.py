@@ -1,8 +1,9 @@
 """The native CPU kernels; everything else is in pyproject.toml.
 
-Optional: without a C++ compiler the install goes on and the engine keeps to torch. OpenMP is compiled in but
-not linked: the symbols come from the runtime that torch has mapped (workers/native says why).
+Optional: without a C++ compiler the install goes on and the engine keeps to torch.
 """
+
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -11,10 +12,10 @@ setup(
         Extension(
             "workers.native._kernels",
             sources=[f"workers/native/kernels_{name}.cpp" for name in ("base", "avx2", "avx512")],
-            depends=["workers/native/kernels.inc"],
+            depends=sorted(str(path) for path in Path("workers/native").glob("*.inc")),
             language="c++",
             optional=True,
-            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-g0", "-Wno-psabi", "-Wno-ignored-attributes"],
+            extra_compile_args=["-O3", "-std=c++17", "-pthread", "-g0", "-Wno-psabi", "-Wno-ignored-attributes"],
         )
     ]
 )

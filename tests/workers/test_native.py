@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+import threading
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from workers import native
-from workers.native import Kernels, KernelsUnavailable, Packed, instruction_sets, load_kernels
+from workers.native import Kernels, KernelsUnavailable, Packed, Pool, Rule, instruction_sets, load_kernels, make_step
 
 try:
     load_kernels()
@@ -22,7 +26,9 @@ except KernelsUnavailable as error:
 @pytest.fixture(params=instruction_sets())
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     built = next(Path(native.__file__).parent.glob("_kernels*.so"))
-    return Kernels(ctypes.CDLL(str(built)), request.param)
+    chosen = Kernels(ctypes.CDLL(str(built)), request.param)
+    chosen.set_threads(3)
+    return chosen
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +36,39 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def test_one_openmp_runtime_is_mapped() -> None:
-    load_kernels()
-    torch.randn(512, 512) @ torch.randn(512, 512)
-    assert len(native._mapped_openmp()) == 1
+def test_the_team_changes_its_size_and_serves_several_callers(kernels: Kernels) -> None:
+    """One call at a time has the team; those that come meanwhile compute alone, and all are right."""
+    weight, x = torch.randn(512, 96), torch.randn(7, 96)
+    packed, expected = Packed(weight, None), F.linear(x, weight)
+    for threads in (1, 4, 2, 5):
+        kernels.set_threads(threads)
+        wrong: list[int] = []
+
+        def call(wrong: list[int] = wrong) -> None:
+            for _ in range(50):
+                out = kernels.linear(x, packed, torch.empty(7, 512))
+                wrong.append(int(not torch.allclose(out, expected, rtol=1e-4, atol=1e-4)))
+
+        callers = [threading.Thread(target=call) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert len(wrong) == 150
+        assert not any(wrong)
+
+
+def test_a_forked_process_has_a_team_of_its_own(kernels: Kernels) -> None:
+    packed = Packed(torch.randn(512, 96), None)
+    x, ours = torch.randn(7, 96), torch.empty(7, 512)
+    kernels.linear(x, packed, ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads: what is tested here
+        child = os.fork()
+    if child == 0:
+        again = kernels.linear(x, packed, torch.empty(7, 512))
+        os._exit(0 if bool((again == ours).all()) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 13, 25, 200])
@@ -73,7 +108,7 @@ def _reference_attention(q, k, v, base, scale, softcap, window, sinks):  # type:
     return torch.einsum("hnc,chd->nhd", weights, v.repeat_interleave(group, 1))
 
 
-@pytest.mark.parametrize("block_size", [4, 16, 80])
+@pytest.mark.parametrize("block_size", [4, 16, 20, 80])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dk", "dv"), [(4, 2, 32, 32), (6, 1, 64, 64), (3, 3, 20, 12), (8, 8, 128, 80)]
 )
@@ -81,33 +116,67 @@ def _reference_attention(q, k, v, base, scale, softcap, window, sinks):  # type:
     ("softcap", "window", "sinks"), [(0.0, 0, False), (5.0, 0, False), (0.0, 7, False), (0.0, 20, True)]
 )
 def test_attention(kernels, block_size, heads, kv_heads, dk, dv, softcap, window, sinks) -> None:  # type: ignore[no-untyped-def]
-    lengths, queries = [1, 37, 90, 64], [1, 5, 1, 23]  # context after the step; the last of them computed in it
+    lengths, queries = [1, 37, 90, 64, 300], [1, 5, 1, 23, 130]  # context after the step; computed in it
+    group = heads // kv_heads
     blocks = [-(-n // block_size) for n in lengths]
     order = torch.randperm(sum(blocks))
-    k = torch.full((sum(blocks), block_size, kv_heads, dk), math.nan)  # what must not be read is poison
-    v = torch.full((sum(blocks), block_size, kv_heads, dv), math.nan)
-    tables = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+    padded = -(-block_size // native.PANEL) * native.PANEL
+    k = torch.full((sum(blocks) * padded, kv_heads, dk), math.nan)  # what must not be read is poison
+    v = torch.full((sum(blocks) * padded, kv_heads, dv), math.nan)
+    pool = Pool(k.data_ptr(), v.data_ptr(), kv_heads, dk, dv, block_size)
+    tables = np.zeros((len(lengths), max(blocks)), np.int32)
     q = torch.randn(sum(queries), heads, dk)
     sink = torch.randn(heads) if sinks else None
     expected, given = [], 0
-    starts = torch.tensor([0, *torch.tensor(queries).cumsum(0)], dtype=torch.int32)
+    starts = np.array([0, *np.cumsum(queries)], np.int32)
     for s, (length, count) in enumerate(zip(lengths, queries, strict=True)):
         table = order[given : given + blocks[s]]
         given += blocks[s]
         tables[s, : blocks[s]] = table
         keys, values = torch.randn(length, kv_heads, dk), torch.randn(length, kv_heads, dv)
         slots = table[torch.arange(length) // block_size] * block_size + torch.arange(length) % block_size
-        padding = torch.tensor([-1])
-        kernels.store(torch.cat([keys, keys[:1]]), k, torch.cat([slots, padding]))
-        kernels.store(torch.cat([values, values[:1]]), v, torch.cat([slots, padding]))
+        slots = torch.cat([slots, torch.tensor([-1])])
+        kernels.store(torch.cat([keys, keys[:1]]), torch.cat([values, values[:1]]), pool, slots)
         mine = q[int(starts[s]) : int(starts[s + 1])]
         expected.append(_reference_attention(mine, keys, values, length - count, 0.3, softcap, window, sink))
-    out = torch.empty(sum(queries), heads, dv)
-    contexts = torch.tensor(lengths, dtype=torch.int32)
-    kernels.attention(
-        q, k, v, out, tables, starts, contexts, scale=0.3, softcap=softcap, window=window, sinks=sink
-    )  # fmt: skip
+    step = make_step(tables, starts, np.array(lengths, np.int32), torch.zeros(len(q), dtype=torch.int64), group)
+    rule = Rule(0.3, softcap, window, None if sink is None else sink.data_ptr())
+    out = kernels.attention(q, pool, step, rule, torch.empty(sum(queries), heads, dv))
     torch.testing.assert_close(out, torch.cat(expected), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_a_product_does_not_depend_on_its_neighbours(kernels: Kernels, dtype: torch.dtype, int8: bool) -> None:
+    """Bit by bit: the same request must draw the same tokens beside whomever it runs."""
+    packed = Packed(torch.randn(2 * 32, 700).to(dtype), torch.randn(2 * 32), int8=int8)
+    x = torch.randn(200, 700)
+    whole = kernels.linear(x, packed, torch.empty(200, 64))
+    gated = kernels.gate_up(x, packed, 0, torch.empty(200, 32))
+    for begin, end in ((0, 1), (5, 7), (9, 12), (20, 28), (40, 53), (60, 160)):
+        part = x[begin:end]
+        assert torch.equal(kernels.linear(part, packed, torch.empty(len(part), 64)), whole[begin:end])
+        assert torch.equal(kernels.gate_up(part, packed, 0, torch.empty(len(part), 32)), gated[begin:end])
+
+
+@pytest.mark.parametrize("window", [0, 70])
+def test_a_row_of_attention_does_not_depend_on_the_chunk_it_is_in(kernels: Kernels, window: int) -> None:
+    length, heads, kv_heads, size = 300, 6, 2, 32
+    keys, values = torch.zeros(320, kv_heads, size), torch.zeros(320, kv_heads, size)
+    pool = Pool(keys.data_ptr(), values.data_ptr(), kv_heads, size, size, 16)
+    slots = torch.arange(length)
+    kernels.store(torch.randn(length, kv_heads, size), torch.randn(length, kv_heads, size), pool, slots)
+    q, rule = torch.randn(length, heads, size), Rule(0.2, 0.0, window, None)
+    tables = np.arange(20, dtype=np.int32)[None]
+
+    def attend(begin: int, end: int) -> torch.Tensor:
+        starts, contexts = np.array([0, end - begin], np.int32), np.array([end], np.int32)
+        step = make_step(tables, starts, contexts, slots[begin:end], heads // kv_heads)
+        return kernels.attention(q[begin:end], pool, step, rule, torch.empty(end - begin, heads, size))
+
+    whole = attend(0, length)
+    for begin, end in ((0, 1), (63, 66), (130, 131), (200, 300), (299, 300)):
+        assert torch.equal(attend(begin, end), whole[begin:end])
 
 
 @pytest.mark.parametrize("width", [7, 64, 577])
@@ -117,15 +186,19 @@ def test_rms_norm(kernels: Kernels, width: int) -> None:
     torch.testing.assert_close(out, F.rms_norm(x, (width,), weight, 1e-5), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [5, 64, 131])
-def test_gated(kernels: Kernels, width: int) -> None:
-    both = torch.randn(9, 2 * width) * 4
-    gate, up = both[:, :width], both[:, width:]
-    for kind, act in enumerate([F.silu, lambda g: F.gelu(g, approximate="tanh")]):
-        out = kernels.gated(gate, up, torch.empty(9, width), kind)
-        torch.testing.assert_close(out, act(gate) * up, rtol=1e-5, atol=1e-5)
-    extreme = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]])
-    torch.testing.assert_close(kernels.gated(extreme, extreme, torch.empty(1, 5), 0), F.silu(extreme) * extreme)
+@pytest.mark.parametrize("rows", [1, 9, 200])
+@pytest.mark.parametrize(("act", "torch_act"), list(enumerate([F.silu, lambda g: F.gelu(g, approximate="tanh")])))
+def test_gate_up(kernels: Kernels, rows: int, act: int, torch_act) -> None:  # type: ignore[no-untyped-def]
+    weight, bias, x = torch.randn(2 * 48, 20), torch.randn(2 * 48), torch.randn(rows, 20)
+    gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)
+    out = kernels.gate_up(x, Packed(weight, bias), act, torch.empty(rows, 48))
+    torch.testing.assert_close(out, torch_act(gate) * up, rtol=1e-4, atol=1e-4)
+
+
+def test_extreme_gates(kernels: Kernels) -> None:
+    x = torch.tensor([[-1e4], [-100.0], [0.0], [100.0], [1e4]])
+    out = kernels.gate_up(x, Packed(torch.ones(32, 1), None), 0, torch.empty(5, 16))
+    torch.testing.assert_close(out, (F.silu(x) * x).expand(5, 16))
 
 
 @pytest.mark.parametrize("rot", [4, 24, 64])

@@ -1,8 +1,7 @@
 """The CPU kernels and their door: plain C functions reached by ctypes, no torch headers.
 
 The library is built with the package where there is a C++ compiler (setup.py) and is optional: without it
-`load_kernels` says why and the engine keeps to torch. It is linked without an OpenMP runtime of its own
-and finds torch's, which is mapped already: two runtimes in one process would fight for the cores.
+`load_kernels` says why and the engine keeps to torch. Its threads are its own (team.inc).
 """
 
 from __future__ import annotations
@@ -14,18 +13,54 @@ from functools import cache
 from importlib import machinery
 from pathlib import Path
 
+import numpy as np
 import torch
 
-PANEL = 16  # outputs in a panel of packed weights
+PANEL = 16  # outputs in a panel of packed weights, tokens in a panel of the pool
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+ACTIVATIONS = ("silu", "gelu by tanh")
+TASK_ROWS = 96  # query positions times heads of a group that one task of attention takes: its buffers fit the L2 cache
 
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+
+
+class Linear(ctypes.Structure):
+    _fields_ = [("weight", _P), ("scale", _P), ("bias", _P), ("N", _I), ("K", _I), ("kind", _I)]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [
+        ("tasks", _P), ("tables", _P), ("starts", _P), ("contexts", _P), ("slots", _P),
+        ("task_count", _I), ("width", _I), ("T", _I), ("tile", _I),
+    ]  # fmt: skip
+    arrays: tuple[np.ndarray | torch.Tensor, ...]  # whose memory it points to
+
+
+class Rule(ctypes.Structure):
+    _fields_ = [("scale", _F), ("softcap", _F), ("window", _I), ("sinks", _P)]
+
+
+class Pool(ctypes.Structure):
+    _fields_ = [
+        ("keys", _P), ("values", _P), ("kv_heads", _I), ("key_size", _I), ("value_size", _I), ("block_size", _I),
+    ]  # fmt: skip
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        ("qkv", Linear), ("o", Linear), ("gate_up", Linear), ("down", Linear),
+        ("norms", _P * 6), ("eps", _F * 6), ("rule", Rule), ("heads", _I), ("act", _I), ("rot", _I),
+    ]  # fmt: skip
+
+
 _SIGNATURES: dict[str, list[type]] = {
-    "linear": [_P, _I, _P, _N, _P, _P, _P, _I, _I, _I, _I],
-    "attention": [_P, _I, _I, _P, _P, _P, _P, _P, _I, _P, _I, _P, _P, _I, _I, _I, _I, _I, _I, _F, _F, _I, _P],
-    "store": [_P, _I, _I, _P, _P, _P, _I, _I, _I, _I],
+    "set_threads": [_N],
+    "linear": [_P, _P, _I, _P, _I, _I],
+    "gate_up": [_P, _I, _P, _I, _P, _I, _I],
+    "attention": [_P, _P, _P, _P, _I, _I, _P, _I],
+    "store": [_P, _P, _P, _I, _I, _P, _I, _I, _I],
+    "layer": [_P, _P, _P, _P, _P, _I, _P, _P, _P],
     "rms_norm": [_P, _I, _P, _P, _I, _I, _F],
-    "gated": [_P, _P, _I, _P, _I, _I, _N],
     "rotary": [_P, _I, _I, _P, _P, _I, _P, _I, _I, _I, _I, _I],
 }
 
@@ -46,11 +81,6 @@ def instruction_sets() -> list[str]:
     return found
 
 
-def _mapped_openmp() -> list[str]:
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return sorted({line.split()[-1] for line in lines if any(n in line for n in ("libgomp", "libomp", "libiomp"))})
-
-
 class Kernels:
     """The functions of one instruction set. Tensors are float32 on the CPU unless said otherwise."""
 
@@ -61,60 +91,66 @@ class Kernels:
             function.argtypes, function.restype = arguments, None
             setattr(self, "_" + name, function)
 
+    _set_threads: Callable[..., None]
     _linear: Callable[..., None]
+    _gate_up: Callable[..., None]
     _attention: Callable[..., None]
     _store: Callable[..., None]
+    _layer: Callable[..., None]
     _rms_norm: Callable[..., None]
-    _gated: Callable[..., None]
     _rotary: Callable[..., None]
+
+    def set_threads(self, threads: int) -> None:
+        """How many threads compute, the caller's among them. Of the process, and not while a call is under way."""
+        self._set_threads(threads)
 
     def linear(self, x: torch.Tensor, packed: Packed, out: torch.Tensor) -> torch.Tensor:
         """out [M, N] = x [M, K] @ W^T + b. Rows of x and out may be strided, their elements not."""
-        self._linear(
-            x.data_ptr(), x.stride(0), packed.weight.data_ptr(), packed.kind, _pointer(packed.scale),
-            _pointer(packed.bias), out.data_ptr(), out.stride(0), x.shape[0], packed.outputs, packed.inputs,
+        self._linear(packed.pointer, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), x.shape[0])
+        return out
+
+    def gate_up(self, x: torch.Tensor, packed: Packed, act: int, out: torch.Tensor) -> torch.Tensor:
+        """out [M, N / 2] = act(gate) * up, where ``packed`` holds the gate's weights before those of up; both are
+        whole panels. ``act`` indexes ACTIVATIONS."""
+        self._gate_up(packed.pointer, act, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), x.shape[0])
+        return out
+
+    def attention(self, q: torch.Tensor, pool: Pool, step: Step, rule: Rule, out: torch.Tensor) -> torch.Tensor:
+        """Paged attention. q [T, H, dk] (elements adjacent) against the pool into out [T, H, dv] (contiguous)."""
+        self._attention(
+            ctypes.addressof(step), ctypes.addressof(pool), ctypes.addressof(rule), q.data_ptr(), q.stride(0),
+            q.stride(1), out.data_ptr(), q.shape[1],
         )  # fmt: skip
         return out
 
-    def attention(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        tables: torch.Tensor,
-        starts: torch.Tensor,
-        contexts: torch.Tensor,
-        *,
-        scale: float,
-        softcap: float = 0.0,
-        window: int = 0,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        """Paged attention. q [T, H, dk], out [T, H, dv] contiguous; pools [blocks, block size, KVH, d] (any strides,
-        d contiguous); tables int32 [S, width], starts int32 [S + 1], contexts int32 [S]; sinks [H]."""
-        self._attention(
-            q.data_ptr(), q.stride(0), q.stride(1), k.data_ptr(), _strides(k), v.data_ptr(), _strides(v),
-            out.data_ptr(), out.stride(0), tables.data_ptr(), tables.stride(0), starts.data_ptr(), contexts.data_ptr(),
-            contexts.shape[0], q.shape[1], k.shape[2], k.shape[3], v.shape[3], k.shape[1], scale, softcap, window,
-            _pointer(sinks),
+    def store(self, key: torch.Tensor, value: torch.Tensor, pool: Pool, slots: torch.Tensor) -> None:
+        """key [T, KVH, dk] and value [T, KVH, dv] into the pool's slots (int64 [T]; -1: nowhere)."""
+        self._store(
+            ctypes.addressof(pool), slots.data_ptr(), key.data_ptr(), key.stride(0), key.stride(1), value.data_ptr(),
+            value.stride(0), value.stride(1), key.shape[0],
         )  # fmt: skip
 
-    def store(self, x: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> None:
-        """Rows of x [T, KVH, d] into the pool's slots (int64 [T]; -1: nowhere)."""
-        self._store(
-            x.data_ptr(), x.stride(0), x.stride(1), pool.data_ptr(), _strides(pool), slots.data_ptr(), x.shape[0],
-            pool.shape[2], pool.shape[3], pool.shape[1],
+    def layer(
+        self,
+        layer: Layer,
+        step: Step,
+        pool: Pool,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        work: torch.Tensor,
+    ) -> None:
+        """A decoder layer of x [T, C] into out [T, C]; cosine and sine [T, rot] with one row stride. ``work`` has
+        T * (C + outputs of qkv + inputs of o + inputs of down) floats."""
+        self._layer(
+            ctypes.addressof(layer), ctypes.addressof(step), ctypes.addressof(pool), cosine.data_ptr(),
+            sine.data_ptr(), cosine.stride(0), x.data_ptr(), out.data_ptr(), work.data_ptr(),
         )  # fmt: skip
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
         """x [T, C] (rows may be strided) normalised and scaled by weight [C] into out [T, C]."""
         self._rms_norm(x.data_ptr(), x.stride(0), weight.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], eps)
-        return out
-
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, kind: int) -> torch.Tensor:
-        """out [T, F] = act(gate) * up; kind 0: silu, 1: gelu by tanh. gate and up share one row stride."""
-        self._gated(gate.data_ptr(), up.data_ptr(), gate.stride(0), out.data_ptr(), out.shape[0], out.shape[1], kind)
         return out
 
     def rotary(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -130,8 +166,25 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _strides(pool: torch.Tensor) -> ctypes.Array[ctypes.c_int64]:
-    return (_I * 3)(*pool.stride()[:3])
+def make_step(tables: np.ndarray, starts: np.ndarray, contexts: np.ndarray, slots: torch.Tensor, group: int) -> Step:
+    """What attention is told of a step: int32 tables [S, width], starts [S + 1], contexts [S] after the step, and
+    slots int64 [T]. Each sequence is cut into tasks of TASK_ROWS rows for ``group`` query heads to a key head; those
+    with most to read come first, so that no thread is left with a long one at the end."""
+    tile = max(1, TASK_ROWS // group)
+    counts = np.diff(starts)
+    cuts = -(-counts // tile)
+    sequence = np.repeat(np.arange(len(counts), dtype=np.int32), cuts)
+    nth = np.arange(len(sequence)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+    begin = starts[sequence] + nth * tile
+    end = np.minimum(begin + tile, starts[sequence + 1])
+    cost = (contexts[sequence] - (starts[sequence + 1] - end)) * (end - begin)
+    tasks = np.ascontiguousarray(np.stack([sequence, begin, end], 1)[np.argsort(-cost, kind="stable")], np.int32)
+    step = Step(
+        tasks.ctypes.data, tables.ctypes.data, starts.ctypes.data, contexts.ctypes.data, slots.data_ptr(),
+        len(tasks), tables.shape[1], len(slots), tile,
+    )  # fmt: skip
+    step.arrays = (tasks, tables, starts, contexts, slots)
+    return step
 
 
 class Packed:
@@ -142,20 +195,43 @@ class Packed:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, int8: bool = False) -> None:
-        self.outputs, self.inputs = weight.shape
-        self.scale: torch.Tensor | None = None
+        outputs, inputs = weight.shape
+        scale: torch.Tensor | None = None
         if int8:
             wide = weight.float()
             scale = (wide.abs().amax(dim=1) / 127).clamp_min(1e-12)
             weight = (wide / scale[:, None]).round().to(torch.int8)
-            self.scale = torch.nn.functional.pad(scale, (0, -self.outputs % PANEL)).contiguous()
+            scale = torch.nn.functional.pad(scale, (0, -outputs % PANEL)).contiguous()
         elif weight.dtype == torch.float16:
             weight = weight.float()
-        self.kind = KINDS[weight.dtype]
-        if self.outputs % PANEL:
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, -self.outputs % PANEL))
-        self.weight = weight.view(-1, PANEL, self.inputs).transpose(1, 2).contiguous()
-        self.bias = None if bias is None else bias.float().contiguous()
+        if outputs % PANEL:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL))
+        panels = weight.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+        self._keep(panels, outputs, scale, None if bias is None else bias.detach().float().contiguous())
+
+    def _keep(self, panels: torch.Tensor, outputs: int, scale: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+        self.weight, self.outputs, self.inputs = panels, outputs, panels.shape[1]
+        self.scale, self.bias, self.kind = scale, bias, KINDS[panels.dtype]
+        self.linear = Linear(panels.data_ptr(), _pointer(scale), _pointer(bias), self.outputs, self.inputs, self.kind)
+        self.pointer = ctypes.addressof(self.linear)
+
+    @classmethod
+    def concat(cls, parts: list[Packed]) -> Packed | None:
+        """One for several products of the same input; None where their panels do not line up."""
+        first = parts[0]
+        if any(p.kind != first.kind or p.inputs != first.inputs for p in parts):
+            return None
+        if any(p.outputs % PANEL for p in parts[:-1]):
+            return None
+        whole = cls.__new__(cls)
+        biases = [torch.zeros(p.outputs) if p.bias is None else p.bias for p in parts]
+        whole._keep(
+            torch.cat([p.weight for p in parts]),
+            sum(p.outputs for p in parts),
+            None if first.scale is None else torch.cat([p.scale for p in parts if p.scale is not None]),
+            torch.cat(biases) if any(p.bias is not None for p in parts) else None,
+        )
+        return whole
 
 
 @cache
@@ -165,11 +241,7 @@ def load_kernels() -> Kernels:
     built = [p for suffix in machinery.EXTENSION_SUFFIXES for p in folder.glob(f"_kernels{suffix}")]
     if not built:
         raise KernelsUnavailable("not built: installing the package needs a C++ compiler for them")
-    runtimes = _mapped_openmp()
-    if len(runtimes) != 1:
-        raise KernelsUnavailable(f"torch maps {len(runtimes)} OpenMP runtimes, not one")
     try:
-        ctypes.CDLL(runtimes[0], mode=ctypes.RTLD_GLOBAL)  # its symbols are what the library links to
         library = ctypes.CDLL(str(built[0]))
         chosen = next(i for i in instruction_sets() if hasattr(library, f"headrace_linear_{i}"))
         return Kernels(library, chosen)

@@ -1,6 +1,6 @@
 // x86-64 with avx2,fma,f16c.
 #if defined(__x86_64__)
-#include <type_traits>
+#include "standard.inc"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

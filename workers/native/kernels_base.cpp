@@ -1,4 +1,6 @@
 // Any machine: four floats at a time (SSE2, NEON).
+#include "standard.inc"
+
 #define NAME(op) headrace_##op##_base
 #define VBYTES 16
 #include "kernels.inc"

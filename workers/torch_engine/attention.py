@@ -10,6 +10,7 @@ window, are the backend's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,18 +80,25 @@ class PagedAttention:
         self.modules: set[torch.nn.Module] = set()
         self.dtype = torch.float32  # of keys and values, as the probe found them
         self.calls = 0
-        self._layer = 0
+        self.layer = 0  # of the next call
+        self.watch: Callable[[AttentionRule, torch.Tensor | None, int], None] | None = None  # told rule, sinks, heads
 
-    def begin(self, step: StepInputs | None) -> None:
-        """A pass over ``step`` begins."""
+    def begin(self, step: StepInputs | None, layer: int = 0) -> None:
+        """A pass over ``step`` begins, at ``layer``."""
         self.step = step
-        self._layer = 0
+        self.layer = layer
+
+    def next_layer(self) -> int:
+        """Which layer of the pool the call that now begins has."""
+        self.calls += 1
+        self.layer += 1
+        return self.layer - 1
 
     def end(self) -> None:
         """The pass is over. EngineFailed if it called another number of layers than the probe did."""
         self.step = None
-        if self._layer != len(self.shapes):
-            raise EngineFailed(f"a pass called {self._layer} attention layers instead of {len(self.shapes)}")
+        if self.layer != len(self.shapes):
+            raise EngineFailed(f"a pass called {self.layer} attention layers instead of {len(self.shapes)}")
 
     def attend(
         self,
@@ -102,16 +110,17 @@ class PagedAttention:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Arguments and result as transformers has them: [1, heads, T, size] in, [1, T, heads, value_size] out."""
-        self.calls += 1
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
         if self.pool is None:
             self.modules.add(module)
+            self.calls += 1
             self.shapes.append(LayerShape(key.shape[1], key.shape[2], value.shape[2]))
             self.dtype = key.dtype
             return query.new_zeros(1, query.shape[0], query.shape[1], value.shape[2])
         assert self.step is not None
-        layer = self._layer
-        self._layer += 1
+        layer = self.next_layer()
+        if self.watch:
+            self.watch(rule, sinks, query.shape[1])
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         self.backend.write(key, value, keys, values, self.step)
         out = self.backend.attend(query, key, value, keys, values, self.step, rule, sinks)

@@ -27,6 +27,7 @@ from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.fuse import fuse
 from workers.torch_engine.inputs import Seats, StepInputs
 from workers.torch_engine.kv_pool import KVPool, block_bytes, blocks_within
+from workers.torch_engine.layers import fuse_layers
 from workers.torch_engine.memory import default_threads, kv_budget
 from workers.torch_engine.native_attention import NativeAttention
 from workers.torch_engine.output import StepClock, TorchStepOutput
@@ -87,6 +88,7 @@ class TorchEngine:
         if self.device.type == "cpu":
             try:
                 kernels = load_kernels()
+                kernels.set_threads(torch.get_num_threads())
             except KernelsUnavailable as reason:
                 log.warning("native CPU kernels %s; torch serves alone, more slowly", reason)
         try:
@@ -111,16 +113,16 @@ class TorchEngine:
         early = kernels is None or self.model.dtype == torch.float32
         own = verify.own_logits(self.model, self.device) if early else None
         if kernels is not None:
-            self._go_native(kernels)
+            report = fuse(self.model, kernels)
+            self.attention.backend = NativeAttention(kernels)
         verify.probe(self.model, self.attention, self.device)
         self._make_pool(4 * verify.LENGTH, max(self.max_model_len, verify.LENGTH))
-        verify.compare(self.model, self._paged_logits, own or verify.own_logits(self.model, self.device), self.device)
-
-    def _go_native(self, kernels: Kernels) -> None:
-        """Weights keep their precision, arithmetic is float32 either way."""
-        report = fuse(self.model, kernels)
-        self.attention.backend = NativeAttention(kernels)
-        log.info("native CPU kernels (%s): %s", kernels.instruction_set, report)
+        own = own or verify.own_logits(self.model, self.device)
+        if kernels is not None:
+            text = torch.arange(verify.LENGTH, device=self.device)
+            fuse_layers(self.model, kernels, self.attention, lambda: self._paged_logits([text]), report)
+            log.info("native CPU kernels (%s): %s", kernels.instruction_set, report)
+        verify.compare(self.model, self._paged_logits, own, self.device)
 
     def _make_pool_within(self, budget: int) -> None:
         """Make the pool that serves. A longest context that the user left open is lowered to what fits."""

@@ -7,7 +7,8 @@ differs is left to torch and named in the report. Class names are no evidence: g
 - Linear and Conv1D: packed weights in the checkpoint's precision, fp32 arithmetic; a tied embedding reads
   the same packed weights, so nothing is stored twice;
 - RMSNorm; gated MLPs (gate and up as one product); q, k and v as one product;
-- `apply_rotary_pos_emb`, in a copy of the attention's forward, so that no other model in the process changes.
+- `apply_rotary_pos_emb`, in a copy of the attention's forward, so that no other model in the process changes;
+- whole decoder layers, once there is a pool to attend to (layers.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from workers.native import PANEL, Kernels, Packed
+from workers.native import ACTIVATIONS, PANEL, Kernels, Packed
 
 TOLERANCE = 1e-4  # relative to the largest value of the original's output
 
@@ -84,7 +85,7 @@ class NativeRMSNorm(nn.Module):
 
 
 class NativeMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), gate and up in one product. ``act``: 0 silu, 1 gelu by tanh."""
+    """down(act(gate(x)) * up(x)), gate and up in one pass. ``act`` indexes ACTIVATIONS."""
 
     def __init__(self, kernels: Kernels, gate_up: Packed, down: Packed, act: int) -> None:
         super().__init__()
@@ -93,8 +94,7 @@ class NativeMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         count, width = rows.shape[0], self.down.inputs
-        both = self.kernels.linear(rows, self.gate_up, torch.empty(count, 2 * width))
-        hidden = self.kernels.gated(both[:, :width], both[:, width:], torch.empty(count, width), self.act)
+        hidden = self.kernels.gate_up(rows, self.gate_up, self.act, torch.empty(count, width))
         out = self.kernels.linear(hidden, self.down, torch.empty(count, self.down.outputs))
         return out.view(*x.shape[:-1], self.down.outputs)
 
@@ -148,7 +148,8 @@ def fuse(model: nn.Module, kernels: Kernels, *, int8: bool = False) -> FuseRepor
     return report
 
 
-def _equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+def agrees(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two outputs are the same but for the order of summation."""
     scale = theirs.abs().max().clamp_min(1e-6)
     return ours.shape == theirs.shape and bool(((ours - theirs).abs().max() / scale) < TOLERANCE)
 
@@ -174,7 +175,7 @@ def _pack_linears(
         ours = PackedLinear(kernels, packed)
         x = torch.randn(3, packed.inputs, generator=generator)
         theirs = torch.nn.functional.linear(x, weight.float(), None if bias is None else bias.float())
-        if not int8 and not _equal(ours(x), theirs):
+        if not int8 and not agrees(ours(x), theirs):
             report.kept["linear"] += 1
             continue
         packed_by_weight[id(child.weight)] = packed
@@ -195,29 +196,12 @@ def _fuse_norms(model: nn.Module, kernels: Kernels, report: FuseReport, generato
         x = torch.randn(3, weight.shape[0], generator=generator) * 2
         for scale in (weight.detach(), 1 + weight.detach()):
             ours = NativeRMSNorm(kernels, scale.contiguous(), float(eps or 0))
-            if isinstance(eps, float) and _equal(ours(x), child(x)):
+            if isinstance(eps, float) and agrees(ours(x), child(x)):
                 setattr(parent, name, ours)
                 report.fused["norm"] += 1
                 break
         else:
             report.kept[type(child).__name__] += 1
-
-
-def _concat(parts: list[Packed]) -> Packed | None:
-    """One packed weight for several of the same input; None where their panels do not line up."""
-    first = parts[0]
-    if any(p.kind != first.kind or p.outputs % PANEL or p.inputs != first.inputs for p in parts[:-1]):
-        return None
-    if parts[-1].kind != first.kind or parts[-1].inputs != first.inputs:
-        return None
-    whole = Packed.__new__(Packed)
-    whole.inputs, whole.kind = first.inputs, first.kind
-    whole.outputs = sum(p.outputs for p in parts)
-    whole.weight = torch.cat([p.weight for p in parts])
-    whole.scale = None if first.scale is None else torch.cat([p.scale for p in parts if p.scale is not None])
-    biases = [torch.zeros(p.outputs) if p.bias is None else p.bias for p in parts]
-    whole.bias = torch.cat(biases) if any(p.bias is not None for p in parts) else None
-    return whole
 
 
 def _fuse_mlps(model: nn.Module, kernels: Kernels, report: FuseReport, generator: torch.Generator) -> None:
@@ -227,16 +211,16 @@ def _fuse_mlps(model: nn.Module, kernels: Kernels, report: FuseReport, generator
             continue
         gate, up, both = (getattr(child, n, None) for n in ("gate_proj", "up_proj", "gate_up_proj"))
         if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear):
-            gate_up = _concat([gate.packed, up.packed])
+            gate_up = Packed.concat([gate.packed, up.packed])
         else:
             gate_up = both.packed if isinstance(both, PackedLinear) else None
-        if gate_up is None or gate_up.outputs != 2 * down.packed.inputs:
+        if gate_up is None or gate_up.outputs != 2 * down.packed.inputs or down.packed.inputs % PANEL:
             continue
         x = torch.randn(1, 3, gate_up.inputs, generator=generator)
         theirs = child(x)
-        for act in (0, 1):
+        for act in range(len(ACTIVATIONS)):
             ours = NativeMLP(kernels, gate_up, down.packed, act)
-            if _equal(ours(x), theirs):
+            if agrees(ours(x), theirs):
                 setattr(parent, name, ours)
                 report.fused["mlp"] += 1
                 break
@@ -249,7 +233,7 @@ def _merge_projections(model: nn.Module, kernels: Kernels, report: FuseReport) -
         parts = [getattr(module, n, None) for n in ("q_proj", "k_proj", "v_proj")]
         if not all(isinstance(p, PackedLinear) for p in parts):
             continue
-        packed = _concat([p.packed for p in parts])  # type: ignore[union-attr]
+        packed = Packed.concat([p.packed for p in parts])  # type: ignore[union-attr]
         if packed is None:
             continue
         shared, begin = SharedInput(kernels, packed), 0
@@ -285,7 +269,7 @@ def _rotary_agrees(ours: Callable[..., Any], original: Callable[..., Any], gener
         theirs = original(q, k, angles.cos(), angles.sin())
     except (TypeError, RuntimeError, IndexError):  # another signature or shape: not the function we know
         return False
-    return all(_equal(a, b) for a, b in zip(ours(q, k, angles.cos(), angles.sin()), theirs, strict=True))
+    return all(agrees(a, b) for a, b in zip(ours(q, k, angles.cos(), angles.sin()), theirs, strict=True))
 
 
 def _fuse_rotary(model: nn.Module, kernels: Kernels, report: FuseReport, generator: torch.Generator) -> None:

@@ -121,6 +121,8 @@ class TableSteps:
         self._hosts: list[torch.Tensor] = [torch.zeros(0, dtype=torch.uint8) for _ in range(HOST_BUFFERS)]
         self._copied: list[torch.cuda.Event | None] = [None] * HOST_BUFFERS
         self._turn = 0
+        self.capture_s = 0.0
+        self.capture_bytes = 0
         self.trace: list[torch.cuda.Event] | None = None  # for benchmarks: when the device began each step
 
     @property
@@ -153,11 +155,10 @@ class TableSteps:
             gc.unfreeze()
         self._recorded = recorded[::-1]
         progress("capture", 1.0)
+        self.capture_s, self.capture_bytes = time.perf_counter() - began, self._memory() - before
         if recorded:
-            log.info(
-                "%d CUDA graphs recorded in %.1f s, %.0f MiB",
-                len(recorded), time.perf_counter() - began, (self._memory() - before) / 2**20,
-            )  # fmt: skip
+            mib = self.capture_bytes / 2**20
+            log.info("%d CUDA graphs recorded in %.1f s, %.0f MiB", len(recorded), self.capture_s, mib)
 
     def forget(self) -> None:
         """From here on every step runs launch by launch."""

@@ -1,0 +1,260 @@
+"""Whole decoder layers as one native call each, where a layer is of the usual build.
+
+Between the products of a layer lie only microseconds of arithmetic; in a small model the calls from Python between
+them cost more than the arithmetic does. So a layer whose parts all run natively (fuse.py) becomes one call.
+
+What a layer is, is seen rather than believed. One pass is run and each layer's input, output, angles and attention
+rule are noted; a layer is replaced only if its forwards mention nothing but the names below (so that nothing can
+come into play later that the pass did not show, as a scale beyond some position would), and if the native layer
+gives the same output for the same input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from workers.native import Kernels, Layer, Packed
+from workers.torch_engine.attention import AttentionRule, PagedAttention
+from workers.torch_engine.fuse import FuseReport, NativeMLP, NativeRMSNorm, PackedLinear, Slice, agrees
+from workers.torch_engine.inputs import StepInputs
+from workers.torch_engine.native_attention import native_rule, native_step, pool_of
+
+_ATTENTION_NAMES = frozenset(
+    [
+        "ALL_ATTENTION_FUNCTIONS",
+        "_attn_implementation",
+        "apply_rotary_pos_emb",
+        "attention_dropout",
+        "attn_logit_softcapping",
+        "config",
+        "contiguous",
+        "eager_attention_forward",
+        "get_interface",
+        "getattr",
+        "head_dim",
+        "is_sliding",
+        "k_norm",
+        "k_proj",
+        "layer_idx",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "o_proj",
+        "q_norm",
+        "q_proj",
+        "qkv_proj",
+        "reshape",
+        "scaling",
+        "shape",
+        "sliding_window",
+        "training",
+        "transpose",
+        "update",
+        "use_rope",
+        "v_proj",
+        "view",
+    ]
+)
+_LAYER_NAMES = frozenset(
+    [
+        "input_layernorm",
+        "mlp",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+        "pre_feedforward_layernorm",
+        "resid_attn_dropout",
+        "resid_mlp_dropout",
+        "self_attn",
+    ]
+)
+# Which norm stands before attention, after it, before the MLP, after it: the three builds there are.
+_NORMS = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+)
+
+
+@dataclass
+class Parts:
+    """What a layer consists of."""
+
+    qkv: Packed
+    o: Packed
+    gate_up: Packed
+    down: Packed
+    act: int
+    norms: list[NativeRMSNorm | None]  # in the order of Layer.norms
+
+
+@dataclass
+class Seen:
+    """One layer in the pass that was watched."""
+
+    index: int  # of its attention call
+    x: torch.Tensor  # [T, C]
+    output: torch.Tensor  # [T, C]
+    angles: tuple[torch.Tensor, torch.Tensor]  # cosine and sine, [1, T, rot]
+    rule: AttentionRule
+    sinks: torch.Tensor | None
+    heads: int
+    step: StepInputs
+
+
+class Workspace:
+    """Memory that all layers of a model work in, one after another."""
+
+    def __init__(self) -> None:
+        self._floats = torch.empty(0)
+
+    def floats(self, count: int) -> torch.Tensor:
+        if self._floats.numel() < count:
+            self._floats = torch.empty(count)
+        return self._floats
+
+
+class NativeLayer(nn.Module):
+    """Takes the place of a decoder layer; its keys and values go to the pool of ``attention``."""
+
+    def __init__(
+        self, kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen, rot: int, workspace: Workspace
+    ) -> None:
+        super().__init__()
+        self.kernels, self.attention, self.parts, self.workspace = kernels, attention, parts, workspace
+        self.sinks = seen.sinks
+        self.group = seen.heads // attention.shapes[seen.index].kv_heads
+        self.layer = Layer(
+            parts.qkv.linear, parts.o.linear, parts.gate_up.linear, parts.down.linear,
+            rule=native_rule(seen.rule, seen.sinks), heads=seen.heads, act=parts.act, rot=rot,
+        )  # fmt: skip
+        for i, norm in enumerate(parts.norms):
+            self.layer.norms[i] = norm.weight.data_ptr() if norm else None
+            self.layer.eps[i] = norm.eps if norm else 0.0
+        self.work_width = parts.qkv.inputs + parts.qkv.outputs + parts.o.inputs + parts.down.inputs
+
+    def forward(
+        self, hidden_states: torch.Tensor, *, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
+    ) -> torch.Tensor:
+        attention = self.attention
+        step, index = attention.step, attention.next_layer()
+        assert step is not None
+        assert attention.pool is not None
+        x = hidden_states[0].contiguous()
+        out = torch.empty_like(hidden_states)
+        cosine, sine = position_embeddings
+        self.kernels.layer(
+            self.layer, native_step(step, self.group),
+            pool_of(attention.pool.keys[index], attention.pool.values[index], step.block_size),
+            cosine[0], sine[0], x, out, self.workspace.floats(x.shape[0] * self.work_width),
+        )  # fmt: skip
+        return out
+
+
+def parts_of(layer: nn.Module) -> Parts | None:
+    """What ``layer`` consists of, if it is of the usual build."""
+    children = dict(layer.named_children())
+    attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
+    if attention is None or not isinstance(mlp, NativeMLP):
+        return None
+    norms = {name: child for name, child in children.items() if isinstance(child, NativeRMSNorm)}
+    if any(name not in norms and not isinstance(c, nn.Dropout | nn.Identity) for name, c in children.items()):
+        return None
+    build = next((b for b in _NORMS if {name for name in b if name} == set(norms)), None)
+    inner = dict(attention.named_children())
+    query = inner.pop("q_proj", inner.pop("qkv_proj", None))
+    qkv = query.shared.packed if isinstance(query, Slice) else getattr(query, "packed", None)
+    o = inner.pop("o_proj", None)
+    heads: list[Any] = [inner.pop("q_norm", None), inner.pop("k_norm", None)]
+    if build is None or qkv is None or not isinstance(o, PackedLinear) or set(inner) - {"k_proj", "v_proj"}:
+        return None
+    if any(norm is not None and not isinstance(norm, NativeRMSNorm) for norm in heads):
+        return None
+    if not (_names(layer) <= _LAYER_NAMES and _names(attention) <= _ATTENTION_NAMES):
+        return None
+    return Parts(qkv, o.packed, mlp.gate_up, mlp.down, mlp.act, [norms.get(n) if n else None for n in build] + heads)
+
+
+def _names(module: nn.Module) -> set[str]:
+    """Every name that a module's forward mentions."""
+    forward = type(module).forward
+    return set(getattr(forward, "__wrapped__", forward).__code__.co_names)
+
+
+@torch.no_grad()
+def fuse_layers(
+    model: nn.Module, kernels: Kernels, attention: PagedAttention, run: Callable[[], Any], report: FuseReport
+) -> None:
+    """Replace the layers that can be. ``run`` makes one pass of ``model`` over the pool."""
+    candidates = {module: parts for module in model.modules() if (parts := parts_of(module)) is not None}
+    seen = _watch(candidates, attention, run)
+    workspace = Workspace()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child not in seen:
+                continue
+            ours = _same_layer(kernels, attention, candidates[child], seen[child], workspace)
+            if ours is None:
+                report.kept[type(child).__name__] += 1
+                continue
+            for key, value in vars(child).items():  # what the model around it may ask a layer for
+                if not key.startswith("_") and isinstance(value, str | int | float):
+                    setattr(ours, key, value)
+            setattr(parent, name, ours)
+            report.fused["layer"] += 1
+
+
+def _same_layer(
+    kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen, workspace: Workspace
+) -> NativeLayer | None:
+    """A native layer that gives the output that was seen; without rotary embedding if that is what it takes."""
+    shape = attention.shapes[seen.index]
+    sizes = (seen.heads + shape.kv_heads) * shape.key_size + shape.kv_heads * shape.value_size
+    norms_fit = all(norm is None or norm.weight.shape[0] == shape.key_size for norm in parts.norms[4:])
+    if parts.qkv.outputs != sizes or parts.o.inputs != seen.heads * shape.value_size or not norms_fit:
+        return None
+    for rot in (seen.angles[0].shape[-1], 0):
+        ours = NativeLayer(kernels, attention, parts, seen, rot, workspace)
+        attention.begin(seen.step, seen.index)
+        if agrees(ours(seen.x[None], position_embeddings=seen.angles)[0], seen.output):
+            return ours
+    return None
+
+
+def _watch(
+    candidates: dict[nn.Module, Parts], attention: PagedAttention, run: Callable[[], Any]
+) -> dict[nn.Module, Seen]:
+    """Make a pass and note each candidate's last call, if it attends once and is called as transformers does today."""
+    seen: dict[nn.Module, Seen] = {}
+    began: dict[nn.Module, tuple[int, torch.Tensor]] = {}
+    rules: list[tuple[AttentionRule, torch.Tensor | None, int]] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        rules.clear()
+        began[module] = (attention.layer, x.clone())
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        index, x = began.pop(module)
+        angles = kwargs.get("position_embeddings")
+        if not isinstance(output, torch.Tensor) or not isinstance(angles, tuple) or len(rules) != 1:
+            return
+        step = attention.step
+        assert step is not None
+        floats = all(angle.dtype == torch.float32 and angle.stride(-1) == 1 for angle in angles)
+        if floats and angles[0].stride() == angles[1].stride() and x.dim() == 3:
+            seen[module] = Seen(index, x[0], output[0].clone(), angles, *rules[0], step)
+
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in candidates]
+    hooks += [module.register_forward_hook(after, with_kwargs=True) for module in candidates]
+    attention.watch = lambda rule, sinks, heads: rules.append((rule, sinks, heads))
+    try:
+        run()
+    finally:
+        attention.watch = None
+        for hook in hooks:
+            hook.remove()
+    return seen
