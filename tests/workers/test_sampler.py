@@ -5,17 +5,31 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol.messages import NewSequence, pack_ids
 from protocol.sampling import SamplingParams
+from workers.native import KernelsUnavailable, load_kernels
 from workers.torch_engine import sampler as module
 from workers.torch_engine.sampler import Sampler, keep_top_k, keep_top_p, uniforms
 
 V = 50
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture(autouse=True, params=["torch", "native"])
+def kernels(request, monkeypatch):
+    """Every test with both ways to draw on a CPU."""
+    if request.param == "native":
+        try:
+            monkeypatch.setitem(DRAWN_BY, "kernels", load_kernels())
+        except KernelsUnavailable as error:
+            pytest.skip(f"native kernels: {error}")
+
+
+DRAWN_BY = {"kernels": None}
 
 
 def sequence(seat, params, prompt=(1, 2, 3), outputs=(), seed=0, choice=0):
@@ -25,7 +39,7 @@ def sequence(seat, params, prompt=(1, 2, 3), outputs=(), seed=0, choice=0):
 
 def make(*params, **kwargs):
     """A sampler with one seat for each of ``params``, seat 0 first."""
-    made = Sampler(4, V, [7, 9], CPU)
+    made = Sampler(4, V, [7, 9], CPU, DRAWN_BY["kernels"])
     for seat, each in enumerate(params):
         made.add(sequence(seat, each, **kwargs))
     return made
@@ -59,7 +73,7 @@ def test_a_row_draws_the_same_alone_and_in_any_batch():
     logits = logits_of(rows=3)
     together = sample(make(*params), logits, position=17).tokens
     for row, each in enumerate(params):
-        alone = Sampler(4, V, [7, 9], CPU)
+        alone = make()
         alone.add(sequence(2, each))
         assert sample(alone, logits[row], position=17, seats=[2]).tokens[0] == together[row]
 
@@ -122,7 +136,7 @@ def test_min_p():
     assert {int(sample(made, logits, position).tokens[0]) for position in range(400)} == allowed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**31), st.floats(0.01, 0.999), st.floats(0.1, 8), st.sampled_from([3, 40, 700]))
 def test_top_p_keeps_the_nucleus(seed, top_p, spread, size):
     """Both searches against the definition by sorting."""
@@ -138,6 +152,27 @@ def test_top_p_keeps_the_nucleus(seed, top_p, spread, size):
     if clear:
         assert torch.equal(kept, wanted & (weights > 0))
         assert torch.equal(bisected, wanted)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(0, 2**31), st.floats(0.05, 1), st.sampled_from([0.0, 0.01, 0.3]), st.sampled_from([0, 1, 7, 300]),
+    st.floats(0.1, 8), st.sampled_from([3, 40, 700, 20000]),
+)  # fmt: skip
+def test_both_ways_draw_the_same(seed, top_p, min_p, top_k, spread, size):
+    """But for a draw on the very edge between two tokens, or a threshold within rounding of another weight."""
+    if DRAWN_BY["kernels"] is None:
+        return
+    logits = torch.randn(2, size, generator=torch.Generator().manual_seed(seed)) * spread
+    params = SamplingParams(top_p=top_p, min_p=min_p, top_k=top_k, temperature=0.9)
+    samplers = [Sampler(4, size, [], CPU, kernels) for kernels in (None, DRAWN_BY["kernels"])]
+    drawn = []
+    for made in samplers:
+        for seat in range(2):
+            made.add(sequence(seat, params, seed=seed))
+        drawn.append([sample(made, logits, position).tokens.tolist() for position in range(3, 9)])
+    different = sum(a != b for x, y in zip(*drawn, strict=True) for a, b in zip(x, y, strict=True))
+    assert different <= 1
 
 
 def test_penalties_follow_their_definitions():

@@ -61,8 +61,12 @@ _SIGNATURES: dict[str, list[type]] = {
     "store": [_P, _P, _P, _I, _I, _P, _I, _I, _I],
     "layer": [_P, _P, _P, _P, _P, _I, _P, _P, _P],
     "rms_norm": [_P, _I, _P, _P, _I, _I, _F],
+    "draw": [_P, _I, _P, _P, _I, _I],
     "rotary": [_P, _I, _I, _P, _P, _I, _P, _I, _I, _I, _I, _I],
 }
+
+
+DRAW = np.dtype([("temperature", "f4"), ("top_p", "f4"), ("min_p", "f4"), ("uniform", "f4"), ("top_k", "i8")])
 
 
 class KernelsUnavailable(Exception):
@@ -99,6 +103,7 @@ class Kernels:
     _layer: Callable[..., None]
     _rms_norm: Callable[..., None]
     _rotary: Callable[..., None]
+    _draw: Callable[..., None]
 
     def set_threads(self, threads: int) -> None:
         """How many threads compute, the caller's among them. Of the process, and not while a call is under way."""
@@ -160,6 +165,15 @@ class Kernels:
             out.data_ptr(), out.stride(0), out.stride(1), x.shape[0], x.shape[1], x.shape[2],
         )  # fmt: skip
         return out
+
+    def draw(self, logits: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """int64 [T]: a token for each row of logits [T, vocabulary]. ``draws`` [T] of DRAW says how; a temperature of
+        zero is greedy."""
+        tokens = torch.empty(len(draws), dtype=torch.int64)
+        self._draw(
+            logits.data_ptr(), logits.stride(0), draws.ctypes.data, tokens.data_ptr(), len(draws), logits.shape[1]
+        )
+        return tokens
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -68,7 +68,7 @@ class TorchEngine:
         budget = kv_budget(config.kv_cache_memory, self.device, self._warm_up)
         self._make_pool_within(budget)
         vocab_size = self.model.config.get_text_config().vocab_size
-        self.sampler = Sampler(config.max_num_seqs, vocab_size, list(self.eos_token_ids), self.device)
+        self.sampler = Sampler(config.max_num_seqs, vocab_size, list(self.eos_token_ids), self.device, self.kernels)
         progress("warm-up", 1.0)
         return Capacity(
             model=config.served_name or config.model,
@@ -101,6 +101,7 @@ class TorchEngine:
 
     def _load_model(self, model_config: Any, kernels: Kernels | None, progress: Progress) -> None:
         """Load the weights, put the kernels in, and check that what comes out is what the model itself says."""
+        self.kernels = kernels
         self.model = loader.load_model(self.config, model_config, self.device, progress)
         self.attention = PagedAttention(TorchAttention())
         self._keeps_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters

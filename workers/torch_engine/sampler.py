@@ -17,6 +17,7 @@ import torch
 
 from protocol.messages import NewSequence, choice_seed
 from protocol.sampling import SamplingParams
+from workers.native import DRAW, Kernels
 from workers.torch_engine.inputs import to_device
 
 COLDEST = 1e-5  # temperatures below are greedy: dividing by them overflows
@@ -36,10 +37,18 @@ class Drawn:
 class Sampler:
     """Keeps what sampling needs by seat: parameters in arrays, penalty counts on the device."""
 
-    def __init__(self, seats: int, vocab_size: int, eos_token_ids: list[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        seats: int,
+        vocab_size: int,
+        eos_token_ids: list[int],
+        device: torch.device,
+        kernels: Kernels | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.device = device
+        self.kernels = kernels  # which draw on a CPU, where there are any
         self.penalties = Penalties(vocab_size, device)
         self.bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # seat -> ids, values
         self.banned: dict[int, tuple[int, np.ndarray]] = {}  # seat -> position of the first free token, banned ids
@@ -94,10 +103,7 @@ class Sampler:
         logits = logits.float()
         logprobs = torch.log_softmax(logits[self._index(lp_rows)], dim=-1) if len(lp_rows) else None
         logits = self._steer(logits, seats, positions)
-        tokens = logits.argmax(dim=-1)
-        if len(random):
-            rows = slice(None) if len(random) == len(seats) else self._index(random)
-            tokens[rows] = draw(logits[rows], fields[random], uniforms(fields["key"][random], positions[random]))
+        tokens = self._choose(logits, fields, positions, random)
         self.penalties.count(seats, tokens)
         if logprobs is None:
             return Drawn(tokens)
@@ -106,6 +112,22 @@ class Sampler:
         top = logprobs.topk(most, dim=-1)
         drawn = logprobs.gather(-1, of_rows[:, None])[:, 0]
         return Drawn(tokens, lp_rows, drawn, top.indices, top.values)
+
+    def _choose(
+        self, logits: torch.Tensor, fields: np.ndarray, positions: np.ndarray, random: np.ndarray
+    ) -> torch.Tensor:
+        """int64 [k] from the steered logits; ``random``: the rows that are not greedy."""
+        if self.kernels is not None:
+            draws = np.empty(len(fields), DRAW)
+            for name in ("temperature", "top_p", "min_p", "top_k"):
+                draws[name] = fields[name]
+            draws["uniform"] = uniforms(fields["key"], positions)
+            return self.kernels.draw(logits, draws)
+        tokens = logits.argmax(dim=-1)
+        if len(random):
+            rows = slice(None) if len(random) == len(fields) else self._index(random)
+            tokens[rows] = draw(logits[rows], fields[random], uniforms(fields["key"][random], positions[random]))
+        return tokens
 
     def tops(self, seats: np.ndarray) -> np.ndarray:
         """How many alternatives each seat asked for; -1: no logprobs at all."""
