@@ -1,0 +1,132 @@
+"""What the parts of benchmarks.gpu share: where findings go, models drawn on the spot, an engine without files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.models import BOS, EOS, PAD, SHAPES
+from headrace.workload import Workload
+from protocol.messages import Capacity
+from workers.torch_engine import loader
+from workers.torch_engine.attention import NAME
+from workers.torch_engine.config import EngineConfig
+from workers.torch_engine.make import make_engine
+
+TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 2048,
+}  # fmt: skip
+
+
+class Part:
+    """What is found goes to the file at once, so that a part that is cut off leaves what it has."""
+
+    def __init__(self, path: Path, tiny: bool) -> None:
+        self.path, self.tiny = path, tiny
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda" if self.cuda else "cpu")
+        self.found: dict[str, Any] = {}
+
+    def note(self, **found: Any) -> None:
+        self.found |= found
+        self.path.write_text(json.dumps(self.found))
+        print(found, flush=True)
+
+    def fields(self, shape: str) -> dict[str, Any]:
+        return {**SHAPES[shape], **(TINY if self.tiny else {})}
+
+    def workload(self) -> Workload:
+        """Everyone at once, the same number of tokens for each: what transformers' batching can be asked for too."""
+        if self.tiny:
+            return Workload(requests=6, prompt_len=(8, 40), output_len=(8, 8), seed=5)
+        return Workload(requests=256, prompt_len=(64, 512), output_len=(128, 128), seed=5)
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+def draw_model(
+    fields: dict[str, Any], device: torch.device, dtype: torch.dtype, attention: str, lively: bool = False
+) -> Any:
+    """A model of random weights, drawn on ``device``. ``lively``: large enough that it does not repeat one token."""
+    fields = dict(fields)
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields, **ids)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    finally:
+        torch.set_default_dtype(before)
+    for weight in model.parameters() if lively else ():
+        if weight.dim() > 1:
+            weight.data.normal_(0, weight.shape[-1] ** -0.5)
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def without_files(fields: dict[str, Any], dtype: torch.dtype, on: torch.device | None = None) -> Iterator[None]:
+    """While entered, the loader draws the model, ``on`` the engine's device or another, and loads no tokenizer."""
+    known = {n: getattr(loader, n) for n in ("load_config", "load_model", "load_tokenizer", "eos_token_ids")}
+
+    def load_model(config: Any, model_config: Any, device: torch.device, progress: Any) -> Any:
+        return draw_model(fields, on or device, dtype, NAME, lively=on is not None).to(device)
+
+    plain = dict(fields)
+    model_config = AutoConfig.for_model(plain.pop("model_type"), **plain)
+    loader.load_config = lambda model: model_config
+    loader.load_model = load_model
+    loader.load_tokenizer = lambda model: None
+    loader.eos_token_ids = lambda model, config: [EOS]
+    try:
+        yield
+    finally:
+        for name, function in known.items():
+            setattr(loader, name, function)
+
+
+def load_engine(part: Part, shape: str, dtype: torch.dtype = torch.bfloat16, **given: Any) -> tuple[Any, Capacity]:
+    fields = part.fields(shape)
+    config = {
+        "model": shape, "device": part.device.type, "max_model_len": 2048, "max_num_seqs": 8 if part.tiny else 256,
+        "max_num_batched_tokens": 64 if part.tiny else 2048, "threads": 1,
+    }  # fmt: skip
+    if part.tiny:
+        config |= {"max_model_len": 128, "kv_cache_memory": 64 << 20}
+    began = time.perf_counter()
+    with without_files(fields, dtype):
+        engine = make_engine(EngineConfig(**{**config, **given}))
+        capacity = engine.load(lambda stage, fraction: None)
+    steps = getattr(engine, "steps", None)
+    part.note(
+        engine=type(engine).__name__,
+        load_s=round(time.perf_counter() - began, 1),
+        graphs=len(steps.buckets) if steps is not None else 0,
+        capture_s=round(getattr(steps, "capture_s", 0.0), 1),
+        capture_mib=round(getattr(steps, "capture_bytes", 0) / 2**20),
+        kv_blocks=capacity.pools[0].units,
+    )
+    return engine, capacity
+
+
+def timed(part: Part, run: Callable[[], Any], times: int) -> float:
+    """Seconds that one of ``times`` runs took, after three to warm up."""
+    for _ in range(3):
+        run()
+    part.wait()
+    began = time.perf_counter()
+    for _ in range(times):
+        run()
+    part.wait()
+    return (time.perf_counter() - began) / times
