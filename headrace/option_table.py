@@ -64,6 +64,12 @@ OPTIONS: tuple[Option, ...] = (
         "precision of the weights (default: the checkpoint's; on a CPU arithmetic is float32 all the same)",
         choices=("auto", "float32", "bfloat16", "float16"),
     ),
+    Option(
+        "--quantization",
+        "serve worker",
+        "int8: weights of linear layers rounded to 8 bits, one scale per output; faster on a CPU, not lossless",
+        choices=("int8",),
+    ),
     Option("--device", "serve worker", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"),
     Option(
         "--max-model-len", "serve scheduler worker", "longest prompt + output, in tokens (default: the model's)", count

@@ -48,6 +48,7 @@ class WorkerConfig:
     name: str = "worker-0"
     engine: str = "torch"  # or "simulated"
     dtype: str | None = None
+    quantization: str | None = None
     device: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None

@@ -9,13 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from protocol.errors import EngineFailed
+from protocol.errors import EngineFailed, StartError
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
 from tests.workers.core_driver import CoreDriver
 from tests.workers.plan_maker import PlanMaker, Sequence
 from tests.workers.test_parity import BLOCK, first_difference, make_engine, make_requests, one_thread, reference_of
+from workers.native import KernelsUnavailable
+from workers.torch_engine import engine as engine_module
 
 __all__ = ["one_thread"]  # the autouse fixture
 
@@ -103,6 +105,35 @@ def test_a_bf16_checkpoint_is_served_as_its_weights_are(tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     wrong = [text for text in (first_difference(reference, request) for request in requests) if text]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_int8_serves_the_model_of_the_rounded_weights(tmp_path_factory, name):
+    """Each row of a linear weight over 127 steps of its largest; a tied embedding is the rounded head's."""
+    path = tiny_model(tmp_path_factory, name)
+    engine = make_engine(path, quantization="int8")
+    assert engine.capacity.dtype == "int8"
+    requests = make_requests(4, 60)[:12]
+    CoreDriver(engine, engine.capacity, 40, budget=24).run(requests)
+    reference = reference_of(path)
+    with torch.no_grad():
+        for module in reference.modules():
+            if isinstance(module, torch.nn.Linear):
+                scale = (module.weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-12)
+                module.weight.copy_((module.weight / scale).round() * scale)
+    wrong = [text for text in (first_difference(reference, request) for request in requests) if text]
+    assert not wrong, "\n".join(wrong)
+    unrounded = reference_of(path)
+    assert any(first_difference(unrounded, request) for request in requests)
+
+
+def test_int8_is_refused_where_it_cannot_be_kept(tmp_path_factory, monkeypatch):
+    def unavailable():
+        raise KernelsUnavailable("not wanted here")
+
+    monkeypatch.setattr(engine_module, "load_kernels", unavailable)
+    with pytest.raises(StartError, match="quantization int8 needs the native CPU kernels"):
+        make_engine(tiny_model(tmp_path_factory, "llama"), quantization="int8")
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def make_engine(path: Path, max_model_len: int | None = None, blocks: int = 96) -> TorchEngine:
+def make_engine(path: Path, max_model_len: int | None = None, blocks: int = 96, **more: Any) -> TorchEngine:
     engine = TorchEngine(
         EngineConfig(
             model=str(path),
@@ -51,6 +51,7 @@ def make_engine(path: Path, max_model_len: int | None = None, blocks: int = 96) 
             kv_cache_memory=64 << 20,
             block_size=BLOCK,
             threads=1,
+            **more,
         )
     )
     engine.capacity = engine.load(lambda stage, fraction: None)

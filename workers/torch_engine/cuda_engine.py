@@ -76,6 +76,7 @@ class CudaEngine(TorchEngine):
         super()._load_model(model_config, None, progress)
 
     def _load_model(self, model_config: Any, kernels: Kernels | None, progress: Progress) -> None:
+        self.kernels = kernels
         self.model = loader.load_model(self.config, model_config, self.device, progress)
         self.attention = TableAttention(self.device)
         self._keeps_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters

@@ -78,23 +78,27 @@ class TorchEngine:
             pools=[PoolCapacity("full", config.block_size, self.pool.blocks)],
             vocab_size=vocab_size,
             engine="torch",
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            dtype=config.quantization or str(self.model.dtype).removeprefix("torch."),
             device=str(self.device),
         )
 
     def _load_checked(self, model_config: Any, progress: Progress) -> None:
         """The model, on native kernels where they serve it as torch would, else on torch alone."""
-        kernels = None
+        kernels, int8 = None, self.config.quantization is not None
+        if int8 and self.device.type != "cpu":
+            raise StartError("--quantization int8 is served on a CPU only: leave it out, or say --device cpu")
         if self.device.type == "cpu":
             try:
                 kernels = load_kernels()
                 kernels.set_threads(torch.get_num_threads())
             except KernelsUnavailable as reason:
+                if int8:
+                    raise StartError(f"--quantization int8 needs the native CPU kernels: {reason}") from reason
                 log.warning("native CPU kernels %s; torch serves alone, more slowly", reason)
         try:
             self._load_model(model_config, kernels, progress)
         except ModelRefused as refused:
-            if kernels is None:
+            if kernels is None or int8:
                 raise
             log.warning("not on native CPU kernels: %s; trying torch alone, which is slower", refused)
             self._load_model(model_config, None, progress)
@@ -110,11 +114,13 @@ class TorchEngine:
         progress("check", 0.0)
         if self.device.type == "cpu" and kernels is None:
             self.model.float()
-        # 16-bit products take minutes on a CPU: such a model is compared with itself as it is on the kernels
-        early = kernels is None or self.model.dtype == torch.float32
+        # 16-bit products take minutes on a CPU, and rounded weights give other logits: such a model is compared with
+        # itself as it is on the kernels
+        int8 = self.config.quantization is not None
+        early = kernels is None or (self.model.dtype == torch.float32 and not int8)
         own = verify.own_logits(self.model, self.device) if early else None
         if kernels is not None:
-            report = fuse(self.model, kernels)
+            report = fuse(self.model, kernels, int8=int8)
             self.attention.backend = NativeAttention(kernels)
         verify.probe(self.model, self.attention, self.device)
         self._make_pool(4 * verify.LENGTH, max(self.max_model_len, verify.LENGTH))
