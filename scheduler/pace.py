@@ -18,6 +18,7 @@ MOST_SCALE = 5.0  # one slow step is not taken at its full word
 LEAST_CHUNK = 16
 SHORT_CHUNK = 64
 SHORT_PROMPT = 256
+SLOWER = 1.7  # how much longer a step may take for a prefill in it: below 2, for the estimate lags behind
 UNBOUNDED = 1 << 62
 
 
@@ -64,7 +65,7 @@ class Pace:
     def chunk(self, rows: int, prompt_tokens: int, prompts: int) -> int:
         """Most prefill tokens beside ``rows`` decodes, for a prompt of which ``prompt_tokens`` are to be computed.
 
-        As many as make the step take twice as long as without them; at least LEAST_CHUNK, lest prefills starve where
+        As many as make the step take SLOWER times as long as without them; at least LEAST_CHUNK, lest prefills starve where
         a token of prefill costs as much as one of decode (small machines). A short prompt may take more: it slows few
         steps, and everyone waits for first tokens. More, too, where more ``prompts`` could run than decodes do: what
         a longer step costs each of the few it spares each of the many.
@@ -73,7 +74,7 @@ class Pace:
         if not decode_s or not self.prefill_token_s:
             return UNBOUNDED
         least = SHORT_CHUNK if prompt_tokens <= SHORT_PROMPT else LEAST_CHUNK
-        return max(least, int(decode_s / self.prefill_token_s * max(1.0, prompts / rows)))
+        return max(least, int((SLOWER - 1) * decode_s / self.prefill_token_s * max(1.0, prompts / rows)))
 
     def was_late(self, idle_s: float) -> None:
         """The device waited for a plan that could have been there."""
