@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import gc
 import logging
 import mmap
 import os
@@ -214,6 +215,8 @@ def serve(channel: Channel, beat: mmap.mmap) -> None:
         engine = _make(kind, fields)
         threading.Thread(target=_show_beat, args=(engine, beat), daemon=True).start()
         capacity = engine.load(lambda stage, fraction: channel.send("progress", stage, fraction))
+        gc.collect()
+        gc.freeze()  # a collection over the modules of a whole model is a pause that every stream feels
         channel.send("loaded", encode(capacity), list(engine.eos_token_ids))
         running: SimpleQueue[StepOutput] = SimpleQueue()
         sender = threading.Thread(target=_send_results, args=(channel, running), daemon=True)

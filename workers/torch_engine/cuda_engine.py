@@ -51,6 +51,8 @@ class CudaEngine(TorchEngine):
 
     @torch.inference_mode()
     def load(self, progress: Progress) -> Capacity:
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # streams and kernels go to the current one
         capacity = super().load(progress)
         if self.steps is not None and self.config.graphs:
             self._record(self.steps, progress)
@@ -122,8 +124,7 @@ class CudaEngine(TorchEngine):
         none = np.zeros(0, np.int64)
         step = HostStep(
             np.arange(len(counts)), counts, np.full(len(counts), 1 << 40), counts, starts,  # beyond all given ids
-            np.concatenate([np.arange(n) for n in counts]), np.full(tokens, -1), wanted,
-            np.zeros((len(counts), 0), np.int32), none, none,
+            np.concatenate([np.arange(n) for n in counts]), np.full(tokens, -1), wanted, none, none,
         )  # fmt: skip
         rows = sum(bucket.rows for bucket in self._buckets()) if config.graphs and self.device.type == "cuda" else 0
         vocab_size = self.model.config.get_text_config().vocab_size

@@ -216,8 +216,8 @@ class TableSteps:
 
 def _nothing() -> HostStep:
     """A step of padding alone."""
-    none, no_table = np.zeros(0, np.int64), np.zeros((0, 0), np.int32)
-    return HostStep(none, none, none, none, np.zeros(1, np.int64), none, none, none, no_table, none, none)
+    none = np.zeros(0, np.int64)
+    return HostStep(none, none, none, none, np.zeros(1, np.int64), none, none, none, none, none)
 
 
 def _mark() -> torch.cuda.Event:

@@ -59,7 +59,6 @@ class HostStep:
     positions: np.ndarray  # int64 [T]
     slots: np.ndarray  # int64 [T]
     logit_rows: Any  # int64 [k]
-    block_tables: np.ndarray  # int32 [R, widest]
     sampling_seats: np.ndarray  # int64 [k]
     sampling_positions: np.ndarray  # int64 [k]
 
@@ -129,6 +128,9 @@ class Seats:
     def build(self, plan: Plan) -> StepInputs:
         """The flat batch of ``plan``'s rows; counts them as computed, and the sampled tokens as known."""
         step = self.arrange(plan)
+        widest = -(-int(step.contexts.max()) // self.block_size)
+        tables = self.tables[step.seats, :widest]
+        tables[np.arange(widest) >= -(-step.contexts // self.block_size)[:, None]] = 0
         return StepInputs(
             input_ids=self._input_ids(step.seats, step.counts, step.computed, step.row_starts)[None],
             positions=self._to_device(step.positions)[None],
@@ -138,7 +140,7 @@ class Seats:
             counts=step.counts,
             contexts=step.contexts,
             row_starts=step.row_starts,
-            block_tables=step.block_tables,
+            block_tables=tables,
             block_size=self.block_size,
             sampling_seats=step.sampling_seats,
             sampling_positions=step.sampling_positions,
@@ -160,15 +162,12 @@ class Seats:
         total = int(row_starts[-1])
         row_of = np.repeat(np.arange(len(seats)), counts)
         positions = np.arange(total) + np.repeat(computed - row_starts[:-1], counts)
-        widest = -(-int(contexts.max()) // self.block_size)
-        tables = self.tables[seats, :widest]
-        tables[np.arange(widest) >= -(-contexts // self.block_size)[:, None]] = 0
-        slots = tables[row_of, positions // self.block_size].astype(np.int64) * self.block_size
+        slots = self.tables[seats[row_of], positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
         self.computed[seats] = contexts
         self.known[seats[samples]] += 1
         return HostStep(
-            seats, counts, computed, contexts, row_starts, positions, slots, row_starts[1:][samples] - 1, tables,
+            seats, counts, computed, contexts, row_starts, positions, slots, row_starts[1:][samples] - 1,
             seats[samples], contexts[samples],
         )  # fmt: skip
 

@@ -52,11 +52,13 @@ class Layout:
 
     @property
     def _longs(self) -> int:
-        return 4 * self.tokens + self.rows
+        return sum(self._cuts()[0])
 
     def _cuts(self) -> tuple[list[int], list[int]]:
-        """Lengths of the parts: in int64 words, and after them in int32 words."""
-        return [self.tokens] * 4 + [self.rows], [self.shape.items * ITEM, self.shape.extra * MERGE]
+        """Lengths of the parts: in int64 words, and after them in int32 words. All begin at multiples of 16 bytes:
+        Triton compiles a kernel anew for pointers that do not."""
+        tokens, rows = self.tokens + self.tokens % 2, self.rows + self.rows % 2
+        return [tokens] * 4 + [rows], [self.shape.items * ITEM, self.shape.extra * MERGE]
 
     def fill(self, buffer: np.ndarray, step: HostStep, ids: np.ndarray, id_seats: np.ndarray) -> None:
         """Write ``step`` into ``buffer``, uint8 [nbytes at least]."""
@@ -78,7 +80,9 @@ class Layout:
     def views(self, buffer: torch.Tensor, seats: TableSeats) -> StepTables:
         """The tables of a step as they lie in ``buffer``, uint8 [nbytes at least] on the device."""
         longs, words = self._cuts()
-        ids, id_seats, positions, slots, logit_rows = torch.split(buffer[: 8 * self._longs].view(torch.int64), longs)
+        parts = torch.split(buffer[: 8 * self._longs].view(torch.int64), longs)
+        ids, id_seats, positions, slots = (part[: self.tokens] for part in parts[:4])
+        logit_rows = parts[4][: self.rows]
         items, merges = torch.split(buffer[8 * self._longs : self.nbytes].view(torch.int32), words)
         work = Work(self.shape, items.view(-1, ITEM), merges.view(-1, MERGE), seats.device_tables)
         return StepTables(ids, id_seats, positions, slots, logit_rows, work, seats.last_id, seats.block_size)
