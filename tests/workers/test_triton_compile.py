@@ -17,7 +17,7 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from workers.torch_engine import triton_attention as attention, triton_kernels as kernels
+from workers.torch_engine import triton_attention as attention, triton_kernels as kernels, triton_sampling
 
 
 def compile_for(capability, function, types, constants, **options):
@@ -62,6 +62,12 @@ def small(capability, kind):
         compile_for(capability, kernels.turn_and_store, types, sizes, num_warps=4)
 
 
+def sampling(capability):
+    types = {name: "*fp32" for name in ("weights", "goals", "thresholds")}
+    sizes = dict(BLOCK=triton_sampling.BLOCK, PASSES=triton_sampling.PASSES)
+    compile_for(capability, triton_sampling.nucleus_rows, types, sizes, num_warps=8)
+
+
 attend(90, "bf16", 2, 16, 4, 128, 128)
 attend(90, "bf16", 2, 64, 7, 64, 64)
 attend(90, "bf16", 2, 64, 2, 256, 256, window=4096, softcap=True)
@@ -70,6 +76,8 @@ attend(90, "fp32", 4, 16, 4, 80, 80)
 attend(80, "bf16", 2, 64, 4, 128, 128)
 small(90, "bf16")
 small(80, "fp32")
+sampling(90)
+sampling(80)
 print("compiled")
 """
 

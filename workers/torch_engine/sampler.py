@@ -297,7 +297,11 @@ def keep_top_p(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     goal = top_p * weights.sum(-1, keepdim=True)
     if weights.device.type == "cpu":
         return weights.masked_fill(weights < _threshold_by_histogram(weights, goal), 0)
-    return weights.masked_fill(weights < _threshold_by_bisection(weights, goal), 0)
+    try:
+        from workers.torch_engine.triton_sampling import nucleus_threshold as threshold
+    except ImportError:
+        threshold = _threshold_by_bisection
+    return weights.masked_fill(weights < threshold(weights, goal), 0)
 
 
 def _threshold_by_histogram(weights: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
