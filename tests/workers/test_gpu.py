@@ -1,0 +1,120 @@
+"""What only a GPU can show. Kernels and graphs are tested on one too where there is one: see triton_device."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from protocol.messages import NewSequence, Plan, pack_ids
+from protocol.sampling import SamplingParams
+from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
+from tests.workers.plan_maker import PlanMaker, Sequence
+from workers.torch_engine.config import EngineConfig
+from workers.torch_engine.sampler import Sampler
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+KINDS = [
+    {"temperature": 0.0},
+    {"temperature": 0.9, "top_p": 0.8, "top_k": 40, "min_p": 0.01},
+    {"temperature": 0.7, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "min_tokens": 9},
+    {"logprobs": 3},
+    {"temperature": 0.5, "logit_bias": {5: 2.0}},
+]
+
+
+def load(path, **fields):
+    from workers.torch_engine.make import make_engine
+
+    given = {
+        "device": "cuda", "max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 64,
+        "kv_cache_memory": 16 << 20, "block_size": 16,
+    }  # fmt: skip
+    engine = make_engine(EngineConfig(model=str(path), **{**given, **fields}))
+    engine.load(lambda stage, fraction: None)
+    return engine
+
+
+def new(seat, kind, ids=range(9)):
+    params = SamplingParams(**{"max_tokens": 40, **kind})
+    blocks = pack_ids(range(3 * seat, 3 * seat + 3))
+    return NewSequence(seat, "", 0, 1, pack_ids(ids), len(ids), params, seat, 0, blocks, 0)
+
+
+def test_queueing_a_step_never_waits_for_the_device(tmp_path_factory):
+    engine = load(tiny_model(tmp_path_factory, "llama"))
+    assert type(engine).__name__ == "CudaEngine"
+    assert engine.steps.buckets
+    seats = np.arange(len(KINDS), dtype="<u2").tobytes()
+    first = [new(seat, kind) for seat, kind in enumerate(KINDS)]
+    outputs = [engine.execute(Plan(0, 0, 1, seats, pack_ids([9] * len(KINDS)), new=first))]
+    outputs += [engine.execute(Plan(0, 0, step, seats)) for step in (2, 3)]  # buffers are made by now
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            outputs += [engine.execute(Plan(0, 0, step, seats)) for step in (4, 5)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for output in outputs:
+        assert output.wait().exec_us > 0
+    waits = [f"{Path(found.filename).name}:{found.lineno}" for found in seen if "synchroniz" in str(found.message)]
+    assert not waits
+
+
+def test_draws_on_the_device_are_those_on_the_host():
+    logits = torch.randn(len(KINDS), 300, generator=torch.Generator().manual_seed(1)) * 3
+    drawn = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        sampler = Sampler(8, 300, [7], device)
+        for seat, kind in enumerate(KINDS):
+            sampler.add(new(seat, kind))
+        tokens = []
+        for step in range(20):
+            result = sampler.sample(logits.to(device), np.arange(len(KINDS)), np.full(len(KINDS), 9 + step))
+            tokens.append(result.tokens.tolist())
+        drawn.append(tokens)
+    assert drawn[0] == drawn[1]
+
+
+def test_a_bf16_model_gives_the_tokens_of_transformers_or_a_near_tie(tmp_path):
+    build(CONFIGS["qwen2"]).to(torch.bfloat16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    engine = load(tmp_path)
+    assert engine.model.dtype == torch.bfloat16
+    served = [
+        Sequence(list(range(k, k + 5 + 7 * k)), SamplingParams(temperature=0, max_tokens=12)) for k in range(1, 6)
+    ]  # fmt: skip
+    PlanMaker(engine, blocks=40, block_size=16, budget=48, seats=8).run(served)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").cuda()
+    with torch.inference_mode():
+        for request in served:
+            ids = torch.tensor([request.prompt + request.output], device="cuda")
+            logits = reference(ids, use_cache=False).logits[0, len(request.prompt) - 1 : -1]
+            behind = logits.amax(-1) - logits.gather(-1, ids[0, len(request.prompt) :, None])[:, 0]
+            assert behind.max() < 0.03 * logits.abs().max()
+
+
+def test_torch_alone_serves_on_the_device_too(tmp_path_factory, monkeypatch):
+    from workers.torch_engine.engine import TorchEngine
+
+    config = EngineConfig(
+        model=str(tiny_model(tmp_path_factory, "llama")), device="cuda", max_model_len=96, max_num_seqs=4,
+        max_num_batched_tokens=32, kv_cache_memory=4 << 20, block_size=8,
+    )  # fmt: skip
+    plain, fused = TorchEngine(config), load(config.model, max_model_len=96, block_size=8)
+    plain.load(lambda stage, fraction: None)
+    tokens = []
+    for engine in (plain, fused):
+        served = [Sequence(list(range(k, k + 20)), SamplingParams(temperature=0, max_tokens=10)) for k in range(3)]
+        PlanMaker(engine, blocks=30, block_size=8, budget=32, seats=8).run(served)
+        tokens.append([request.output for request in served])
+    assert tokens[0] == tokens[1]
