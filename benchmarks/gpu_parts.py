@@ -177,7 +177,9 @@ def stack(part: Part, shape: str) -> None:
         part.note(made_s=round(time.perf_counter() - began, 1))
         args = ["--model", str(path), "--served-model-name", shape, "--max-model-len", "2048"]
         args += ["--max-num-seqs", "8" if part.tiny else "256"]
-        if not part.cuda:
+        if part.cuda:
+            args += ["--device", "cuda"]
+        else:
             args += ["--kv-cache-memory", "64MiB", "--engine-options", '{"process": true}', "--threads", "1"]
         began = time.perf_counter()
         with Stack(*args) as running:
