@@ -63,15 +63,14 @@ class Layout:
     def fill(self, buffer: np.ndarray, step: HostStep, ids: np.ndarray, id_seats: np.ndarray) -> None:
         """Write ``step`` into ``buffer``, uint8 [nbytes at least]."""
         longs, words = self._cuts()
-        head = buffer[: 8 * self._longs].view(np.int64)
+        given = (ids, id_seats, step.positions, step.slots, step.logit_rows)
+        head, at = buffer[: 8 * self._longs].view(np.int64), 0
+        for array, length, padding in zip(given, longs, (0, -1, 0, -1, 0), strict=True):
+            head[at : at + len(array)] = array
+            head[at + len(array) : at + length] = padding
+            at += length
         tail = buffer[8 * self._longs : self.nbytes].view(np.int32)
-        fields = np.split(head, np.cumsum(longs)[:-1])
-        for field, given, padding in zip(
-            fields, (ids, id_seats, step.positions, step.slots, step.logit_rows), (0, -1, 0, -1, 0), strict=True
-        ):
-            field[: len(given)] = given
-            field[len(given) :] = padding
-        items, merges = np.split(tail, np.cumsum(words)[:-1])
+        items, merges = tail[: words[0]], tail[words[0] :]
         fill_work(
             self.shape, self.tokens, step.counts, step.contexts, step.seats,
             items.reshape(-1, ITEM), merges.reshape(-1, MERGE),
