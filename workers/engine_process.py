@@ -80,6 +80,10 @@ class Channel:
         return taken
 
     def close(self) -> None:
+        try:
+            self._link.shutdown(socket.SHUT_RDWR)  # also wakes a thread that is waiting in receive
+        except OSError:  # the other side is gone
+            pass
         self._link.close()
 
 
@@ -118,6 +122,9 @@ class ProcessEngine:
         self._send("reset")
 
     def beat(self) -> int:
+        """EngineFailed if there is nobody left to beat."""
+        if self._child is not None and self._child.poll() is not None:
+            raise EngineFailed(f"the engine's process {_how(self._child.returncode)}; its log is above")
         return int(struct.unpack_from("<q", self._beat)[0])
 
     def close(self) -> None:
@@ -180,8 +187,7 @@ class ProcessEngine:
             code = self._child.wait(END_S)
         except subprocess.TimeoutExpired:
             return EngineFailed("the engine's process closed its connection but did not end")
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return EngineFailed(f"the engine's process {how}; its log is above")
+        return EngineFailed(f"the engine's process {_how(code)}; its log is above")
 
     def _result(self) -> Sampled:
         _, seats, tokens, exec_us, rows = self._receive()
@@ -190,6 +196,10 @@ class ProcessEngine:
             for seat, drawn, ids, top in rows
         }
         return Sampled(np.frombuffer(seats, np.int32), np.frombuffer(tokens, np.int32), logprobs, exec_us)
+
+
+def _how(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 @dataclass

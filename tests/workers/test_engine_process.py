@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -15,11 +16,13 @@ import pytest
 from protocol.errors import EngineFailed, ModelRefused, StartError
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
+from tests.conftest import MODEL
 from tests.models import tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence
+from tests.workers.scripted import ScriptedScheduler
 from tests.workers.test_parity import first_difference, reference_of
 from workers.engine_process import ProcessEngine
-from workers.service import WorkerConfig, make_engine
+from workers.service import WorkerConfig, make_engine, run_worker
 from workers.simulated import SimulatedConfig, SimulatedEngine
 from workers.torch_engine.config import EngineConfig
 
@@ -127,6 +130,19 @@ def test_the_death_of_the_child_is_told(loaded):
 
     with pytest.raises(EngineFailed, match="SIGKILL"):
         further()
+
+
+async def test_an_idle_worker_ends_with_the_reason_when_its_engine_dies(redis_url, bus):
+    engine = ProcessEngine("simulated", FAST)
+    config = WorkerConfig(redis_url=redis_url, served_model_name=MODEL, name="w0", engine="simulated")
+    worker = asyncio.ensure_future(run_worker(config, engine=engine, signals=False))
+    scheduler = ScriptedScheduler(bus)
+    await scheduler.lead()
+    await scheduler.adopt("w0")
+    os.kill(engine._child.pid, signal.SIGKILL)
+    with pytest.raises(EngineFailed, match="SIGKILL"):
+        await asyncio.wait_for(worker, 30)
+    assert engine._child is None  # closed
 
 
 ORPHAN = """
