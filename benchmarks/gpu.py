@@ -89,7 +89,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             elif key != "took_s":
                 lines.append(f"  {key:28} {value}")
     ratios = compare(results)
-    lines += ["## ratios", *(f"  {key:40} {value}" for key, value in ratios.items())]
+    lines += ["## ratios", *(f"  {key:56} {value}" for key, value in ratios.items())]
     return "\n".join(lines)
 
 
@@ -112,6 +112,9 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         bare = stack.get("bare_tokens_per_s") or engine.get("loop_tokens_per_s")
         if bare and stack.get("tokens_per_s"):
             found[f"{shape}: whole stack / bare engine"] = round(stack["tokens_per_s"] / bare, 3)
+        if peer.get("few_tokens_per_s") and engine.get("loop_few_tokens_per_s"):
+            ratio = engine["loop_few_tokens_per_s"] / peer["few_tokens_per_s"]
+            found[f"{shape}: bare engine / transformers, an eighth of the load"] = round(ratio, 2)
         if peer.get("tokens_per_s"):
             for side, rate in (("stack", stack.get("tokens_per_s")), ("bare engine", bare)):
                 if rate:
