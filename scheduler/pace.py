@@ -65,10 +65,10 @@ class Pace:
     def chunk(self, rows: int, prompt_tokens: int, prompts: int) -> int:
         """Most prefill tokens beside ``rows`` decodes, for a prompt of which ``prompt_tokens`` are to be computed.
 
-        As many as make the step take SLOWER times as long as without them; at least LEAST_CHUNK, lest prefills starve where
-        a token of prefill costs as much as one of decode (small machines). A short prompt may take more: it slows few
-        steps, and everyone waits for first tokens. More, too, where more ``prompts`` could run than decodes do: what
-        a longer step costs each of the few it spares each of the many.
+        As many as make the step take SLOWER times as long as without them; at least LEAST_CHUNK, lest prefills starve
+        where a token of prefill costs as much as one of decode (small machines). A short prompt may take more: it
+        slows few steps, and everyone waits for first tokens. More, too, where more ``prompts`` could run than decodes
+        do: what a longer step costs each of the few it spares each of the many.
         """
         decode_s = self.decode_s(rows)
         if not decode_s or not self.prefill_token_s:

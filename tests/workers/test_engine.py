@@ -107,7 +107,7 @@ def test_a_bf16_checkpoint_is_served_as_its_weights_are(tmp_path):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
 def test_int8_serves_the_model_of_the_rounded_weights(tmp_path_factory, name):
     """Each row of a linear weight over 127 steps of its largest; a tied embedding is the rounded head's."""
     path = tiny_model(tmp_path_factory, name)
@@ -117,10 +117,11 @@ def test_int8_serves_the_model_of_the_rounded_weights(tmp_path_factory, name):
     CoreDriver(engine, engine.capacity, 40, budget=24).run(requests)
     reference = reference_of(path)
     with torch.no_grad():
-        for module in reference.modules():
-            if isinstance(module, torch.nn.Linear):
-                scale = (module.weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-12)
-                module.weight.copy_((module.weight / scale).round() * scale)
+        weights = [module.weight for module in reference.modules() if isinstance(module, torch.nn.Linear)]
+        weights += [parameter for parameter in reference.parameters() if parameter.dim() == 3]  # of experts
+        for weight in weights:
+            scale = (weight.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-12)
+            weight.copy_((weight / scale).round() * scale)
     wrong = [text for text in (first_difference(reference, request) for request in requests) if text]
     assert not wrong, "\n".join(wrong)
     unrounded = reference_of(path)

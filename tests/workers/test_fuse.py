@@ -23,9 +23,10 @@ EXPECTED = {
     "phi3": {"linear": 13, "norm": 7, "mlp": 3, "rotary": 3},  # qkv and gate_up merged by the model itself
     "gpt2": {"linear": 13},  # Conv1D; layer norms stay torch's
     "gpt_neox": {"linear": 13},  # its rotary covers a part of the head
-    "gpt_oss": {"linear": 13, "norm": 7, "qkv": 3},  # its rotary interleaves: must be left alone
+    "gpt_oss": {"experts": 3, "linear": 13, "norm": 7, "qkv": 3},  # its rotary interleaves: must be left alone
     "deepseek_v3": {"norm": 13},
-    "qwen2_moe": {"linear": 25, "norm": 7, "qkv": 3},
+    "mixtral": {"experts": 3, "linear": 13, "norm": 7, "qkv": 3},
+    "qwen2_moe": {"experts": 3, "linear": 25, "norm": 7, "qkv": 3},
 }
 
 
@@ -42,13 +43,18 @@ def test_logits_are_the_originals(tmp_path_factory: pytest.TempPathFactory, name
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
-def test_bf16_weights_keep_their_precision_with_fp32_arithmetic(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss"])
+def test_bf16_weights_keep_their_precision_with_fp32_arithmetic(
+    tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
     """Equal to the model whose weights were rounded to bf16 and that then computes in float32."""
-    path = tiny_model(tmp_path_factory, "llama")
+    path = tiny_model(tmp_path_factory, name)
     original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval().float()
     fused = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     fuse(fused, kernels)
-    assert fused.model.layers[0].mlp.gate_up.weight.dtype == torch.bfloat16
+    mlp = fused.model.layers[0].mlp
+    packed = mlp.gate_up if name == "llama" else mlp.experts.gate_up[0]
+    assert packed.weight.dtype == torch.bfloat16
     ids = torch.randint(5, 200, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours, theirs = fused(ids).logits, original(ids).logits

@@ -229,6 +229,11 @@ class Packed:
         self.linear = Linear(panels.data_ptr(), _pointer(scale), _pointer(bias), self.outputs, self.inputs, self.kind)
         self.pointer = ctypes.addressof(self.linear)
 
+    def unpacked(self) -> torch.Tensor:
+        """float32 [N, K]: the weight as it is computed with."""
+        rows = self.weight.float().transpose(1, 2).reshape(-1, self.inputs)[: self.outputs]
+        return rows if self.scale is None else rows * self.scale[: self.outputs, None]
+
     @classmethod
     def concat(cls, parts: list[Packed]) -> Packed | None:
         """One for several products of the same input; None where their panels do not line up."""

@@ -6,6 +6,7 @@ differs is left to torch and named in the report. Class names are no evidence: g
 
 - Linear and Conv1D: packed weights in the checkpoint's precision, fp32 arithmetic; a tied embedding reads
   the same packed weights, so nothing is stored twice;
+- the experts of a mixture (experts.py);
 - RMSNorm; gated MLPs (gate and up as one product); q, k and v as one product;
 - `apply_rotary_pos_emb`, in a copy of the attention's forward, so that no other model in the process changes;
 - whole decoder layers, once there is a pool to attend to (layers.py).
@@ -14,9 +15,7 @@ differs is left to torch and named in the report. Class names are no evidence: g
 from __future__ import annotations
 
 import types
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,21 +23,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from workers.native import ACTIVATIONS, PANEL, Kernels, Packed
-
-TOLERANCE = 1e-4  # relative to the largest value of the original's output
-
-
-@dataclass
-class FuseReport:
-    """How many modules of each kind run natively, and which were left to torch."""
-
-    fused: Counter[str] = field(default_factory=Counter)
-    kept: Counter[str] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        said = ", ".join(f"{count} {kind}" for kind, count in sorted(self.fused.items()))
-        left = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kept.items()))
-        return said + (f"; left to torch: {left}" if left else "")
+from workers.torch_engine.agreement import FuseReport, agrees
+from workers.torch_engine.experts import fuse_experts
 
 
 class PackedLinear(nn.Module):
@@ -139,6 +125,7 @@ def fuse(model: nn.Module, kernels: Kernels, *, int8: bool = False) -> FuseRepor
     """Replace what can be in ``model`` (on the CPU, any floating dtype); all else becomes float32."""
     report = FuseReport()
     generator = torch.Generator().manual_seed(0)
+    fuse_experts(model, kernels, report, generator, int8)
     _pack_linears(model, kernels, report, generator, int8)
     model.float()
     _fuse_norms(model, kernels, report, generator)
@@ -146,12 +133,6 @@ def fuse(model: nn.Module, kernels: Kernels, *, int8: bool = False) -> FuseRepor
     _merge_projections(model, kernels, report)
     _fuse_rotary(model, kernels, report, generator)
     return report
-
-
-def agrees(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether two outputs are the same but for the order of summation."""
-    scale = theirs.abs().max().clamp_min(1e-6)
-    return ours.shape == theirs.shape and bool(((ours - theirs).abs().max() / scale) < TOLERANCE)
 
 
 def _named_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from workers.native import Kernels, Layer, Packed
+from workers.torch_engine.agreement import FuseReport, agrees
 from workers.torch_engine.attention import AttentionRule, PagedAttention
-from workers.torch_engine.fuse import FuseReport, NativeMLP, NativeRMSNorm, PackedLinear, Slice, agrees
+from workers.torch_engine.fuse import NativeMLP, NativeRMSNorm, PackedLinear, Slice
 from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.native_attention import native_rule, native_step, pool_of
 

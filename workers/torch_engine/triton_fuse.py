@@ -21,8 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from workers.torch_engine import triton_kernels as kernels
+from workers.torch_engine.agreement import FuseReport
 from workers.torch_engine.attention import NAME
-from workers.torch_engine.fuse import ROTARY, FuseReport
+from workers.torch_engine.fuse import ROTARY
 from workers.torch_engine.table_attention import TableAttention
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the original's largest value
