@@ -33,6 +33,7 @@ class Batch:
     def __init__(self, engine: TorchEngine, params: SamplingParams) -> None:
         self.engine, self.params = engine, params
         self.step = 0
+        self.decodes: list[float] = []  # seconds of each step of the last run in which all sequences decoded
 
     def run(self, lengths: list[tuple[int, int]], seed: int = 0) -> tuple[float, float]:
         """(seconds until all are done, seconds until the first token of the last one started)."""
@@ -40,6 +41,7 @@ class Batch:
         size, budget = self.engine.config.block_size, self.engine.config.max_num_batched_tokens
         vocab = self.engine.model.config.get_text_config().vocab_size
         todo, left, new, block = [], [], [], 0
+        self.decodes = []
         for seat, (prompt, output) in enumerate(lengths):
             width = -(-(prompt + output) // size)
             ids = [rng.randrange(vocab) for _ in range(prompt)]
@@ -61,9 +63,12 @@ class Batch:
                     rows.append((seat, count, not todo[seat]))
             seats, counts, samples = zip(*rows, strict=True)
             self.step += 1
+            step_began = time.perf_counter()
             self.engine.execute(
                 Plan(0, 0, self.step, array("H", seats).tobytes(), pack_ids(counts), bytes(samples), new)
             ).wait()
+            if len(rows) == len(todo) == sum(counts):
+                self.decodes.append(time.perf_counter() - step_began)
             new = []
             for seat, _, sampled in rows:
                 left[seat] -= sampled
@@ -75,11 +80,9 @@ class Batch:
 
 
 def decode_ms(batch: Batch, rows: int, context: int, steps: int) -> float:
-    """Milliseconds of one step in which ``rows`` sequences of about ``context`` tokens each gain a token."""
-    times = []
-    for extra in (1, 1 + steps):  # the difference leaves the prefill out
-        times.append(batch.run([(context, extra)] * rows)[0])
-    return (times[1] - times[0]) / steps * 1e3
+    """Median milliseconds of a step in which ``rows`` sequences of about ``context`` tokens each gain a token."""
+    batch.run([(context, 1 + steps)] * rows)
+    return statistics.median(batch.decodes) * 1e3
 
 
 def ceilings() -> tuple[float, float]:
@@ -147,7 +150,7 @@ def main() -> None:
         found["read_gb_s"], found["product_gflop_s"] = round(read / 1e9, 1), round(product / 1e9, 1)
         weights = matrix_weights(engine.model.config.get_text_config())
     for rows in map(int, args.batches.split(",")):
-        values = [decode_ms(batch, rows, args.context, 8) for _ in range(args.rounds)]
+        values = [decode_ms(batch, rows, args.context, 24) for _ in range(args.rounds)]
         found[f"decode_ms_{rows}"] = round(statistics.median(values), 2)
         found[f"decode_spread_{rows}"] = round((max(values) - min(values)) / statistics.median(values), 3)
         if capacity.device == "cpu":

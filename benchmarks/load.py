@@ -25,25 +25,29 @@ def warm_up(target: Target, vocabulary: Vocabulary, requests: int = 2) -> dict[s
 
 
 def beside_prefill(
-    target: Target, vocabulary: Vocabulary, streams: int = 8, output: int = 192, prompt: int = 2000, seed: int = 0
+    target: Target, vocabulary: Vocabulary, streams: int = 8, output: int = 320, prompt: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """What running streams feel of one long prompt: gaps between their tokens from its arrival to its first token,
-    against those of such streams by themselves. Unavailable if one fails."""
-    lone = Workload(streams, (64, 64), (output, output), seed=seed).build(vocabulary)
-    alone, began = asyncio.run(_drive(target, lone))
+    against those before and after, in the same run. Unavailable if one fails."""
+    short = Workload(streams, (64, 64), (16, 16), seed=seed).build(vocabulary)  # how long the start and a step take
+    alone, began = asyncio.run(_drive(target, short))
     _all_good(alone)
     steady = max(result.chunks[0] for result in alone)
-    gaps = [b - a for r in alone for a, b in zip(r.chunks, r.chunks[1:], strict=False) if a >= steady]
-    arrival = steady - began + 0.2 * (max(result.chunks[-1] for result in alone) - steady)
+    step_s = (max(result.chunks[-1] for result in alone) - steady) / 15
+    arrival = steady - began + 0.2 * output * step_s
     others = Workload(streams, (64, 64), (output, output), seed=seed + 1).build(vocabulary)
     long_ids = vocabulary.prompt(vocabulary.draw(random.Random(seed), prompt))
     crowd, _ = asyncio.run(_drive(target, [*others, Request(streams, arrival, long_ids, prompt, 4)]))
     _all_good(crowd)
     *running, long_one = crowd
     window = (long_one.start, long_one.chunks[0])
-    felt = [
-        b - a for r in running for a, b in zip(r.chunks, r.chunks[1:], strict=False) if b > window[0] and a < window[1]
-    ]
+    steady = max(result.chunks[0] for result in running)
+    last = min(result.chunks[-1] for result in running)  # from then on fewer than all are running
+    steps = [(a, b) for r in running for a, b in zip(r.chunks, r.chunks[1:], strict=False) if steady <= a and b <= last]
+    felt = [b - a for a, b in steps if b > window[0] and a < window[1]]
+    gaps = [b - a for a, b in steps if b <= window[0] or a >= window[1]]
+    if min(len(gaps), len(felt)) < 20:
+        raise Unavailable(f"{len(felt)} gaps beside the prompt and {len(gaps)} without it are too few to compare")
     found = {
         "streams": streams,
         "prompt": prompt,
