@@ -46,6 +46,7 @@ chaos: $(STAMP) ## an hour of random faults under load (ARGS='--minutes 5 --seed
 	$(BIN)/python -m tests.chaos.driver $(ARGS)
 
 bench: $(STAMP) ## measure Headrace, about 10 minutes, into docs/performance.md (ARGS=--quick; ARGS='--only w2 commit')
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.suite $(ARGS)
 
 bench-peers: $(STAMP) ## measure it beside other engines, which are installed into ~/.cache/headrace/bench
