@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from protocol.sampling import SamplingParams
-from tests.models import tiny_model
+from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence
 from tests.workers.test_parity import first_difference, one_thread, reference_of
 from tests.workers.triton_device import DEVICE
@@ -56,9 +56,16 @@ def wrong(path, served):
     return [text for text in (first_difference(reference, request) for request in served) if text]
 
 
+def small_llama(path, layers):
+    """Interpreted kernels are slow: no more layers than a test needs."""
+    build({**CONFIGS["llama"], "num_hidden_layers": layers}).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    path = tiny_model(tmp_path_factory, "llama")
+    path = small_llama(tmp_path_factory.mktemp("llama"), 2)
     return path, make_engine(path)
 
 
@@ -101,7 +108,10 @@ def test_capture_reports_its_progress(llama):
     assert told == sorted(told)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "deepseek_v3", "phi3"])
+MORE = ("mistral", "qwen3", "deepseek_v3", "phi3", "gpt2", "mixtral")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", *(pytest.param(n, marks=pytest.mark.sweep) for n in MORE)])
 def test_every_rule_of_attention_launch_by_launch(tmp_path_factory, name):
     path = tiny_model(tmp_path_factory, name)
     engine = make_engine(path, graphs=False)
@@ -110,13 +120,13 @@ def test_every_rule_of_attention_launch_by_launch(tmp_path_factory, name):
     assert not wrong(path, served)
 
 
-def test_a_model_that_cannot_be_recorded_runs_launch_by_launch(tmp_path_factory, monkeypatch, caplog):
+def test_a_model_that_cannot_be_recorded_runs_launch_by_launch(tmp_path, monkeypatch, caplog):
     def fails(run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr("workers.torch_engine.cuda_engine.Rerun", fails)
     monkeypatch.setattr("workers.torch_engine.cuda_engine.CudaRecorder", lambda device: fails)
-    path = tiny_model(tmp_path_factory, "llama")
+    path = small_llama(tmp_path, 1)
     engine = make_engine(path)
     assert not engine.steps.buckets
     assert "without CUDA graphs" in caplog.text
@@ -125,11 +135,11 @@ def test_a_model_that_cannot_be_recorded_runs_launch_by_launch(tmp_path_factory,
     assert gc.get_freeze_count() == 0
 
 
-def test_a_replay_that_differs_is_noticed(tmp_path_factory, monkeypatch, caplog):
+def test_a_replay_that_differs_is_noticed(tmp_path, monkeypatch, caplog):
     """A model that keeps something of the recorded step on the host gives other logits when replayed."""
     monkeypatch.setattr("workers.torch_engine.cuda_engine.Rerun", Stuck)
     monkeypatch.setattr("workers.torch_engine.cuda_engine.CudaRecorder", lambda device: Stuck)
-    path = tiny_model(tmp_path_factory, "llama")
+    path = small_llama(tmp_path, 1)
     engine = make_engine(path)
     assert not engine.steps.buckets
     assert "replayed logits differ" in caplog.text
@@ -143,12 +153,12 @@ class Stuck:
         pass
 
 
-def test_where_the_kernels_fail_torch_serves_alone(tmp_path_factory, monkeypatch, caplog):
+def test_where_the_kernels_fail_torch_serves_alone(tmp_path, monkeypatch, caplog):
     def broken(self, *args, **kwargs):
         raise RuntimeError("out of resource: shared memory")
 
     monkeypatch.setattr("workers.torch_engine.triton_attention.TritonAttention.attend", broken)
-    path = tiny_model(tmp_path_factory, "llama")
+    path = small_llama(tmp_path, 1)
     engine = make_engine(path)
     assert engine.steps is None
     assert "torch alone serves" in caplog.text

@@ -116,7 +116,7 @@ class CudaEngine(TorchEngine):
             super()._warm_up()
             return
         config = self.config
-        tokens = config.max_num_batched_tokens if self.device.type == "cuda" else 32
+        tokens = config.max_num_batched_tokens if self.device.type == "cuda" else 4
         length = max(min(tokens, self.max_model_len), -(-tokens // config.max_num_seqs))
         counts = np.array([min(length, tokens - at) for at in range(0, tokens, length)], np.int64)
         starts = np.concatenate([[0], np.cumsum(counts)])
