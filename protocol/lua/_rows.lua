@@ -67,7 +67,9 @@ end
 -- -> one string of verdicts, and the number of rows that landed just now
 local function land_rows(first, keep)
   retention = keep
-  local rids, verdicts, parts, order, landed = {}, {}, {}, {}, 0
+  local rids, verdicts, landed = {}, {}, 0
+  local parts, order = {}, {} -- reply channel -> what goes there; the channels as they came
+  local to = {} -- value in `live` -> the lists in `parts` of its channels: most rows share one
   for i = first, #ARGV, 9 do rids[#rids + 1] = ARGV[i] end
   if #rids == 0 then return '', 0 end
   local channels = redis.call('HMGET', P .. 'live', unpack(rids))
@@ -78,10 +80,19 @@ local function land_rows(first, keep)
     verdicts[k] = ok and verdict or 'c'
     if ok and fresh then
       landed = landed + 1
-      for name in string.gmatch(channels[k] or '', '%S+') do
-        local row = parts[name]
-        if not row then row = {}; parts[name] = row; order[#order + 1] = name end
-        row[#row + 1] = ARGV[i + 6]; row[#row + 1] = ARGV[i + 7]; row[#row + 1] = ARGV[i + 8]
+      local names = channels[k] or ''
+      local lists = to[names]
+      if not lists then
+        lists = {}
+        to[names] = lists
+        for name in string.gmatch(names, '%S+') do
+          if not parts[name] then parts[name] = {}; order[#order + 1] = name end
+          lists[#lists + 1] = parts[name]
+        end
+      end
+      for _, list in ipairs(lists) do
+        local n = #list
+        list[n + 1] = ARGV[i + 6]; list[n + 2] = ARGV[i + 7]; list[n + 3] = ARGV[i + 8]
       end
     end
   end
