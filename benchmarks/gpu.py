@@ -35,6 +35,7 @@ PARTS = {  # name -> seconds that it may take
     "stack-8b": 150,
     "transformers-500m": 60,
 }
+LOG_LINES = 400  # of each part
 LEAST_S = 25  # a part is not begun with less
 END_S = 20  # for a part that is told to end
 
@@ -49,12 +50,12 @@ def install(wheels: Path) -> None:
 
 
 def run_part(name: str, out: Path, seconds: float, tiny: bool) -> dict[str, Any]:
-    """What the part wrote; ``error`` in it if it did not come to its end."""
-    target = out / f"{name}.json"
-    target.unlink(missing_ok=True)
+    """What the part wrote; ``error`` in it if it did not come to its end. Its log goes to the end of gpu.log."""
+    scratch = Path(tempfile.mkdtemp(prefix="headrace-gpu-"))
+    target, part_log = scratch / "found.json", scratch / "log"
     command = [sys.executable, "-m", "benchmarks.gpu_parts", name, str(target), *(["--tiny"] if tiny else [])]
     began = time.monotonic()
-    with (out / f"{name}.log").open("wb") as log:
+    with part_log.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             code: int | str = process.wait(seconds)
@@ -62,8 +63,10 @@ def run_part(name: str, out: Path, seconds: float, tiny: bool) -> dict[str, Any]
             code = f"stopped after {seconds:.0f} s"
             _end(process)
     found: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    lines = part_log.read_text(errors="replace").strip().splitlines()
+    with (out / "gpu.log").open("a") as whole:
+        whole.write(f"==== {name}\n" + "\n".join(lines[-LOG_LINES:]) + "\n")
     if code != 0:
-        lines = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()
         found["error"] = f"{code}: " + " | ".join(lines[-3:])[-600:]
         print(f"--- {name}: {code}; the end of its log:\n" + "\n".join(lines[-30:]), flush=True)
     return found | {"took_s": round(time.monotonic() - began, 1)}
@@ -125,7 +128,7 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install for this run")
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="where results and logs go")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="where gpu.json, gpu.txt and gpu.log go")
     parser.add_argument("--minutes", type=float, default=7.7, help="for all parts together")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tiny", action="store_true", help="small shapes, any machine: a rehearsal")
