@@ -69,7 +69,7 @@ class CudaEngine(TorchEngine):
                 raise
             reason = str(error)
         except Exception as error:  # a kernel that does not compile for these sizes
-            log.debug("the kernels failed", exc_info=True)
+            log.warning("the Triton kernels failed", exc_info=True)
             reason = f"{type(error).__name__}: {error}"
         log.warning("not on Triton kernels: %s; torch alone serves, which is slower", reason)
         self._tables, self.steps = False, None

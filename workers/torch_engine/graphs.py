@@ -149,7 +149,8 @@ class TableSteps:
         except torch.OutOfMemoryError:
             log.warning("no memory for more than %d of %d CUDA graphs", len(recorded), len(buckets))
         except Exception as error:
-            log.warning("this model runs without CUDA graphs: %s: %s", type(error).__name__, _first_line(error))
+            name, reason = type(error).__name__, _first_line(error)
+            log.warning("this model runs without CUDA graphs: %s: %s", name, reason, exc_info=True)
             recorded = []
         finally:
             gc.unfreeze()
