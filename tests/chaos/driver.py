@@ -37,6 +37,7 @@ from tests.models import save_tiny_model
 from tests.stack import Stack, free_port
 
 MODEL = "chaos"
+JUDGED_WITHIN_S = 900.0  # after the last request
 RECOVERY_S = 8.0  # the promise: tokens flow again within this, plus the prefill
 
 
@@ -71,7 +72,9 @@ class Chaos:
         self.stack = Stack(
             self.folder / "stack", "--redis-url", proxied, "--model", str(self._model()), "--served-model-name", MODEL,
             "--engine", "simulated", "--engine-options", '{"random": true}',
-            "--workers", "2", "--schedulers", "2", "--gateways", "2", *self.args, env=self.env,
+            "--workers", "2", "--schedulers", "2", "--gateways", "2",
+            "--retention", str(seconds + JUDGED_WITHIN_S),  # all journals are judged at the end
+            *self.args, env=self.env,
         )  # fmt: skip
         bus = Bus(direct, MODEL)
         try:

@@ -73,6 +73,8 @@ class History:
         for view in self.views:
             self._judge_view(view, journals.get(view.rid) or await self._journals(bus, view.rid, view.choices))
         for rid, answer in self.answers:
+            if not journals[rid]:
+                continue  # blamed already
             for choice, frames in zip(answer["choices"], journals[rid], strict=True):
                 if choice["text"] != "".join(f.text for f in frames) or choice["token_ids"] != _tokens(frames):
                     self.blame(f"{rid}/{choice['index']}: the answer differs from the journal")
