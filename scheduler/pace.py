@@ -74,7 +74,7 @@ class Pace:
         if not decode_s or not self.prefill_token_s:
             return UNBOUNDED
         least = SHORT_CHUNK if prompt_tokens <= SHORT_PROMPT else LEAST_CHUNK
-        return max(least, int((SLOWER - 1) * decode_s / self.prefill_token_s * max(1.0, prompts / rows)))
+        return max(least, round((SLOWER - 1) * decode_s / self.prefill_token_s * max(1.0, prompts / rows)))
 
     def was_late(self, idle_s: float) -> None:
         """The device waited for a plan that could have been there."""

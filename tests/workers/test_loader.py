@@ -177,8 +177,8 @@ def test_kernels_that_change_the_model_are_not_used(tmp_path_factory, monkeypatc
     """Whatever a replacement gets wrong is seen in the logits, and torch serves alone."""
     real = engine_module.fuse
 
-    def faulty(model, kernels):
-        report = real(model, kernels)
+    def faulty(model, kernels, **options):
+        report = real(model, kernels, **options)
         model.model.norm.weight.data[:8] *= 3
         return report
 
