@@ -81,7 +81,8 @@ class Batch:
 
 def decode_ms(batch: Batch, rows: int, context: int, steps: int) -> float:
     """Median milliseconds of a step in which ``rows`` sequences of about ``context`` tokens each gain a token."""
-    batch.run([(context, 1 + steps)] * rows)
+    prefills = -(-rows * context // (batch.engine.config.max_num_batched_tokens - rows))  # steps until all decode
+    batch.run([(context, 1 + prefills + steps)] * rows)
     return statistics.median(batch.decodes) * 1e3
 
 

@@ -104,4 +104,4 @@ def test_mixed_steps_alone_are_enough_to_keep_decodes_going():
     for rows_now in (4, 8, 16, 32, 32, 32, 32, 32):
         pace.learn(rows_now, 256, 0.256 + 0.005 + rows_now * 0.001)
     assert pace.step_s(32, 256) == pytest.approx(0.293, rel=0.1)
-    assert 16 <= pace.chunk(32, 10_000, 1) < 256
+    assert 8 <= pace.chunk(32, 10_000, 1) < 256
