@@ -1,6 +1,7 @@
 """The torch engine: any causal language model of transformers over a paged KV pool.
 
-Threads of OpenMP wait passively: spinning at barriers stalls a step whenever another process takes a core.
+OpenMP's threads, which compute what is left to torch, wait passively: spinning at barriers stalls a step whenever
+another process takes a core (workers/native/team.inc has a better way, for the native kernels).
 This must be said before torch is loaded.
 """
 
