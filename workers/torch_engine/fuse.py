@@ -253,6 +253,14 @@ def _rotary_agrees(ours: Callable[..., Any], original: Callable[..., Any], gener
     return all(agrees(a, b) for a, b in zip(ours(q, k, angles.cos(), angles.sin()), theirs, strict=True))
 
 
+def with_rotary(forward: types.FunctionType, ours: Callable[..., Any]) -> types.FunctionType:
+    """A copy of ``forward`` that calls ``ours`` for its rotary embedding; no other model in the process changes."""
+    known = {**forward.__globals__, ROTARY: ours}
+    copied = types.FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return copied
+
+
 def _fuse_rotary(model: nn.Module, kernels: Kernels, report: FuseReport, generator: torch.Generator) -> None:
     forwards: dict[type, Callable[..., Any] | None] = {}
     for module in model.modules():
@@ -264,11 +272,7 @@ def _fuse_rotary(model: nn.Module, kernels: Kernels, report: FuseReport, generat
             ours = _native_rotary(kernels, original)
             copied = None
             if _rotary_agrees(ours, original, generator):
-                known = {**forward.__globals__, ROTARY: ours}
-                copied = types.FunctionType(
-                    forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__
-                )
-                copied.__kwdefaults__ = forward.__kwdefaults__
+                copied = with_rotary(forward, ours)
             forwards[type(module)] = copied
         bound = forwards[type(module)]
         if bound is None:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from workers.torch_engine import triton_kernels as kernels
 from workers.torch_engine.agreement import FuseReport
 from workers.torch_engine.attention import NAME
-from workers.torch_engine.fuse import ROTARY
+from workers.torch_engine.fuse import ROTARY, with_rotary
 from workers.torch_engine.table_attention import TableAttention
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the original's largest value
@@ -307,11 +307,7 @@ def _fuse_rotary(model: nn.Module, attention: TableAttention, report: FuseReport
             original = forward.__globals__[ROTARY]
             copied = None
             if _rotary_agrees(original, draw):
-                known = {**forward.__globals__, ROTARY: attention.rotary(original)}
-                copied = types.FunctionType(
-                    forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__
-                )
-                copied.__kwdefaults__ = forward.__kwdefaults__
+                copied = with_rotary(forward, attention.rotary(original))
             forwards[type(module)] = copied
         bound = forwards[type(module)]
         if bound is None:
