@@ -110,7 +110,7 @@ def parity(part: Part) -> None:
             distinct = len({token for output in outputs for token in output})
             wrong = sum(differs(reference, prompt, output) for prompt, output in zip(prompts, outputs, strict=True))
             if name == "llama":
-                part.note(host_waits=host_waits(part, engine))
+                part.note(host_waits=host_waits(engine) if part.cuda else "no GPU")
             steps = getattr(engine, "steps", None)
             graphs = "launch by launch" if steps is None or not steps.buckets else f"{len(steps.buckets)} graphs"
             torch_alone = " on torch alone" if part.cuda and steps is None else ""
@@ -133,25 +133,25 @@ def differs(reference: Any, prompt: list[int], output: list[int]) -> bool:
     return False
 
 
-def host_waits(part: Part, engine: Any) -> list[str] | str:
-    """Where the host waited for the device while it queued steps of every kind of sampling. None is right."""
-    if not part.cuda:
-        return "no GPU"
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.8, "top_k": 40, "min_p": 0.01},
-        {"temperature": 0.7, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "min_tokens": 9}, {"logprobs": 3},
-        {"temperature": 0.5, "logit_bias": {5: 2.0}},
-    ]  # fmt: skip
-    size = engine.config.block_size
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.8, "top_k": 40, "min_p": 0.01},
+    {"temperature": 0.7, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "min_tokens": 9}, {"logprobs": 3},
+    {"temperature": 0.5, "logit_bias": {5: 2.0}},
+]  # fmt: skip
+
+
+def host_waits(engine: Any) -> list[str]:
+    """Where the host waited for the GPU while it queued steps of every kind of sampling: file:line. None is right."""
+    width = 3 * 16 // engine.config.block_size
     new = [
         NewSequence(
             seat, "", seat, 1, pack_ids(range(9)), 9, SamplingParams(max_tokens=40, **kind), 0, 0,
-            pack_ids(range(seat * 3, seat * 3 + 3 * 16 // size)), 0,
+            pack_ids(range(seat * width, (seat + 1) * width)), 0,
         )
-        for seat, kind in enumerate(kinds)
+        for seat, kind in enumerate(KINDS)
     ]  # fmt: skip
-    seats = b"".join(seat.to_bytes(2, "little") for seat in range(len(kinds)))
-    outputs = [engine.execute(Plan(0, 0, 1, seats, pack_ids([9] * len(kinds)), b"", new))]
+    seats = b"".join(seat.to_bytes(2, "little") for seat in range(len(KINDS)))
+    outputs = [engine.execute(Plan(0, 0, 1, seats, pack_ids([9] * len(KINDS)), b"", new))]
     outputs += [engine.execute(Plan(0, 0, step, seats)) for step in (2, 3)]  # buffers are made by now
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from protocol.messages import NewSequence, Plan, pack_ids
+from benchmarks.gpu_parity import KINDS, host_waits
+from protocol.messages import NewSequence, pack_ids
 from protocol.sampling import SamplingParams
 from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence
@@ -20,14 +18,6 @@ from workers.torch_engine.sampler import Sampler
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-]
-
-KINDS = [
-    {"temperature": 0.0},
-    {"temperature": 0.9, "top_p": 0.8, "top_k": 40, "min_p": 0.01},
-    {"temperature": 0.7, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "min_tokens": 9},
-    {"logprobs": 3},
-    {"temperature": 0.5, "logit_bias": {5: 2.0}},
 ]
 
 
@@ -53,21 +43,7 @@ def test_queueing_a_step_never_waits_for_the_device(tmp_path_factory):
     engine = load(tiny_model(tmp_path_factory, "llama"))
     assert type(engine).__name__ == "CudaEngine"
     assert engine.steps.buckets
-    seats = np.arange(len(KINDS), dtype="<u2").tobytes()
-    first = [new(seat, kind) for seat, kind in enumerate(KINDS)]
-    outputs = [engine.execute(Plan(0, 0, 1, seats, pack_ids([9] * len(KINDS)), new=first))]
-    outputs += [engine.execute(Plan(0, 0, step, seats)) for step in (2, 3)]  # buffers are made by now
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            outputs += [engine.execute(Plan(0, 0, step, seats)) for step in (4, 5)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    for output in outputs:
-        assert output.wait().exec_us > 0
-    waits = [f"{Path(found.filename).name}:{found.lineno}" for found in seen if "synchroniz" in str(found.message)]
-    assert not waits
+    assert host_waits(engine) == []
 
 
 def test_draws_on_the_device_are_those_on_the_host():
