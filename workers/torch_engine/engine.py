@@ -50,6 +50,7 @@ class TorchEngine:
         self.device = loader.choose_device(config.device)
         self.overlaps = self.device.type != "cpu"
         self.attention = PagedAttention(TorchAttention())
+        self.kernels: Kernels | None = None
 
     # ------------------------------------------------------------------ load
 
@@ -255,4 +256,4 @@ class TorchEngine:
         self.sampler.clear()
 
     def beat(self) -> int:
-        return self.attention.calls
+        return self.attention.calls + (self.kernels.progress.value if self.kernels else 0)

@@ -1,28 +1,34 @@
-"""Whole decoder layers as one native call each, where a layer is of the usual build.
+"""Whole decoder layers as native calls, where a layer is of the usual build; consecutive ones as a single call.
 
 Between the products of a layer lie only microseconds of arithmetic; in a small model the calls from Python between
-them cost more than the arithmetic does. So a layer whose parts all run natively (fuse.py) becomes one call.
+them cost more than the arithmetic does, and each may have to wait for the interpreter, which the event loop of the
+same process uses meanwhile. So layers whose parts all run natively (fuse.py) become one call as far as they follow each
+other.
 
 What a layer is, is seen rather than believed. One pass is run and each layer's input, output, angles and attention
 rule are noted; a layer is replaced only if its forwards mention nothing but the names below (so that nothing can
 come into play later that the pass did not show, as a scale beyond some position would), and if the native layer
-gives the same output for the same input.
+gives the same output for the same input. Layers are joined if one's output was the next one's input, with the same
+angles, and the model's own forward mentions nothing but the names below.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from workers.native import Kernels, Layer, Packed
+from workers.native import Kernels, Layer, Packed, Pool
 from workers.torch_engine.agreement import FuseReport, agrees
 from workers.torch_engine.attention import AttentionRule, PagedAttention
 from workers.torch_engine.fuse import NativeMLP, NativeRMSNorm, PackedLinear, Slice
 from workers.torch_engine.inputs import StepInputs
+from workers.torch_engine.kv_pool import KVPool
 from workers.torch_engine.native_attention import native_rule, native_step, pool_of
 
 _ATTENTION_NAMES = frozenset(
@@ -72,6 +78,37 @@ _LAYER_NAMES = frozenset(
         "self_attn",
     ]
 )
+_MODEL_NAMES = frozenset(
+    [
+        "BaseModelOutputWithPast",
+        "DynamicCache",
+        "ValueError",
+        "_bidirectional_window_overlay",
+        "arange",
+        "config",
+        "copy",
+        "create_causal_mask",
+        "create_sliding_window_causal_mask",
+        "device",
+        "dict",
+        "embed_tokens",
+        "enumerate",
+        "get_seq_length",
+        "has_sliding_layers",
+        "isinstance",
+        "layer_types",
+        "layers",
+        "norm",
+        "num_hidden_layers",
+        "rotary_emb",
+        "set",
+        "shape",
+        "sliding_window",
+        "torch",
+        "unsqueeze",
+        "use_bidirectional_attention",
+    ]
+)
 # Which norm stands before attention, after it, before the MLP, after it: the three builds there are.
 _NORMS = (
     ("input_layernorm", None, "post_attention_layernorm", None),
@@ -118,41 +155,80 @@ class Workspace:
         return self._floats
 
 
-class NativeLayer(nn.Module):
-    """Takes the place of a decoder layer; its keys and values go to the pool of ``attention``."""
+class NativeLayers(nn.Module):
+    """Takes the place of decoder layers that follow each other; their keys and values go to the pool of
+    ``attention``."""
 
     def __init__(
-        self, kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen, rot: int, workspace: Workspace
-    ) -> None:
+        self, kernels: Kernels, attention: PagedAttention, layers: list[Layer], owners: list[Any], group: int,
+        workspace: Workspace,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.kernels, self.attention, self.parts, self.workspace = kernels, attention, parts, workspace
-        self.sinks = seen.sinks
-        self.group = seen.heads // attention.shapes[seen.index].kv_heads
-        self.layer = Layer(
-            parts.qkv.linear, parts.o.linear, parts.gate_up.linear, parts.down.linear,
-            rule=native_rule(seen.rule, seen.sinks), heads=seen.heads, act=parts.act, rot=rot,
-        )  # fmt: skip
-        for i, norm in enumerate(parts.norms):
-            self.layer.norms[i] = norm.weight.data_ptr() if norm else None
-            self.layer.eps[i] = norm.eps if norm else 0.0
-        self.work_width = parts.qkv.inputs + parts.qkv.outputs + parts.o.inputs + parts.down.inputs
+        self.kernels, self.attention, self.workspace = kernels, attention, workspace
+        self.layers = (Layer * len(layers))(*layers)
+        self.owners = owners  # of the memory that they point to
+        self.group = group  # query heads to a key head
+        self.work_width = max(layer.qkv.K + layer.qkv.N + layer.o.K + layer.down.K for layer in layers)
+        self._pools: tuple[KVPool | None, Any] = (None, None)
 
     def forward(
         self, hidden_states: torch.Tensor, *, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
     ) -> torch.Tensor:
-        attention = self.attention
-        step, index = attention.step, attention.next_layer()
+        step, first = self.attention.step, self.attention.next_layers(len(self.layers))
         assert step is not None
-        assert attention.pool is not None
         x = hidden_states[0].contiguous()
         out = torch.empty_like(hidden_states)
         cosine, sine = position_embeddings
-        self.kernels.layer(
-            self.layer, native_step(step, self.group),
-            pool_of(attention.pool.keys[index], attention.pool.values[index], step.block_size),
-            cosine[0], sine[0], x, out, self.workspace.floats(x.shape[0] * self.work_width),
+        self.kernels.layers(
+            self.layers, native_step(step, self.group), self._pools_from(first, step.block_size), cosine[0], sine[0],
+            x, out, self.workspace.floats(x.shape[0] * self.work_width),
         )  # fmt: skip
         return out
+
+    def _pools_from(self, first: int, block_size: int) -> Any:
+        pool = self.attention.pool
+        assert pool is not None
+        if self._pools[0] is not pool:
+            layers = range(first, first + len(self.layers))
+            pools = [pool_of(pool.keys[index], pool.values[index], block_size) for index in layers]
+            self._pools = pool, (Pool * len(pools))(*pools)
+        return self._pools[1]
+
+    def joined(self, following: NativeLayers) -> NativeLayers | None:
+        """One for both; None where they cannot share a call."""
+        if following.group != self.group:
+            return None
+        layers, owners = [*self.layers, *following.layers], self.owners + following.owners
+        return NativeLayers(self.kernels, self.attention, layers, owners, self.group, self.workspace)
+
+
+def native_layer(
+    kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen, rot: int, workspace: Workspace
+) -> NativeLayers:
+    """A layer by itself. ``rot``: how much of each head is turned."""
+    layer = Layer(
+        parts.qkv.linear, parts.o.linear, parts.gate_up.linear, parts.down.linear,
+        rule=native_rule(seen.rule, seen.sinks), heads=seen.heads, act=parts.act, rot=rot,
+    )  # fmt: skip
+    for i, norm in enumerate(parts.norms):
+        layer.norms[i] = norm.weight.data_ptr() if norm else None
+        layer.eps[i] = norm.eps if norm else 0.0
+    group = seen.heads // attention.shapes[seen.index].kv_heads
+    return NativeLayers(kernels, attention, [layer], [parts, seen.sinks], group, workspace)
+
+
+class Done(nn.Module):
+    """In the place of a layer that an earlier one's call has computed."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class Stack(nn.ModuleList):
+    """A model's list of layers. Models take `layers[: n]` in each pass, of which torch would make a new module."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if index == slice(None, len(self), None) else super().__getitem__(index)
 
 
 def parts_of(layer: nn.Module) -> Parts | None:
@@ -181,8 +257,7 @@ def parts_of(layer: nn.Module) -> Parts | None:
 
 def _names(module: nn.Module) -> set[str]:
     """Every name that a module's forward mentions."""
-    forward = type(module).forward
-    return set(getattr(forward, "__wrapped__", forward).__code__.co_names)
+    return set(inspect.unwrap(type(module).forward).__code__.co_names)
 
 
 @torch.no_grad()
@@ -194,23 +269,57 @@ def fuse_layers(
     seen = _watch(candidates, attention, run)
     workspace = Workspace()
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child not in seen:
+        for name, stack in list(parent.named_children()):
+            if not isinstance(stack, nn.ModuleList) or not any(layer in seen for layer in stack):
                 continue
-            ours = _same_layer(kernels, attention, candidates[child], seen[child], workspace)
-            if ours is None:
-                report.kept[type(child).__name__] += 1
-                continue
-            for key, value in vars(child).items():  # what the model around it may ask a layer for
-                if not key.startswith("_") and isinstance(value, str | int | float):
-                    setattr(ours, key, value)
-            setattr(parent, name, ours)
-            report.fused["layer"] += 1
+            found: list[NativeLayers | None] = []
+            for layer in stack:
+                parts, at = candidates.get(layer), seen.get(layer)
+                ours = _same_layer(kernels, attention, parts, at, workspace) if parts and at else None
+                found.append(ours)
+                if ours is not None:
+                    report.fused["layer"] += 1
+                elif parts is not None:
+                    report.kept[type(layer).__name__] += 1
+            watched = [seen.get(layer) for layer in stack]
+            known = _names(parent) <= _MODEL_NAMES
+            follows = [known and a is not None and b is not None and _follows(a, b) for a, b in pairwise(watched)]
+            setattr(parent, name, _stack(list(stack), found, [False, *follows]))
+
+
+def _follows(before: Seen, after: Seen) -> bool:
+    """Whether nothing happens between two layers."""
+    same_angles = all(a is b for a, b in zip(before.angles, after.angles, strict=True))
+    return same_angles and after.index == before.index + 1 and torch.equal(before.output, after.x)
+
+
+def _stack(originals: list[nn.Module], found: list[NativeLayers | None], follows: list[bool]) -> Stack:
+    """``originals`` with those ``found`` in their places, each joined to the one before it where it ``follows``."""
+    stack = Stack()
+    at = 0  # where the call is that the next layer may join
+    for i, (original, ours) in enumerate(zip(originals, found, strict=True)):
+        first = stack[at] if follows[i] else None
+        joined = first.joined(ours) if isinstance(first, NativeLayers) and ours is not None else None
+        if joined is not None:
+            stack[at] = _like(joined, originals[at])
+            stack.append(_like(Done(), original))
+        else:
+            stack.append(original if ours is None else _like(ours, original))
+            at = i
+    return stack
+
+
+def _like(ours: nn.Module, original: nn.Module) -> nn.Module:
+    """``ours`` with what the model around it may ask ``original`` for."""
+    for key, value in vars(original).items():
+        if not key.startswith("_") and isinstance(value, str | int | float):
+            setattr(ours, key, value)
+    return ours
 
 
 def _same_layer(
     kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen, workspace: Workspace
-) -> NativeLayer | None:
+) -> NativeLayers | None:
     """A native layer that gives the output that was seen; without rotary embedding if that is what it takes."""
     shape = attention.shapes[seen.index]
     sizes = (seen.heads + shape.kv_heads) * shape.key_size + shape.kv_heads * shape.value_size
@@ -218,7 +327,7 @@ def _same_layer(
     if parts.qkv.outputs != sizes or parts.o.inputs != seen.heads * shape.value_size or not norms_fit:
         return None
     for rot in (seen.angles[0].shape[-1], 0):
-        ours = NativeLayer(kernels, attention, parts, seen, rot, workspace)
+        ours = native_layer(kernels, attention, parts, seen, rot, workspace)
         attention.begin(seen.step, seen.index)
         if agrees(ours(seen.x[None], position_embeddings=seen.angles)[0], seen.output):
             return ours
