@@ -193,7 +193,7 @@ class Setting:
             TRANSFORMERS.binary(self.cache, "transformers"), "serve", str(self.checkpoint), "--host", "127.0.0.1",
             "--port", str(port), "--continuous-batching", "--dtype", "float32", "--device", "cpu",
         ]  # fmt: skip
-        target = Target(_url(port), str(self.checkpoint), chat=True, body=GREEDY)
+        target = Target(_url(port), str(self.checkpoint), chat=True, body=GREEDY, says_done=False)
         return self._server("transformers", command, OFFLINE, port, "/health", target, self.text)
 
     def _server(

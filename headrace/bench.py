@@ -81,6 +81,7 @@ class Target:
     model: str
     chat: bool = False
     body: Mapping[str, Any] = field(default_factory=dict)
+    says_done: bool = True  # False: its streams end with a finish reason, and no [DONE] after it
 
     def payload(self, request: Request) -> dict[str, Any]:
         asked: dict[str, Any] = {
@@ -108,7 +109,7 @@ async def send(
         async with session.post(endpoint, json=target.payload(request)) as response:
             if response.status != 200:
                 raise RuntimeError(f"HTTP {response.status}: {(await response.text())[:200]}")
-            await _read_events(response.content, result, on_token)
+            await _read_events(response.content, result, on_token, target.says_done)
         if not result.chunks:
             raise RuntimeError("the stream ended without a token")
     except Exception as error:
@@ -117,7 +118,9 @@ async def send(
     return result
 
 
-async def _read_events(content: aiohttp.StreamReader, result: Result, on_token: Callable[[], None]) -> None:
+async def _read_events(
+    content: aiohttp.StreamReader, result: Result, on_token: Callable[[], None], says_done: bool
+) -> None:
     usage: dict[str, int] = {}
     async for line in content:  # server-sent events: one "data: ..." line each
         if not line.startswith(b"data:"):
@@ -136,7 +139,8 @@ async def _read_events(content: aiohttp.StreamReader, result: Result, on_token: 
                 result.chunks.append(now)
                 on_token()
     else:
-        raise RuntimeError("the stream broke off before [DONE]")
+        if says_done or result.finish_reason is None:
+            raise RuntimeError("the stream broke off before its end")
     result.output_tokens = usage.get("completion_tokens") or len(result.chunks)
     result.prompt_tokens = usage.get("prompt_tokens") or result.prompt_tokens
 
