@@ -1,9 +1,10 @@
 """How many tokens one gateway process can stream: N open streams, fed by publications made up on the spot.
 
 A real server, a real gateway process and real HTTP clients; only the scheduler and the workers are missing: this
-program ingests the requests and publishes one row per stream and step, at a given pace. Told are the tokens that
-arrived, the gateway's CPU time per token (from it: what one core could stream), and how long a token took from
-its publication to the client.
+program ingests the requests and publishes one row per stream and step, at a given pace. As many workers as would be
+needed for that many streams take turns, each with the rows of its sequences. Told are the tokens that arrived, the
+gateway's CPU time per token (from it: what one core could stream), and how long a token took from its publication to
+the client, for streams of all workers.
 
     python -m benchmarks.gateway --streams 1000 --rate 10000 --seconds 10
 """
@@ -30,7 +31,8 @@ from protocol.bus import Bus
 from protocol.messages import Capacity, Frame, ModelCard, PoolCapacity, encode, pack_ids, row_edges
 
 MODEL = "bench/gateway"
-MEASURED = 32  # streams whose tokens are timed one by one
+MEASURED = 32  # streams whose tokens are timed one by one, spread evenly over all
+SEQUENCES = 256  # of a worker at most, which is also what one commit carries
 GATEWAY = """
 import asyncio, logging, sys, uvloop
 logging.basicConfig(level="INFO", stream=sys.stdout, format="%(message)s")
@@ -77,7 +79,8 @@ async def read_streams(port: int, streams: int, queue: Queue[Any]) -> None:
     for i in range(streams):
         done = loop.create_future()
         waiting.append(done)
-        await loop.create_connection(lambda i=i, d=done: Reader(body, i < MEASURED, totals, d), "127.0.0.1", port)  # type: ignore[misc]
+        timed = i % max(1, streams // MEASURED) == 0
+        await loop.create_connection(lambda t=timed, d=done: Reader(body, t, totals, d), "127.0.0.1", port)  # type: ignore[misc]
     await asyncio.gather(*waiting)
     queue.put(totals)
 
@@ -90,7 +93,7 @@ def run_clients(port: int, streams: int, queue: Queue[Any]) -> None:
 
 
 class Source:
-    """Ingests what arrives, then publishes a token to every stream at each step."""
+    """Ingests what arrives, then publishes a token to each stream of a worker at each of its steps."""
 
     def __init__(self, url: str) -> None:
         self.bus = Bus(url, MODEL)
@@ -116,16 +119,14 @@ class Source:
         names = {n for channels in (await self.bus.scan_live()).values() for n in channels}
         (self.channel,) = names
 
-    async def step(self, last: bool = False) -> None:
+    async def step(self, rids: list[str], last: bool = False) -> None:
         frame = encode(Frame(7, f"@{time.monotonic():.6f} tok", "stop" if last else None))
         parts: list[bytes] = []
-        for rid, cursor in self.cursors.items():
-            head, tail = row_edges(rid, 0, cursor, len(frame), None)
+        for rid in rids:
+            head, tail = row_edges(rid, 0, self.cursors[rid], len(frame), None)
             parts += (head, frame, tail)
-            self.cursors[rid] = cursor + len(frame)
-        per_row = 3 * 256  # one commit carries at most 256 rows
-        for at in range(0, len(parts), per_row):
-            await self.raw.publish(self.bus.keys.out(self.channel), b"".join(parts[at : at + per_row]))
+            self.cursors[rid] += len(frame)
+        await self.raw.publish(self.bus.keys.out(self.channel), b"".join(parts))
 
 
 async def measure(url: str, streams: int, rate: float, seconds: float) -> dict[str, Any]:
@@ -145,9 +146,12 @@ async def measure(url: str, streams: int, rate: float, seconds: float) -> dict[s
     interval = streams / rate
     steps = max(2, int(seconds / interval))
     cpu, started = cpu_seconds(gateway.pid), time.monotonic()
+    rids = list(source.cursors)
+    workers = [rids[at : at + SEQUENCES] for at in range(0, streams, SEQUENCES)]
     for step in range(steps):
-        await source.step(last=step == steps - 1)
-        await asyncio.sleep(max(0.0, started + (step + 1) * interval - time.monotonic()))
+        for turn, sequences in enumerate(workers, 1):
+            await source.step(sequences, last=step == steps - 1)
+            await asyncio.sleep(max(0.0, started + (step + turn / len(workers)) * interval - time.monotonic()))
     totals = await asyncio.to_thread(queue.get)
     wall, cpu = time.monotonic() - started, cpu_seconds(gateway.pid) - cpu
     clients.join()
