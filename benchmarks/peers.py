@@ -36,10 +36,8 @@ from headrace.workload import Vocabulary, Workload
 MAX_MODEL_LEN = 2048
 KV_GIB = 2  # for every peer that lets one say
 WORKLOADS = ("w1", "w2", "w4")
-CONCURRENT = (
-    "vllm",
-    "openvino",
-)  # llama-cpp-python's server runs one request at a time, transformers would take too long
+# llama-cpp-python's server runs one request at a time, and transformers would take too long
+CONCURRENT = ("vllm", "openvino")
 GREEDY = {"temperature": 0.0}  # for servers that know no ignore_eos: no end comes of itself, see ``short``
 
 
