@@ -193,6 +193,7 @@ class Setting:
         command = [
             TRANSFORMERS.binary(self.cache, "transformers"), "serve", str(self.checkpoint), "--host", "127.0.0.1",
             "--port", str(port), "--continuous-batching", "--dtype", "float32", "--device", "cpu",
+            "--cb-block-size", "32", "--cb-num-blocks", "1024",  # left to itself it takes all the memory there is
         ]  # fmt: skip
         target = Target(_url(port), str(self.checkpoint), chat=True, body=GREEDY, says_done=False)
         return self._server("transformers", command, OFFLINE, port, "/health", target, self.text)
@@ -307,8 +308,8 @@ def arrivals(contest: Contest, options: argparse.Namespace) -> None:
         return
     capacity = min(middle([run["tokens_per_s"] for run in w2[name]]) for name in ("headrace", "vllm"))
     mean = sum(workload("w3").output_len) / 2
-    for share in (0.5, 0.8):
-        asked = workload("w3", quick=options.quick, rate=share * capacity / mean)
+    for number, share in enumerate((0.5, 0.8)):
+        asked = workload("w3", number, options.quick, rate=share * capacity / mean)  # a seed for each
         contest.round(f"w3 at {share:.0%}", asked, ("headrace", "vllm"))
 
 
