@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,10 +18,21 @@ from pathlib import Path
 START_S = 180  # a loaded machine may take that long to import torch three times
 
 
+# Below the ports that the system gives to outgoing connections (32768 and up on Linux, 49152 elsewhere): one of those
+# could be taken between the look and the use, or while a process that listens there restarts.
+PORTS = range(20_000, 32_000)
+TOGETHER = 16  # a service's gateways listen on ports that follow each other, its metrics on the later half
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free, as are the next TOGETHER - 1. Tests that run beside this one look elsewhere, at random."""
+    dice = random.SystemRandom()  # whatever the tests seeded
+    while True:
+        first = dice.randrange(PORTS.start, PORTS.stop, TOGETHER)
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for port in range(first, first + TOGETHER):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 class Stack:
@@ -32,6 +45,7 @@ class Stack:
         self.log = run_dir / "serve.log"
         self.command = [
             sys.executable, "-m", "headrace", "serve", "--port", str(self.port),
+            "--metrics-port", str(self.port + TOGETHER // 2),
             "--run-dir", str(run_dir / "run"), "--data-dir", str(run_dir / "data"), *args,
         ]  # fmt: skip
         self.env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
