@@ -14,21 +14,27 @@ FIRST_LEAD_S = 0.01
 MOST_LEAD_S = 0.25
 DECAY = 0.999
 SMOOTHING = 0.2
+DRIFT = 0.025  # of decode times in steps that do not tell them apart
 MOST_SCALE = 5.0  # one slow step is not taken at its full word
 LEAST_CHUNK = 8
 SHORT_CHUNK = 64
 SHORT_PROMPT = 256
 SLOWER = 1.7  # how much longer a step may take for a prefill in it: below 2, for the estimate lags behind
+WAITING_WEIGHT = 4  # a prompt's wait counts as that of so many streams: until it runs, all batches are smaller, too
 UNBOUNDED = 1 << 62
 
 
 class Pace:
-    """Step times as decode time by number of rows, plus a time per prefill token."""
+    """Step times as decode time by number of rows, plus a time per prefill token alone, or beside so many rows.
+
+    Beside few rows a token costs more than in a long chunk of its own: the products are still too thin to be fast.
+    """
 
     def __init__(self) -> None:
         self.lead_s = FIRST_LEAD_S
         self.prefill_token_s = 0.0
         self._decode_s: dict[int, float] = {}  # bit length of the number of rows -> seconds
+        self._beside_s: dict[int, float] = {}  # the same -> seconds per prefill token beside them
 
     def decode_s(self, rows: int) -> float:
         """Expected time of a step of ``rows`` decodes alone; 0 while nothing is known."""
@@ -38,43 +44,51 @@ class Pace:
         known = self._decode_s.get(size)
         return known if known is not None else self._decode_s[min(self._decode_s, key=lambda k: (abs(k - size), k))]
 
+    def token_s(self, rows: int) -> float:
+        """Expected time of one prefill token beside ``rows`` decodes; 0 while nothing is known."""
+        return self._beside_s.get(rows.bit_length(), self.prefill_token_s)
+
     def step_s(self, rows: int, prefill_tokens: int) -> float:
-        return self.decode_s(rows) + prefill_tokens * self.prefill_token_s
+        return self.decode_s(rows) + prefill_tokens * self.token_s(rows)
 
     def learn(self, rows: int, prefill_tokens: int, exec_s: float) -> None:
         """One step of ``rows`` decodes and ``prefill_tokens`` took ``exec_s``.
 
-        A mixed step does not tell the two apart: it scales both by what it was off, and steps of one kind set them
-        right. What is unknown begins with the rest that the known leaves, or with its share of the tokens.
+        What is unknown begins with the rest that the known leaves, or with its share of the tokens. What a mixed step
+        was off is nearly all the prefill tokens': decodes alone are seen often, but where load never pauses.
         """
         tokens = rows + prefill_tokens
         if not tokens or exec_s <= 0:
             return
-        decode_s, prefill_s = self.decode_s(rows), prefill_tokens * self.prefill_token_s
-        first_of_kind = not prefill_tokens and rows.bit_length() not in self._decode_s
-        if rows and (not decode_s or first_of_kind):
+        size = rows.bit_length()
+        decode_s, prefill_s = self.decode_s(rows), prefill_tokens * self.token_s(rows)
+        if rows and (not decode_s or (not prefill_tokens and size not in self._decode_s)):
             decode_s = max(exec_s - prefill_s, exec_s * rows / tokens)
         if prefill_tokens and not prefill_s:
             prefill_s = max(exec_s - decode_s, exec_s * prefill_tokens / tokens)
-        scale = 1 + SMOOTHING * (min(exec_s / (decode_s + prefill_s), MOST_SCALE) - 1)
+        off = min(exec_s / (decode_s + prefill_s), MOST_SCALE) - 1
         if rows:
-            self._decode_s[rows.bit_length()] = decode_s * scale
+            self._decode_s[size] = decode_s * (1 + (DRIFT if prefill_tokens else SMOOTHING) * off)
         if prefill_tokens:
-            self.prefill_token_s = prefill_s * scale / prefill_tokens
+            token_s = prefill_s / prefill_tokens * (1 + SMOOTHING * off)
+            if rows:
+                self._beside_s[size] = token_s
+            if not rows or not self.prefill_token_s:
+                self.prefill_token_s = token_s
 
     def chunk(self, rows: int, prompt_tokens: int, prompts: int) -> int:
         """Most prefill tokens beside ``rows`` decodes, for a prompt of which ``prompt_tokens`` are to be computed.
 
         As many as make the step take SLOWER times as long as without them; at least LEAST_CHUNK, lest prefills starve
         where a token of prefill costs as much as one of decode (small machines). A short prompt may take more: it
-        slows few steps, and everyone waits for first tokens. More, too, where more ``prompts`` could run than decodes
-        do: what a longer step costs each of the few it spares each of the many.
+        slows few steps, and everyone waits for first tokens. More, too, where many ``prompts`` could run: what a
+        longer step costs each of the decodes it spares each of those behind this one.
         """
-        decode_s = self.decode_s(rows)
-        if not decode_s or not self.prefill_token_s:
+        decode_s, token_s = self.decode_s(rows), self.token_s(rows)
+        if not decode_s or not token_s:
             return UNBOUNDED
         least = SHORT_CHUNK if prompt_tokens <= SHORT_PROMPT else LEAST_CHUNK
-        return max(least, round((SLOWER - 1) * decode_s / self.prefill_token_s * max(1.0, prompts / rows)))
+        return max(least, round((SLOWER - 1) * decode_s / token_s * max(1.0, WAITING_WEIGHT * (prompts - 1) / rows)))
 
     def was_late(self, idle_s: float) -> None:
         """The device waited for a plan that could have been there."""

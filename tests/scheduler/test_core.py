@@ -152,10 +152,10 @@ def test_a_short_prompt_may_slow_a_few_steps_more():
 def test_where_more_prompts_wait_than_decodes_run_the_prompts_go_first():
     c = core(CoreConfig(), blocks=4000, tokens=4096, model_len=4096, seqs=64)
     now = paced(c)
-    for k in range(39):
+    for k in range(11):
         c.apply(arrive(f"crowd{k}", 30, arrived=now), now)
-    first = chunks(c, now, 30)[:5]
-    assert first == [30, 30, 30, 30, 20], "forty wait for two: twenty times seven tokens in the first step"
+    first = chunks(c, now, 30)[:6]
+    assert first == [30, 30, 30, 30, 30, 4], "eleven behind the first, four times, for two: 22 times seven tokens"
 
 
 def test_nobody_decodes_so_a_prompt_may_fill_the_budget():

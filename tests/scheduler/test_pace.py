@@ -105,3 +105,16 @@ def test_mixed_steps_alone_are_enough_to_keep_decodes_going():
         pace.learn(rows_now, 256, 0.256 + 0.005 + rows_now * 0.001)
     assert pace.step_s(32, 256) == pytest.approx(0.293, rel=0.1)
     assert 8 <= pace.chunk(32, 10_000, 1) < 256
+
+
+def test_what_a_prefill_token_costs_beside_few_rows_is_learned_from_there():
+    """Two seconds for a long chunk alone, and twice as much a token beside eight rows: the chunk follows the latter."""
+    pace = Pace()
+    pace.learn(0, 1000, 2.0)
+    pace.learn(8, 0, 0.100)
+    for _ in range(40):
+        count = pace.chunk(8, 10_000, 1)
+        pace.learn(8, count, 0.100 + 0.004 * count)
+    assert 0.160 < 0.100 + 0.004 * pace.chunk(8, 10_000, 1) < 0.190
+    assert pace.decode_s(8) == pytest.approx(0.100, rel=0.1)
+    assert pace.step_s(0, 1000) == pytest.approx(2.0), "a chunk of its own costs what it did"
