@@ -21,6 +21,7 @@ except KernelsUnavailable as error:
     pytest.skip(f"native kernels: {error}", allow_module_level=True)
 
 WHOLE = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"}
+CAPPED = {"gemma2", "gemma3"}  # more happens in a pass than embedding, layers, norm and head
 
 
 def calls(engine) -> list[int]:
@@ -35,6 +36,43 @@ def test_layers_of_the_usual_build_become_one_call(tmp_path_factory, name):
     if name in WHOLE - {"gemma3"}:
         assert calls(engine) == [3]
         assert sum(isinstance(module, Done) for module in engine.model.modules()) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in SERVED if name != "phi3_longrope"])
+def test_a_model_with_nothing_around_its_layers_takes_the_shortcut(tmp_path_factory, name):
+    """That what comes out is the model's own is what test_parity asks of the same engines."""
+    assert (make_engine(tiny_model(tmp_path_factory, name)).shortcut is not None) == (name in WHOLE - CAPPED)
+
+
+@pytest.mark.parametrize("where", ["LlamaModel", "LlamaForCausalLM"])
+def test_a_model_that_mentions_more_takes_no_shortcut(tmp_path_factory, monkeypatch, where):
+    from transformers.models.llama import modeling_llama
+
+    model = getattr(modeling_llama, where)
+    original = model.forward
+
+    def forward(self, *args, position_ids=None, **kwargs):
+        assert position_ids is None or position_ids.max() < 100000
+        return original(self, *args, position_ids=position_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    assert make_engine(tiny_model(tmp_path_factory, "llama")).shortcut is None
+
+
+def test_a_shortcut_that_gives_something_else_is_not_taken(tmp_path_factory, monkeypatch):
+    """No name tells that this head is scaled."""
+    from transformers.models.llama import modeling_llama
+
+    original = modeling_llama.LlamaForCausalLM.forward
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **kwargs):
+        found = original(self, input_ids, attention_mask, position_ids, logits_to_keep=logits_to_keep, **kwargs)
+        found["logits"] = found["logits"] * 1.01
+        return found
+
+    assert forward.__code__.co_names == ()
+    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", forward)
+    assert make_engine(tiny_model(tmp_path_factory, "llama")).shortcut is None
 
 
 def test_layers_with_angles_of_their_own_are_not_joined(tmp_path_factory):

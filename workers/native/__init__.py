@@ -188,13 +188,17 @@ def make_step(tables: np.ndarray, starts: np.ndarray, contexts: np.ndarray, slot
     slots int64 [T]. Each sequence is cut into tasks of TASK_ROWS rows for ``group`` query heads to a key head; those
     with most to read come first, so that no thread is left with a long one at the end."""
     tile = max(1, TASK_ROWS // group)
-    counts = np.diff(starts)
-    cuts = -(-counts // tile)
-    sequence = np.repeat(np.arange(len(counts), dtype=np.int32), cuts)
-    nth = np.arange(len(sequence)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    begin = starts[sequence] + nth * tile
-    end = np.minimum(begin + tile, starts[sequence + 1])
-    cost = (contexts[sequence] - (starts[sequence + 1] - end)) * (end - begin)
+    if len(slots) == len(contexts):  # decodes alone
+        sequence = begin = starts[:-1]
+        end, cost = starts[1:], contexts
+    else:
+        counts = np.diff(starts)
+        cuts = -(-counts // tile)
+        sequence = np.repeat(np.arange(len(counts), dtype=np.int32), cuts)
+        nth = np.arange(len(sequence)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+        begin = starts[sequence] + nth * tile
+        end = np.minimum(begin + tile, starts[sequence + 1])
+        cost = (contexts[sequence] - (starts[sequence + 1] - end)) * (end - begin)
     tasks = np.ascontiguousarray(np.stack([sequence, begin, end], 1)[np.argsort(-cost, kind="stable")], np.int32)
     step = Step(
         tasks.ctypes.data, tables.ctypes.data, starts.ctypes.data, contexts.ctypes.data, slots.data_ptr(),

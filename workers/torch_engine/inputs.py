@@ -151,18 +151,20 @@ class Seats:
         seats = np.frombuffer(plan.seats, "<u2").astype(np.int64)
         counts = np.frombuffer(plan.counts, "<i4").astype(np.int64) if plan.counts else np.ones(len(seats), np.int64)
         samples = np.frombuffer(plan.samples, np.uint8).astype(bool) if plan.samples else np.ones(len(seats), bool)
-        if len(np.unique(seats)) != len(seats) or seats.max() >= len(self.ids) or not self.taken[seats].all():
+        if len(set(seats.tolist())) != len(seats) or seats.max() >= len(self.ids) or not self.taken[seats].all():
             raise EngineFailed("a plan names an empty seat, or one twice")
         computed = self.computed[seats]
         contexts = computed + counts
         self._check_rows(seats, counts, samples, contexts)
 
-        row_starts = np.zeros(len(seats) + 1, np.int64)
-        np.cumsum(counts, out=row_starts[1:])
-        total = int(row_starts[-1])
-        row_of = np.repeat(np.arange(len(seats)), counts)
-        positions = np.arange(total) + np.repeat(computed - row_starts[:-1], counts)
-        slots = self.tables[seats[row_of], positions // self.block_size].astype(np.int64) * self.block_size
+        if plan.counts:
+            row_starts = np.zeros(len(seats) + 1, np.int64)
+            np.cumsum(counts, out=row_starts[1:])
+            seat_of = np.repeat(seats, counts)
+            positions = np.arange(row_starts[-1]) + np.repeat(computed - row_starts[:-1], counts)
+        else:  # decodes alone: tokens are rows
+            row_starts, seat_of, positions = np.arange(len(seats) + 1), seats, computed
+        slots = self.tables[seat_of, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
         self.computed[seats] = contexts
         self.known[seats[samples]] += 1

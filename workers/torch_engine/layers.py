@@ -78,7 +78,7 @@ _LAYER_NAMES = frozenset(
         "self_attn",
     ]
 )
-_MODEL_NAMES = frozenset(
+MODEL_NAMES = frozenset(
     [
         "BaseModelOutputWithPast",
         "DynamicCache",
@@ -250,12 +250,12 @@ def parts_of(layer: nn.Module) -> Parts | None:
         return None
     if any(norm is not None and not isinstance(norm, NativeRMSNorm) for norm in heads):
         return None
-    if not (_names(layer) <= _LAYER_NAMES and _names(attention) <= _ATTENTION_NAMES):
+    if not (names_of(layer) <= _LAYER_NAMES and names_of(attention) <= _ATTENTION_NAMES):
         return None
     return Parts(qkv, o.packed, mlp.gate_up, mlp.down, mlp.act, [norms.get(n) if n else None for n in build] + heads)
 
 
-def _names(module: nn.Module) -> set[str]:
+def names_of(module: nn.Module) -> set[str]:
     """Every name that a module's forward mentions."""
     return set(inspect.unwrap(type(module).forward).__code__.co_names)
 
@@ -282,7 +282,7 @@ def fuse_layers(
                 elif parts is not None:
                     report.kept[type(layer).__name__] += 1
             watched = [seen.get(layer) for layer in stack]
-            known = _names(parent) <= _MODEL_NAMES
+            known = names_of(parent) <= MODEL_NAMES
             follows = [known and a is not None and b is not None and _follows(a, b) for a, b in pairwise(watched)]
             setattr(parent, name, _stack(list(stack), found, [False, *follows]))
 
