@@ -59,7 +59,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "gate_up": [_P, _I, _P, _I, _P, _I, _I],
     "attention": [_P, _P, _P, _P, _I, _I, _P, _I],
     "store": [_P, _P, _P, _I, _I, _P, _I, _I, _I],
-    "layers": [_P, _I, _P, _P, _P, _P, _I, _P, _P, _P, _P],
+    "layers": [_P, _I, _P, _P, _P, _P, _I, _P, _P, _P],
     "rms_norm": [_P, _I, _P, _P, _I, _I, _F],
     "draw": [_P, _I, _P, _P, _I, _I],
     "rotary": [_P, _I, _I, _P, _P, _I, _P, _I, _I, _I, _I, _I],
@@ -145,14 +145,12 @@ class Kernels:
         sine: torch.Tensor,
         x: torch.Tensor,
         out: torch.Tensor,
-        work: torch.Tensor,
     ) -> None:
         """Decoder layers, one after another, of x [T, C] into out [T, C]; ``pools`` holds one for each, of the same
-        number of key heads. cosine and sine [T, rot] with one row stride. ``work`` has T * (C + outputs of qkv +
-        inputs of o + inputs of down) floats, of the layer that needs most."""
+        number of key heads. cosine and sine [T, rot] with one row stride."""
         self._layers(
             ctypes.addressof(layers), len(layers), ctypes.addressof(step), ctypes.addressof(pools), cosine.data_ptr(),
-            sine.data_ptr(), cosine.stride(0), x.data_ptr(), out.data_ptr(), work.data_ptr(),
+            sine.data_ptr(), cosine.stride(0), x.data_ptr(), out.data_ptr(),
             ctypes.addressof(self.progress),
         )  # fmt: skip
 

@@ -143,32 +143,18 @@ class Seen:
     step: StepInputs
 
 
-class Workspace:
-    """Memory that all layers of a model work in, one after another."""
-
-    def __init__(self) -> None:
-        self._floats = torch.empty(0)
-
-    def floats(self, count: int) -> torch.Tensor:
-        if self._floats.numel() < count:
-            self._floats = torch.empty(count)
-        return self._floats
-
-
 class NativeLayers(nn.Module):
     """Takes the place of decoder layers that follow each other; their keys and values go to the pool of
     ``attention``."""
 
     def __init__(
-        self, kernels: Kernels, attention: PagedAttention, layers: list[Layer], owners: list[Any], group: int,
-        workspace: Workspace,
-    ) -> None:  # fmt: skip
+        self, kernels: Kernels, attention: PagedAttention, layers: list[Layer], owners: list[Any], group: int
+    ) -> None:
         super().__init__()
-        self.kernels, self.attention, self.workspace = kernels, attention, workspace
+        self.kernels, self.attention = kernels, attention
         self.layers = (Layer * len(layers))(*layers)
         self.owners = owners  # of the memory that they point to
         self.group = group  # query heads to a key head
-        self.work_width = max(layer.qkv.K + layer.qkv.N + layer.o.K + layer.down.K for layer in layers)
         self._pools: tuple[KVPool | None, Any] = (None, None)
 
     def forward(
@@ -181,7 +167,7 @@ class NativeLayers(nn.Module):
         cosine, sine = position_embeddings
         self.kernels.layers(
             self.layers, native_step(step, self.group), self._pools_from(first, step.block_size), cosine[0], sine[0],
-            x, out, self.workspace.floats(x.shape[0] * self.work_width),
+            x, out,
         )  # fmt: skip
         return out
 
@@ -199,12 +185,10 @@ class NativeLayers(nn.Module):
         if following.group != self.group:
             return None
         layers, owners = [*self.layers, *following.layers], self.owners + following.owners
-        return NativeLayers(self.kernels, self.attention, layers, owners, self.group, self.workspace)
+        return NativeLayers(self.kernels, self.attention, layers, owners, self.group)
 
 
-def native_layer(
-    kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen, rot: int, workspace: Workspace
-) -> NativeLayers:
+def native_layer(kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen, rot: int) -> NativeLayers:
     """A layer by itself. ``rot``: how much of each head is turned."""
     layer = Layer(
         parts.qkv.linear, parts.o.linear, parts.gate_up.linear, parts.down.linear,
@@ -214,7 +198,7 @@ def native_layer(
         layer.norms[i] = norm.weight.data_ptr() if norm else None
         layer.eps[i] = norm.eps if norm else 0.0
     group = seen.heads // attention.shapes[seen.index].kv_heads
-    return NativeLayers(kernels, attention, [layer], [parts, seen.sinks], group, workspace)
+    return NativeLayers(kernels, attention, [layer], [parts, seen.sinks], group)
 
 
 class Done(nn.Module):
@@ -267,7 +251,6 @@ def fuse_layers(
     """Replace the layers that can be. ``run`` makes one pass of ``model`` over the pool."""
     candidates = {module: parts for module in model.modules() if (parts := parts_of(module)) is not None}
     seen = _watch(candidates, attention, run)
-    workspace = Workspace()
     for parent in list(model.modules()):
         for name, stack in list(parent.named_children()):
             if not isinstance(stack, nn.ModuleList) or not any(layer in seen for layer in stack):
@@ -275,7 +258,7 @@ def fuse_layers(
             found: list[NativeLayers | None] = []
             for layer in stack:
                 parts, at = candidates.get(layer), seen.get(layer)
-                ours = _same_layer(kernels, attention, parts, at, workspace) if parts and at else None
+                ours = _same_layer(kernels, attention, parts, at) if parts and at else None
                 found.append(ours)
                 if ours is not None:
                     report.fused["layer"] += 1
@@ -317,9 +300,7 @@ def _like(ours: nn.Module, original: nn.Module) -> nn.Module:
     return ours
 
 
-def _same_layer(
-    kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen, workspace: Workspace
-) -> NativeLayers | None:
+def _same_layer(kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen) -> NativeLayers | None:
     """A native layer that gives the output that was seen; without rotary embedding if that is what it takes."""
     shape = attention.shapes[seen.index]
     sizes = (seen.heads + shape.kv_heads) * shape.key_size + shape.kv_heads * shape.value_size
@@ -327,7 +308,7 @@ def _same_layer(
     if parts.qkv.outputs != sizes or parts.o.inputs != seen.heads * shape.value_size or not norms_fit:
         return None
     for rot in (seen.angles[0].shape[-1], 0):
-        ours = native_layer(kernels, attention, parts, seen, rot, workspace)
+        ours = native_layer(kernels, attention, parts, seen, rot)
         attention.begin(seen.step, seen.index)
         if agrees(ours(seen.x[None], position_embeddings=seen.angles)[0], seen.output):
             return ours
