@@ -225,16 +225,19 @@ class Admitted(Struct, array_like=True):
 
 
 class Terminal(Struct, kw_only=True, omit_defaults=True):
-    """The entry of a results stream (field ``result``): one per choice, a map."""
+    """The entry of a results stream (field ``result``): one per choice, a map.
+
+    ``text`` and ``completion_tokens`` are there, empty or not, wherever the request ran at all.
+    """
 
     v: int = 1
     rid: str
     id: str | None = None
     choice: int = 0
     finish_reason: str
-    text: str = ""
+    text: str | None = None
     prompt_tokens: int = 0
-    completion_tokens: int = 0
+    completion_tokens: int | None = None
     cached_tokens: int = 0
     error: dict[str, Any] | None = None  # code, message, param
 

@@ -164,6 +164,12 @@ def test_our_maps_and_the_other_implementations(value: msgspec.Struct) -> None:
     assert msgspec.msgpack.decode(msgpack.packb(plain), type=type(value)) == value
 
 
+def test_a_result_has_its_text_though_it_be_empty() -> None:
+    """The first token may be the end: who reads results by their keys must not fall over that."""
+    result = Terminal(rid="r", finish_reason="stop", text="", completion_tokens=0)
+    assert {"text": "", "completion_tokens": 0}.items() <= msgpack.unpackb(messages.encode(result)).items()
+
+
 def test_a_terminal_of_a_later_version_is_read() -> None:
     later = msgpack.packb({"v": 2, "rid": "r", "finish_reason": "stop", "colour": "red"})
     assert msgspec.msgpack.decode(later, type=Terminal).rid == "r"
