@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.models import SERVED, tiny_model
-from tests.workers.test_parity import make_engine, one_thread
+from tests.workers.test_parity import BLOCK, make_engine, one_thread
 from workers.native import KernelsUnavailable, Packed, load_kernels
 from workers.torch_engine import verify
 from workers.torch_engine.layers import Done, NativeLayers
@@ -138,23 +138,24 @@ def test_logits_do_not_depend_on_the_batch(tmp_path_factory, name):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])  # gemma2: a norm behind each product
-def test_threads_that_lose_their_cores_change_nothing(tmp_path_factory, name):
+@pytest.mark.parametrize("count", [3, 160])  # 160: so many rows that layers share what they work in
+def test_threads_that_lose_their_cores_change_nothing(tmp_path_factory, name, count):
     """More threads than cores: again and again one stands in the middle of a piece, another makes it too, and the first
     comes back when all others are further on."""
     engine = make_engine(tiny_model(tmp_path_factory, name))
-    engine._make_pool(8 * verify.LENGTH, 64)
-    texts = [torch.randint(5, 200, (verify.LENGTH,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    engine._make_pool((count + 1) * (verify.LENGTH + BLOCK), 64)
+    texts = [torch.randint(5, 200, (verify.LENGTH,), generator=torch.Generator().manual_seed(i)) for i in range(count)]
     alone = engine._paged_logits(texts)
     engine.kernels.set_threads(3 * (os.cpu_count() or 1) + 1)
     try:
-        for _ in range(20):
+        for _ in range(60):
             assert all(map(torch.equal, engine._paged_logits(texts), alone))
     finally:
         engine.kernels.set_threads(1)
 
 
-@pytest.mark.parametrize("rows", [1, 8])
-def test_a_product_of_few_rows_by_more_threads_than_cores(rows):
+@pytest.mark.parametrize("rows", [1, 8, 200])
+def test_a_product_by_more_threads_than_cores(rows):
     kernels = load_kernels()
     x, packed = torch.randn(rows, 600), Packed(torch.randn(4000, 600), None)
     kernels.set_threads(1)
