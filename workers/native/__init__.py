@@ -53,13 +53,20 @@ class Layer(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Pass(ctypes.Structure):
+    _fields_ = [
+        ("layers", _P), ("count", _I), ("cosine", _P), ("sine", _P), ("angle_row", _I), ("embedding", _P), ("head", _P),
+        ("norm", _P), ("eps", _F),
+    ]  # fmt: skip
+
+
 _SIGNATURES: dict[str, list[type]] = {
     "set_threads": [_N],
     "linear": [_P, _P, _I, _P, _I, _I],
     "gate_up": [_P, _I, _P, _I, _P, _I, _I],
     "attention": [_P, _P, _P, _P, _I, _I, _P, _I],
     "store": [_P, _P, _P, _I, _I, _P, _I, _I, _I],
-    "layers": [_P, _I, _P, _P, _P, _P, _I, _P, _P, _P],
+    "pass": [_P, _P, _P, _P, _P, _P, _P, _I, _P, _P, _P],
     "rms_norm": [_P, _I, _P, _P, _I, _I, _F],
     "draw": [_P, _I, _P, _P, _I, _I],
     "rotary": [_P, _I, _I, _P, _P, _I, _P, _I, _I, _I, _I, _I],
@@ -101,7 +108,7 @@ class Kernels:
     _gate_up: Callable[..., None]
     _attention: Callable[..., None]
     _store: Callable[..., None]
-    _layers: Callable[..., None]
+    _pass: Callable[..., None]
     _rms_norm: Callable[..., None]
     _rotary: Callable[..., None]
     _draw: Callable[..., None]
@@ -148,9 +155,33 @@ class Kernels:
     ) -> None:
         """Decoder layers, one after another, of x [T, C] into out [T, C]; ``pools`` holds one for each, of the same
         number of key heads. cosine and sine [T, rot] with one row stride."""
-        self._layers(
-            ctypes.addressof(layers), len(layers), ctypes.addressof(step), ctypes.addressof(pools), cosine.data_ptr(),
-            sine.data_ptr(), cosine.stride(0), x.data_ptr(), out.data_ptr(),
+        only = Pass(
+            ctypes.addressof(layers), len(layers), cosine.data_ptr(), sine.data_ptr(), cosine.stride(0), None, None,
+            None, 0.0,
+        )  # fmt: skip
+        self._pass(
+            ctypes.addressof(only), ctypes.addressof(step), ctypes.addressof(pools), None, None, x.data_ptr(), None, 0,
+            out.data_ptr(), None, ctypes.addressof(self.progress),
+        )  # fmt: skip
+
+    def logits(
+        self,
+        whole: Pass,
+        step: Step,
+        pools: ctypes.Array[Pool],
+        ids: torch.Tensor | None,
+        x: torch.Tensor | None,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        out: torch.Tensor,
+        best: torch.Tensor,
+    ) -> None:
+        """out [k, vocabulary] = the logits of ``rows`` (int64 [k]) of a step, whose T tokens are ``ids`` (int64) or,
+        without an embedding in ``whole``, x [T, C]; best (int64 [k]) = the largest of each row. ``positions`` (int64
+        [T]) are rows of its cosines and sines."""
+        self._pass(
+            ctypes.addressof(whole), ctypes.addressof(step), ctypes.addressof(pools), _pointer(ids),
+            positions.data_ptr(), _pointer(x), rows.data_ptr(), len(rows), out.data_ptr(), best.data_ptr(),
             ctypes.addressof(self.progress),
         )  # fmt: skip
 
@@ -186,9 +217,10 @@ def make_step(tables: np.ndarray, starts: np.ndarray, contexts: np.ndarray, slot
     slots int64 [T]. Each sequence is cut into tasks of TASK_ROWS rows for ``group`` query heads to a key head; those
     with most to read come first, so that no thread is left with a long one at the end."""
     tile = max(1, TASK_ROWS // group)
-    if len(slots) == len(contexts):  # decodes alone
-        sequence = begin = starts[:-1]
-        end, cost = starts[1:], contexts
+    tasks = np.empty((len(contexts), 3), np.int32)
+    if len(slots) == len(contexts):  # decodes alone, or prompts of one token
+        tasks[:, 0] = tasks[:, 1] = tasks[:, 2] = np.argsort(-contexts, kind="stable")
+        tasks[:, 2] += 1
     else:
         counts = np.diff(starts)
         cuts = -(-counts // tile)
@@ -197,7 +229,7 @@ def make_step(tables: np.ndarray, starts: np.ndarray, contexts: np.ndarray, slot
         begin = starts[sequence] + nth * tile
         end = np.minimum(begin + tile, starts[sequence + 1])
         cost = (contexts[sequence] - (starts[sequence + 1] - end)) * (end - begin)
-    tasks = np.ascontiguousarray(np.stack([sequence, begin, end], 1)[np.argsort(-cost, kind="stable")], np.int32)
+        tasks = np.ascontiguousarray(np.stack([sequence, begin, end], 1)[np.argsort(-cost, kind="stable")], np.int32)
     step = Step(
         tasks.ctypes.data, tables.ctypes.data, starts.ctypes.data, contexts.ctypes.data, slots.data_ptr(),
         len(tasks), tables.shape[1], len(slots), tile,

@@ -98,7 +98,8 @@ class CudaEngine(TorchEngine):
         if not self._tables:
             return
         # Plans name seats below twice the number of sequences (protocol.messages.NewSequence)
-        self.seats = TableSeats(2 * self.config.max_num_seqs, longest, self.config.block_size, self.device)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self.seats = TableSeats(2 * self.config.max_num_seqs, longest, self.config.block_size, vocab_size, self.device)
         self.steps = TableSteps(self._pass, self._shape, self.seats, self.device)
         for bucket in (Bucket(1, 1, True), Bucket(1, 1, False)):
             for layer, group in zip(self.attention.shapes, self.attention.groups, strict=True):

@@ -54,6 +54,7 @@ class TorchEngine:
         self.attention = PagedAttention(TorchAttention())
         self.kernels: Kernels | None = None
         self.shortcut: Shortcut | None = None
+        self._best: torch.Tensor | None = None  # int64 [k] beside the logits of the last pass, where it is known
 
     # ------------------------------------------------------------------ load
 
@@ -139,7 +140,7 @@ class TorchEngine:
     def _take_shortcut(self, text: torch.Tensor, report: FuseReport) -> None:
         """Leave the model's own code out of its passes if the same comes out."""
         (own,) = self._paged_logits([text])
-        self.shortcut = shortcut_of(self.model)
+        self.shortcut = shortcut_of(self.model, max(self.max_model_len, verify.LENGTH))
         if self.shortcut is None:
             return
         if agrees(self._paged_logits([text])[0], own):
@@ -164,6 +165,7 @@ class TorchEngine:
                 )
             self.max_model_len = tokens
             loader.fix_rotary(self.model, tokens)
+            self.shortcut = self.shortcut and shortcut_of(self.model, tokens)  # its angles may be others
         self._make_pool(tokens, self.max_model_len)
 
     def _make_pool(self, tokens: int, longest: int) -> None:
@@ -173,7 +175,8 @@ class TorchEngine:
             attention.shapes, -(-tokens // size), size, attention.dtype, self.device, attention.backend.panel
         )
         self.attention.pool = self.pool
-        self.seats = Seats(self.config.max_num_seqs, longest, size, self.device)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self.seats = Seats(self.config.max_num_seqs, longest, size, vocab_size, self.device)
 
     def _paged_logits(self, texts: list[torch.Tensor]) -> list[torch.Tensor]:
         """Logits of every token of ``texts``, run side by side: two chunks each, then token by token."""
@@ -249,7 +252,7 @@ class TorchEngine:
         logits = self._forward(step)
         if not len(step.sampling_seats):
             return TorchStepOutput(_NOBODY, None, _NOBODY, clock)
-        drawn = self.sampler.sample(logits, step.sampling_seats, step.sampling_positions)
+        drawn = self.sampler.sample(logits, step.sampling_seats, step.sampling_positions, self._best)
         self.seats.note_sampled(step.sampling_seats, drawn.tokens)
         return TorchStepOutput(step.sampling_seats, drawn, self.sampler.tops(step.sampling_seats), clock)
 
@@ -257,7 +260,7 @@ class TorchEngine:
         """Logits [k, vocabulary] of the rows that are wanted."""
         self.attention.begin(step)
         if self.shortcut is not None:
-            logits = self.shortcut.logits(step)
+            logits, self._best = self.shortcut.logits(step)
             self.attention.end()
             return logits
         kept = {"logits_to_keep": step.logit_rows} if self._keeps_rows else {}

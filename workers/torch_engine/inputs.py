@@ -69,8 +69,9 @@ _NO_IDS = np.zeros(0, np.int32)
 class Seats:
     """State of the running sequences by seat, in arrays so that a step is built without a loop over decodes."""
 
-    def __init__(self, seats: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(self, seats: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device) -> None:
         self.block_size = block_size
+        self.vocab_size = vocab_size
         self.device = device
         self.widest = -(-max_model_len // block_size)
         self.ids: list[np.ndarray] = []
@@ -81,6 +82,7 @@ class Seats:
         self.tables = np.zeros((0, self.widest), np.int32)
         self.table_sizes = np.zeros(0, np.int64)
         self.last_id = torch.zeros(0, dtype=torch.int64, device=device)
+        self._steady: tuple[bytes, HostStep] | None = None  # the last plan's seats, if it was one of decodes alone
         self._grow(seats)
 
     def _grow(self, seats: int) -> None:
@@ -91,15 +93,19 @@ class Seats:
         )
         self.tables = np.pad(self.tables, ((0, more), (0, 0)))
         self.last_id = torch.nn.functional.pad(self.last_id, (0, more))
+        self._last = self.last_id.numpy() if self.device.type == "cpu" else None  # the same memory, quicker to reach
 
     def add(self, new: NewSequence) -> None:
         """Take ``new`` in. Its seat must be empty."""
+        self._steady = None
         if new.seat >= len(self.ids):
             self._grow(max(new.seat + 1, 2 * len(self.ids)))
         if self.taken[new.seat]:
             raise EngineFailed(f"seat {new.seat} is given twice")
-        self.taken[new.seat] = True
         ids = np.frombuffer(new.token_ids, "<i4")
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:  # native code would read what lies there
+            raise EngineFailed(f"a token id lies outside the model's {self.vocab_size}")
+        self.taken[new.seat] = True
         self.ids[new.seat] = ids
         self.known[new.seat] = self.given[new.seat] = len(ids)
         self.computed[new.seat] = new.computed
@@ -117,6 +123,7 @@ class Seats:
 
     def drop(self, seat: int) -> None:
         """Empty the seat; no error if it is empty already."""
+        self._steady = None
         if seat < len(self.ids):
             self.taken[seat] = False
             self.ids[seat] = _NO_IDS
@@ -148,6 +155,26 @@ class Seats:
 
     def arrange(self, plan: Plan) -> HostStep:
         """``build`` as far as the host goes."""
+        steady, self._steady = self._steady, None
+        step = self._again(steady[1]) if steady and _decodes(plan) and plan.seats == steady[0] else self._rows_of(plan)
+        if _decodes(plan):
+            self._steady = plan.seats, step
+        return step
+
+    def _again(self, last: HostStep) -> HostStep:
+        """One more token for each row of ``last``, all decodes then, too: what was checked of it holds still."""
+        seats, computed = last.seats, last.contexts
+        contexts = computed + 1
+        self._check_blocks(seats, contexts)
+        slots = self.tables[seats, computed // self.block_size].astype(np.int64) * self.block_size
+        slots += computed % self.block_size
+        self.computed[seats] = contexts
+        self.known[seats] += 1
+        return HostStep(
+            seats, last.counts, computed, contexts, last.row_starts, computed, slots, last.logit_rows, seats, contexts
+        )
+
+    def _rows_of(self, plan: Plan) -> HostStep:
         seats = np.frombuffer(plan.seats, "<u2").astype(np.int64)
         counts = np.frombuffer(plan.counts, "<i4").astype(np.int64) if plan.counts else np.ones(len(seats), np.int64)
         samples = np.frombuffer(plan.samples, np.uint8).astype(bool) if plan.samples else np.ones(len(seats), bool)
@@ -175,7 +202,10 @@ class Seats:
 
     def note_sampled(self, seats: np.ndarray, tokens: torch.Tensor) -> None:
         """Keep the ids just drawn, int64 [k] on the device, as the next inputs of their seats."""
-        self.last_id[self._to_device(seats)] = tokens
+        if self._last is not None:
+            self._last[seats] = tokens.numpy()
+        else:
+            self.last_id[self._to_device(seats)] = tokens
 
     def _check_rows(self, seats: np.ndarray, counts: np.ndarray, samples: np.ndarray, contexts: np.ndarray) -> None:
         """A plan that does not fit the seats' state is a fault of ours: fail before anything is computed."""
@@ -183,6 +213,9 @@ class Seats:
             raise EngineFailed("a plan schedules tokens that are not known yet")
         if (samples & (contexts != self.known[seats])).any():
             raise EngineFailed("a plan samples before the last known token")
+        self._check_blocks(seats, contexts)
+
+    def _check_blocks(self, seats: np.ndarray, contexts: np.ndarray) -> None:
         if (contexts > self.table_sizes[seats] * self.block_size).any():
             raise EngineFailed("a plan schedules tokens that have no block")
 
@@ -192,7 +225,7 @@ class Seats:
         """int64 [T]: given ids from the host, the one id of a row beyond them from the device."""
         beyond = computed >= self.given[seats]
         if beyond.all():
-            return self.last_id[self._to_device(seats)]
+            return self.last_id[self._to_device(seats)] if self._last is None else torch.from_numpy(self._last[seats])
         flat = self._to_device(self._given_ids(~beyond, seats, counts, computed, row_starts))
         if beyond.any():
             flat[self._to_device(row_starts[:-1][beyond])] = self.last_id[self._to_device(seats[beyond])]
@@ -210,6 +243,11 @@ class Seats:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return to_device(array, self.device)
+
+
+def _decodes(plan: Plan) -> bool:
+    """Whether each row takes one token and samples the next."""
+    return not plan.counts and not plan.samples
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workers.native import Kernels, Layer, Packed, Pool
+from workers.native import Kernels, Layer, Packed, Pool, Step
 from workers.torch_engine.agreement import FuseReport, agrees
 from workers.torch_engine.attention import AttentionRule, PagedAttention
 from workers.torch_engine.fuse import NativeMLP, NativeRMSNorm, PackedLinear, Slice
@@ -160,16 +160,17 @@ class NativeLayers(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, *, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
     ) -> torch.Tensor:
-        step, first = self.attention.step, self.attention.next_layers(len(self.layers))
-        assert step is not None
         x = hidden_states[0].contiguous()
         out = torch.empty_like(hidden_states)
         cosine, sine = position_embeddings
-        self.kernels.layers(
-            self.layers, native_step(step, self.group), self._pools_from(first, step.block_size), cosine[0], sine[0],
-            x, out,
-        )  # fmt: skip
+        self.kernels.layers(self.layers, *self.begin(), cosine[0], sine[0], x, out)
         return out
+
+    def begin(self) -> tuple[Step, Any]:
+        """What a call is told of the step, and the pools that it writes to."""
+        step, first = self.attention.step, self.attention.next_layers(len(self.layers))
+        assert step is not None
+        return native_step(step, self.group), self._pools_from(first, step.block_size)
 
     def _pools_from(self, first: int, block_size: int) -> Any:
         pool = self.attention.pool

@@ -91,15 +91,17 @@ class Sampler:
         for seat in {*self.penalties.slots, *self.bias, *self.banned}:
             self.drop(seat)
 
-    def sample(self, logits: torch.Tensor, seats: np.ndarray, positions: np.ndarray) -> Drawn:
-        """Draw one token per row of ``logits`` [k, vocabulary].
+    def sample(
+        self, logits: torch.Tensor, seats: np.ndarray, positions: np.ndarray, best: torch.Tensor | None = None
+    ) -> Drawn:
+        """Draw one token per row of ``logits`` [k, vocabulary]. ``best`` (int64 [k]): the largest of each, if known.
 
         ``seats`` [k] names the rows' seats, ``positions`` [k] the position that each token takes in its sequence.
         """
         fields = self._fields[seats]
         random, lp_rows = np.flatnonzero(fields["temperature"] > 0), np.flatnonzero(fields["logprobs"] >= 0)
         if not len(random) and not len(lp_rows) and not self._steered:
-            return Drawn(logits.argmax(dim=-1))  # 16-bit logits order as they would if widened
+            return Drawn(logits.argmax(dim=-1) if best is None else best)  # 16-bit logits order as if widened
         logits = logits.float()
         logprobs = torch.log_softmax(logits[self._index(lp_rows)], dim=-1) if len(lp_rows) else None
         logits = self._steer(logits, seats, positions)

@@ -1,19 +1,22 @@
-"""A pass through a model whose layers are one native call, without the code around them.
+"""A pass through a model as one native call, if its layers are.
 
 Embed, turn, layers, norm, head: for most models nothing else happens in a pass, yet transformers' own way through it
 costs a decode of a small model a tenth of its time, masks and caches that nobody reads included. Whether nothing else
 happens is seen as with layers (layers.py): the forwards mention only the names below, and what comes out is compared
-with the model's own logits before it is used.
+with the model's own logits before it is used. Angles are a table by position, made once; whether the model's depend on
+anything else is tried.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ctypes
 from typing import Any
 
 import torch
 from torch import nn
 
+from workers.native import Pass
+from workers.torch_engine.fuse import NativeRMSNorm, PackedEmbedding, PackedLinear
 from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.layers import MODEL_NAMES, Done, NativeLayers, names_of
 
@@ -38,27 +41,60 @@ _HEAD_NAMES = frozenset(
 )
 
 
-@dataclass
 class Shortcut:
-    """The parts of a pass, in their order."""
+    """The parts of a pass; ``angles``: cosine and sine [positions, rot]."""
 
-    embed: nn.Module
-    rotary: nn.Module
-    layers: NativeLayers
-    norm: nn.Module
-    head: nn.Module
+    def __init__(
+        self, embed: nn.Module, angles: tuple[torch.Tensor, torch.Tensor], layers: NativeLayers, norm: NativeRMSNorm,
+        head: PackedLinear,
+    ) -> None:  # fmt: skip
+        cosine, sine = self.angles = angles
+        self.embed, self.layers, self.norm, self.head = embed, layers, norm, head
+        self.embeds = isinstance(embed, PackedEmbedding)  # in the call itself
+        self.whole = Pass(
+            ctypes.addressof(layers.layers), len(layers.layers), cosine.data_ptr(), sine.data_ptr(), cosine.stride(0),
+            embed.packed.pointer if isinstance(embed, PackedEmbedding) else None, head.packed.pointer,
+            norm.weight.data_ptr(), norm.eps,
+        )  # fmt: skip
 
-    def logits(self, step: StepInputs) -> torch.Tensor:
-        """[k, vocabulary] of the rows that are wanted."""
-        hidden = self.embed(step.input_ids)
-        angles = self.rotary(hidden, position_ids=step.positions)
-        hidden = self.layers(hidden, position_embeddings=angles)
-        logits: torch.Tensor = self.head(self.norm(hidden[:, step.logit_rows]))
-        return logits[0]
+    def logits(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """[k, vocabulary] of the rows that are wanted, and the id of each one's largest, int64 [k]."""
+        ids: torch.Tensor | None = step.input_ids[0]
+        x: torch.Tensor | None = None
+        if not self.embeds:
+            ids, x = None, self.embed(step.input_ids)[0].float().contiguous()
+        count = len(step.logit_rows)
+        logits, best = torch.empty(count, self.head.packed.outputs), torch.empty(count, dtype=torch.int64)
+        self.layers.kernels.logits(
+            self.whole, *self.layers.begin(), ids, x, step.positions[0], step.logit_rows, logits, best
+        )
+        return logits, best
 
 
-def shortcut_of(model: Any) -> Shortcut | None:
-    """The shortcut through ``model``, if it is of the usual build and all its layers are one call."""
+MOST_ANGLES = 64 << 20  # bytes
+
+
+def _angles(rotary: nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Cosine and sine [length, rot] by position; None where that is much, or not all that they depend on."""
+    x = torch.zeros(1, 1, 1)
+    positions = torch.arange(length)[None]
+    try:
+        if 8 * length * rotary(x, position_ids=positions[:, :1])[0].shape[-1] > MOST_ANGLES:
+            return None
+        table = rotary(x, position_ids=positions)
+        some = [positions[:, :1], positions[:, -1:], positions[:, length // 3 : length // 2 + 1]]
+        same = all(
+            torch.equal(a[:, p[0]], b) for p in some for a, b in zip(table, rotary(x, position_ids=p), strict=True)
+        )
+    except (TypeError, RuntimeError, AttributeError, ValueError):  # of another kind than we know
+        return None
+    cosine, sine = (angle[0].contiguous() for angle in table)
+    return (cosine, sine) if same and cosine.dtype == sine.dtype == torch.float32 else None
+
+
+def shortcut_of(model: Any, length: int) -> Shortcut | None:
+    """The shortcut through ``model`` for contexts of up to ``length`` tokens, if it is of the usual build and all its
+    layers are one call."""
     inner: Any = getattr(model, "model", None)
     parts: list[Any] = [getattr(inner, name, None) for name in ("embed_tokens", "rotary_emb", "layers", "norm")]
     parts.append(getattr(model, "lm_head", None))
@@ -70,4 +106,7 @@ def shortcut_of(model: Any) -> Shortcut | None:
     first, *others = stack
     if not isinstance(first, NativeLayers) or not all(isinstance(other, Done) for other in others):
         return None
-    return Shortcut(embed, rotary, first, norm, head)
+    if not isinstance(norm, NativeRMSNorm) or not isinstance(head, PackedLinear):
+        return None
+    angles = _angles(rotary, length)
+    return Shortcut(embed, angles, first, norm, head) if angles else None

@@ -90,9 +90,9 @@ class Layout:
 class TableSeats(Seats):
     """Seats whose block tables are kept on the device too. Their number is fixed: captured launches point there."""
 
-    def __init__(self, seats: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(self, seats: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device) -> None:
         self._appended: list[tuple[int, np.ndarray]] = []  # (flat index in the tables, block ids) still to be sent
-        super().__init__(seats, max_model_len, block_size, device)
+        super().__init__(seats, max_model_len, block_size, vocab_size, device)
         self.device_tables = torch.zeros(seats, self.widest, dtype=torch.int32, device=device)
 
     def add(self, new: NewSequence) -> None:
