@@ -71,6 +71,19 @@ def test_a_forked_process_has_a_team_of_its_own(kernels: Kernels) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+def test_touching_takes_memory_and_changes_nothing(kernels: Kernels) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    size = 64 << 20
+    tensor = torch.from_numpy(np.zeros(size // 4, np.float32))
+    tensor[5000:9000] = torch.arange(4000)
+    before = resident()
+    kernels.touch(tensor)
+    assert resident() - before > size // 2
+    assert tensor.sum() == tensor[5000:9000].sum() == 3999 * 2000
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 13, 25, 200])
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 8), (48, 64), (37, 96), (5, 300), (130, 513)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -67,6 +67,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "attention": [_P, _P, _P, _P, _I, _I, _P, _I],
     "store": [_P, _P, _P, _I, _I, _P, _I, _I, _I],
     "pass": [_P, _P, _P, _P, _P, _P, _P, _I, _P, _P, _P],
+    "touch": [_P, _I],
     "rms_norm": [_P, _I, _P, _P, _I, _I, _F],
     "draw": [_P, _I, _P, _P, _I, _I],
     "rotary": [_P, _I, _I, _P, _P, _I, _P, _I, _I, _I, _I, _I],
@@ -109,6 +110,7 @@ class Kernels:
     _attention: Callable[..., None]
     _store: Callable[..., None]
     _pass: Callable[..., None]
+    _touch: Callable[..., None]
     _rms_norm: Callable[..., None]
     _rotary: Callable[..., None]
     _draw: Callable[..., None]
@@ -184,6 +186,11 @@ class Kernels:
             positions.data_ptr(), _pointer(x), rows.data_ptr(), len(rows), out.data_ptr(), best.data_ptr(),
             ctypes.addressof(self.progress),
         )  # fmt: skip
+
+    def touch(self, tensor: torch.Tensor) -> None:
+        """Have the system give memory to a contiguous tensor that was made of untouched zeros. Changes no value, not
+        even one that is written meanwhile."""
+        self._touch(tensor.data_ptr(), tensor.nbytes)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
         """x [T, C] (rows may be strided) normalised and scaled by weight [C] into out [T, C]."""

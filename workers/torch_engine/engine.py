@@ -167,6 +167,8 @@ class TorchEngine:
             loader.fix_rotary(self.model, tokens)
             self.shortcut = self.shortcut and shortcut_of(self.model, tokens)  # its angles may be others
         self._make_pool(tokens, self.max_model_len)
+        if self.kernels is not None:
+            self.pool.touch(self.kernels)
 
     def _make_pool(self, tokens: int, longest: int) -> None:
         size = self.config.block_size
