@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from benchmarks import load, models, report
 from benchmarks.peer_environments import LLAMA, OFFLINE, OPENVINO, PROGRAMS, TRANSFORMERS, VLLM, Environment
 from benchmarks.report import Section, middle, spread
-from benchmarks.stack import Process, Stack, Unavailable, end_on_sigterm, free_port
+from benchmarks.stack import Process, Stack, Unavailable, end_on_sigterm, free_port, settle
 from benchmarks.suite import say
 from benchmarks.workloads import BODY, WORDS, workload
 from headrace.bench import Result, Target, summarize
@@ -150,6 +150,7 @@ class Setting:
                 "--threads", str(self.threads), "--kv-cache-memory", f"{KV_GIB}GiB",
             )
         )  # fmt: skip
+        settle(pid for _, pid in stack.pids())
         return Ours(stack, Target(stack.url, self.shape, body=BODY), self.ids)
 
     def vllm(self) -> Contender:

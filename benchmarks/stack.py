@@ -20,6 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -53,6 +54,16 @@ def cpu_seconds(pid: int) -> float:
     """CPU time of a process so far, all threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def settle(pids: Iterable[int], patience_s: float = 120.0) -> None:
+    """Return when the processes rest: until then they take the memory of their KV pools, beside what they serve."""
+    known, deadline = list(pids), time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        before = sum(map(cpu_seconds, known))
+        time.sleep(2.0)
+        if sum(map(cpu_seconds, known)) - before < 0.3:
+            return
 
 
 def resident_bytes(pid: int) -> int:

@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks import gateway, knees, load, models, report, scheduler_core, worker_outputs
 from benchmarks.bare import BareProcess
 from benchmarks.report import Section, middle, spread
-from benchmarks.stack import Stack, Unavailable, end_on_sigterm
+from benchmarks.stack import Stack, Unavailable, end_on_sigterm, settle
 from benchmarks.workloads import BODY, WORDS, workload
 from headrace.bench import Target
 from headrace.embedded import FAST, EmbeddedServer
@@ -85,6 +85,7 @@ def over_http(asked: list[str], options: Options) -> Outcome:
     ):
         target = Target(stack.url, options.shape, body=BODY)
         load.warm_up(target, vocabulary)
+        settle([bare.process.pid, *(pid for _, pid in stack.pids())])
         for round_ in range(options.rounds):
             for name in names:
                 if round_ and name in ONCE:
