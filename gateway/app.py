@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import resource
 import secrets
@@ -177,6 +178,8 @@ async def run_gateway(config: GatewayConfig, *, ready: Callable[[Gateway], None]
             log.info("listening on http://%s:%d", config.host, gateway.port)
             if gateway.metrics_port is not None:
                 log.info("metrics on http://%s:%d/metrics", config.metrics_host, gateway.metrics_port)
+            gc.collect()
+            gc.freeze()  # a collection over all that was imported is a pause that every stream feels
             if ready is not None:
                 ready(gateway)
             await stop.wait()
