@@ -1,6 +1,6 @@
 """How far one scheduler and one server go without a GPU for each worker: N simulated workers, always full.
 
-    python -m benchmarks.knees --workers 1 2 4
+    python -m benchmarks.knees --workers 1 2 4 8
 
 Each worker runs 256 sequences in steps of 10 ms of an imagined device. The requests are put into the queue as a
 gateway would, and nobody reads them: the gateway has a benchmark of its own (gateway.py). Told are tokens per second
@@ -102,7 +102,7 @@ def measure(workers: int, seconds: float, sequences: int = SEQUENCES, step_us: i
 def main() -> None:
     end_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--step-us", type=int, default=STEP_US)
     parser.add_argument("--seconds", type=float, default=10.0)

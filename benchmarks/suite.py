@@ -272,7 +272,7 @@ def gateway_alone(options: Options) -> Outcome:
 def knees_alone(options: Options) -> Outcome:
     section, outcome = Section("One scheduler, N simulated workers x 256 sequences x 10 ms"), Outcome()
     found = []
-    for workers in (1,) if options.quick else (1, 2, 4):
+    for workers in (1,) if options.quick else (1, 2, 4, 8):
         found.append(knees.measure(workers, 4.0 if options.quick else 8.0))
         say(f"{workers} simulated workers: {found[-1]['tokens_per_s']:,} tokens/s")
     hidden = ("cpu_us_per_token", "redis_log_bytes_per_token", "redis_commands_per_token", "log_share")
