@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import time
 from array import array
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.models import SHAPES, checkpoint
+from benchmarks.stack import settle
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from workers.torch_engine.config import EngineConfig
@@ -86,6 +89,21 @@ def decode_ms(batch: Batch, rows: int, context: int, steps: int) -> float:
     return statistics.median(batch.decodes) * 1e3
 
 
+def sampler_ms(engine: TorchEngine, rows: int) -> float:
+    """Median milliseconds in which ``rows`` draws are made, each with a temperature and top-p, from random logits."""
+    params = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=16)
+    for seat in range(rows):
+        engine.sampler.add(NewSequence(seat, "", 0, 1, pack_ids([0]), 1, params, seat, 0, pack_ids([seat]), 0))
+    logits = 3 * torch.randn(rows, engine.sampler.vocab_size, device=engine.device)
+    seats, took = np.arange(rows), []
+    for position in range(20):
+        began = time.perf_counter()
+        engine.sampler.sample(logits, seats, np.full(rows, position)).tokens.cpu()
+        took.append(time.perf_counter() - began)
+    engine.sampler.clear()
+    return statistics.median(took) * 1e3
+
+
 def ceilings() -> tuple[float, float]:
     """What this machine can do with these threads: bytes read a second, float32 operations a second of a product."""
     words = torch.ones(1 << 26)  # 256 MiB: no cache holds it
@@ -144,6 +162,7 @@ def main() -> None:
     batch = Batch(engine, SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=1 << 20))
     rng = random.Random(1)
     w2 = [(rng.randint(32, 256), rng.randint(16, 256)) for _ in range(64)]
+    settle([os.getpid()])
     batch.run([(16, 4)])  # warm
     found: dict[str, Any] = {"device": capacity.device, "dtype": capacity.dtype, "threads": torch.get_num_threads()}
     if capacity.device == "cpu":
@@ -156,6 +175,7 @@ def main() -> None:
         found[f"decode_spread_{rows}"] = round((max(values) - min(values)) / statistics.median(values), 3)
         if capacity.device == "cpu":
             found[f"floor_ms_{rows}"] = round(floor_ms(weights, rows, read, product), 2)
+        found[f"sampler_ms_{rows}"] = round(sampler_ms(engine, rows), 2)
     if not args.steps_only:
         w1_s, w1_first = batch.run([(128, 128)])
         w2_s, _ = batch.run(w2)

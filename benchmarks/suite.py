@@ -33,6 +33,7 @@ from headrace.serve import worker_threads
 from headrace.workload import Vocabulary
 
 MAX_MODEL_LEN = 4096
+KV_GIB = 4
 HTTP = ("w1", "w2", "w3", "w4")
 PREFILL = "prefill"  # a long prompt beside running streams, on the same stack
 ONCE = ("w3",)  # takes its time however fast the machine is
@@ -80,7 +81,7 @@ def over_http(asked: list[str], options: Options) -> Outcome:
     limits = ["--max-model-len", str(MAX_MODEL_LEN)]
     threads = ["--threads", str(options.threads)]
     with (
-        Stack("--model", str(path), *limits, *threads) as stack,
+        Stack("--model", str(path), *limits, *threads, "--kv-cache-memory", f"{KV_GIB}GiB") as stack,
         BareProcess(path, env, *limits, *threads) as bare,
     ):
         target = Target(stack.url, options.shape, body=BODY)
@@ -103,6 +104,9 @@ def over_http(asked: list[str], options: Options) -> Outcome:
                 say(f"prefill round {round_ + 1}: {beside[-1]['p99_ratio']} of the inter-token p99 without it")
         resident = stack.resident()
     outcome = http_outcome(runs, bare_runs, resident, options)
+    weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    taken = round(resident["worker"] / (weights + KV_GIB * 2**30), 3)
+    outcome.bound("worker's resident memory / (weights + KV pool)", taken, most=1.3)
     if beside:
         outcome.figures["prefill"] = beside
         outcome.sections.append(Section("A long prompt beside running streams: milliseconds between tokens", beside))
@@ -215,13 +219,17 @@ def engine_alone(options: Options) -> Outcome:
                 "tokens/s": round(1e3 * rows / took, 1),
                 "floor ms": floor,
                 "percent of the floor's speed": floor and round(100 * floor / took, 1),
+                "draws with top-p, ms": found[f"sampler_ms_{rows}"],
             }
         )
     section.notes.append(
         f"The floor: weights read once at {found.get('read_gb_s')} GB/s, products at "
         f"{found.get('product_gflop_s')} GFLOP/s in float32, both measured in the same process."
     )
-    return Outcome([section], {"engine": found})
+    outcome = Outcome([section], {"engine": found})
+    share = round(found[f"sampler_ms_{rows}"] / found[f"decode_ms_{rows}"], 3)
+    outcome.bound(f"draws with top-p / step, {rows} rows", share, most=0.1)
+    return outcome
 
 
 def scheduler_alone(options: Options) -> Outcome:

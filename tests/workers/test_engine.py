@@ -148,6 +148,8 @@ def test_int8_is_refused_where_it_cannot_be_kept(tmp_path_factory, monkeypatch):
         (plan((0, 20, 1), new=[sequence(blocks=range(2))]), "no block"),
         (plan(new=[sequence(), sequence()]), "given twice"),
         (plan(new=[sequence(blocks=range(90))]), "more blocks"),
+        (plan(new=[sequence(ids=[5, 1 << 20])]), "outside the model's"),
+        (plan(new=[sequence(ids=[-1, 5])]), "outside the model's"),
     ],
 )
 def test_a_plan_that_does_not_fit_the_seats_fails_before_it_computes(engine, faulty, reason):
@@ -155,6 +157,15 @@ def test_a_plan_that_does_not_fit_the_seats_fails_before_it_computes(engine, fau
     with pytest.raises(EngineFailed, match=reason):
         engine.execute(faulty)
     assert engine.beat() == before
+
+
+def test_decodes_that_go_on_are_checked_for_blocks_too(engine):
+    engine.execute(plan((0, 20, 1), new=[sequence(blocks=range(3))]))
+    decode = Plan(0, 0, 2, array("H", [0]).tobytes())
+    for _ in range(3 * BLOCK - 20):
+        engine.execute(decode)
+    with pytest.raises(EngineFailed, match="no block"):
+        engine.execute(decode)
 
 
 def test_a_step_may_be_queued_before_the_last_one_is_read(engine):
