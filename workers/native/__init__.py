@@ -224,8 +224,8 @@ def make_step(tables: np.ndarray, starts: np.ndarray, contexts: np.ndarray, slot
     slots int64 [T]. Each sequence is cut into tasks of TASK_ROWS rows for ``group`` query heads to a key head; those
     with most to read come first, so that no thread is left with a long one at the end."""
     tile = max(1, TASK_ROWS // group)
-    tasks = np.empty((len(contexts), 3), np.int32)
     if len(slots) == len(contexts):  # decodes alone, or prompts of one token
+        tasks = np.empty((len(contexts), 3), np.int32)
         tasks[:, 0] = tasks[:, 1] = tasks[:, 2] = np.argsort(-contexts, kind="stable")
         tasks[:, 2] += 1
     else:

@@ -71,7 +71,7 @@ class Shortcut:
         return logits, best
 
 
-MOST_ANGLES = 64 << 20  # bytes
+MOST_ANGLES = 256 << 20  # bytes: 262,144 positions of heads of 128
 
 
 def _angles(rotary: nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
