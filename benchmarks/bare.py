@@ -21,13 +21,13 @@ from typing import Any, Self
 
 from benchmarks.stack import Unavailable
 from benchmarks.workloads import workload
-from headrace.serve import worker_threads
-from headrace.workload import Request, Vocabulary
+from headrace.clients.workload import Request, Vocabulary
+from headrace.serve.service import worker_threads
 from protocol.messages import Capacity, HintRow, Plan, pack_ids
 from protocol.sampling import SamplingParams
-from scheduler.core import Core
-from scheduler.events import Arrive, SendPlan, StepDone, WorkerServing
-from workers.engine import Engine, Sampled
+from scheduler.core.events import Arrive, SendPlan, StepDone, WorkerServing
+from scheduler.core.scheduler import Core
+from workers.engines.base import Engine, Sampled
 
 FRAME_BYTES = 12  # the journal that is not written here: its length is all that the core knows of it
 

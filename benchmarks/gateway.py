@@ -27,7 +27,7 @@ import redis.asyncio
 import uvloop
 
 from benchmarks.stack import cpu_seconds, resident_bytes
-from headrace.embedded import FAST, EmbeddedServer
+from headrace.serve.embedded import FAST, EmbeddedServer
 from protocol.bus import Bus
 from protocol.messages import Capacity, Frame, ModelCard, PoolCapacity, encode, pack_ids, row_edges
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.models import BOS, EOS, PAD, SHAPES
-from headrace.workload import Workload
+from headrace.clients.workload import Workload
 from protocol.messages import Capacity
 from workers.torch_engine import loader
 from workers.torch_engine.attention import NAME

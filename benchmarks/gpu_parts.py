@@ -25,7 +25,7 @@ from benchmarks.gpu_parity import parity
 from benchmarks.gpu_part import Part, draw_model, load_engine, timed
 from benchmarks.models import PAD, tokenizer
 from benchmarks.stack import Stack
-from headrace.workload import Vocabulary, Workload
+from headrace.clients.workload import Vocabulary, Workload
 from protocol.messages import Capacity, NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 
@@ -163,7 +163,7 @@ def loop(part: Part, engine: Any, capacity: Capacity) -> None:
 
 def stack(part: Part, shape: str) -> None:
     from benchmarks import load
-    from headrace.bench import Target
+    from headrace.clients.bench import Target
 
     fields = part.fields(shape)
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:

@@ -8,14 +8,14 @@ import random
 from typing import Any
 
 from benchmarks.stack import Unavailable
-from headrace.bench import WARMUP_SEED, Result, Target, drive, quantile, summarize
-from headrace.workload import Request, Vocabulary, Workload
+from headrace.clients.bench import WARMUP_SEED, Result, Target, drive, quantile, summarize
+from headrace.clients.workload import Request, Vocabulary, Workload
 
 TIMEOUT_S = 900.0
 
 
 def run(target: Target, workload: Workload, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The figures of `headrace.bench.summarize`. Never raises for what the server does: see ``errors``."""
+    """The figures of `headrace.clients.bench.summarize`. Never raises for what the server does: see ``errors``."""
     return asyncio.run(_run(target, workload, vocabulary))
 
 

@@ -4,7 +4,7 @@
 
 The one idea: any engine can read them, nothing is downloaded, and all sides of a comparison load the same files. The
 words of the tokenizer are of the form " bacofeho", one token each, so a text prompt has exactly the length asked for
-(headrace/workload.py) and engines that take no token ids can be measured too.
+(headrace/clients/workload.py) and engines that take no token ids can be measured too.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ from benchmarks.report import Section, middle, spread
 from benchmarks.stack import Process, Stack, Unavailable, end_on_sigterm, free_port, settle
 from benchmarks.suite import say
 from benchmarks.workloads import BODY, WORDS, workload
-from headrace.bench import Result, Target, summarize
-from headrace.serve import worker_threads
-from headrace.workload import Vocabulary, Workload
+from headrace.clients.bench import Result, Target, summarize
+from headrace.clients.workload import Vocabulary, Workload
+from headrace.serve.service import worker_threads
 
 MAX_MODEL_LEN = 2048
 KV_GIB = 2  # for every peer that lets one say

@@ -16,8 +16,8 @@ import msgspec
 
 from protocol.messages import Capacity, Hint, HintRow, Plan, PoolCapacity, encode, pack_ids
 from protocol.sampling import SamplingParams
-from scheduler.core import Core, CoreConfig
-from scheduler.events import Arrive, SendPlan, StepDone, WorkerServing
+from scheduler.core.events import Arrive, SendPlan, StepDone, WorkerServing
+from scheduler.core.scheduler import Core, CoreConfig
 
 BLOCK = 16
 

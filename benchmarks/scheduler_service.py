@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from headrace.embedded import DURABLE, FAST, EmbeddedServer
 from headrace.options import demo_model
+from headrace.serve.embedded import DURABLE, FAST, EmbeddedServer
 from protocol.bus import Bus
 from protocol.messages import Job, new_rid
 from protocol.sampling import SamplingParams

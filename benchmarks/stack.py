@@ -28,7 +28,7 @@ from typing import Any, Self
 
 import redis
 
-from headrace.embedded import server_url
+from headrace.serve.embedded import server_url
 
 START_S = 600.0
 STOP_S = 120.0

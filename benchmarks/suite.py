@@ -27,10 +27,10 @@ from benchmarks.bare import BareProcess
 from benchmarks.report import Section, middle, spread
 from benchmarks.stack import Stack, Unavailable, end_on_sigterm, settle
 from benchmarks.workloads import BODY, WORDS, workload
-from headrace.bench import Target
-from headrace.embedded import FAST, EmbeddedServer
-from headrace.serve import worker_threads
-from headrace.workload import Vocabulary
+from headrace.clients.bench import Target
+from headrace.clients.workload import Vocabulary
+from headrace.serve.embedded import FAST, EmbeddedServer
+from headrace.serve.service import worker_threads
 
 MAX_MODEL_LEN = 4096
 KV_GIB = 4

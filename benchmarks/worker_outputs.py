@@ -28,9 +28,9 @@ from benchmarks.stack import disk_flushes
 from protocol.bus import Bus, Subscription, commit_arguments
 from protocol.messages import Hint, Job, NewSequence, Plan, encode, new_rid, pack_ids
 from protocol.sampling import SamplingParams
-from workers.engine import Sampled
+from workers.engines.base import Sampled
+from workers.engines.simulated import byte_vocabulary
 from workers.outputs import Batch, Outputs
-from workers.simulated import byte_vocabulary
 
 SAMPLINGS = {
     "plain": {},
@@ -92,7 +92,7 @@ def measure(name: str, rows: int, steps: int) -> None:
 @contextmanager
 def bench_server(durable: bool = False) -> Iterator[tuple[str, Path]]:
     """(URL, data directory) of a server. ``durable``: it syncs its log before it answers, as in service."""
-    from headrace.embedded import DURABLE, FAST, EmbeddedServer
+    from headrace.serve.embedded import DURABLE, FAST, EmbeddedServer
 
     settings = DURABLE if durable else FAST
     with tempfile.TemporaryDirectory(prefix="hr-") as folder:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from headrace.workload import Workload
+from headrace.clients.workload import Workload
 
 WORKLOADS = {
     "w1": Workload(requests=1, prompt_len=(128, 128), output_len=(128, 128), seed=1),

@@ -76,7 +76,7 @@ Ctrl-C lets running requests end, then stops; a second Ctrl-C stops at once. Wha
 """,
 )
 def serve(args: argparse.Namespace) -> int:
-    from headrace.serve import serve as run
+    from headrace.serve.service import serve as run
 
     return run(vars(args))
 
@@ -131,7 +131,7 @@ Every worker of a model needs a name of its own. A restarted worker takes its ol
 def worker(args: argparse.Namespace) -> int:
     _start_logging(args.log_level)
     values = _with_model(vars(args)) | {"redis_url": args.redis_url or _default_redis()}
-    from headrace.progress import reporter
+    from headrace.serve.progress import reporter
     from workers.service import WorkerConfig, run_worker
 
     config = config_of(WorkerConfig, values | {"retention_s": args.retention})
@@ -154,7 +154,7 @@ nothing is run twice.
 """,
 )
 def submit(args: argparse.Namespace) -> int:
-    from headrace.submit import run
+    from headrace.clients.submit import run
 
     return run(vars(args) | {"redis_url": args.redis_url or _default_redis()})
 
@@ -172,7 +172,7 @@ Latencies count from the moment a request was due, not from when it could be sen
 """,
 )
 def bench(args: argparse.Namespace) -> int:
-    from headrace.bench import run
+    from headrace.clients.bench import run
 
     return run(vars(args))
 
@@ -234,8 +234,8 @@ def _with_model(values: Mapping[str, Any]) -> dict[str, Any]:
 def checked(values: Mapping[str, Any], service: Coroutine[Any, Any, int]) -> Coroutine[Any, Any, int]:
     """The service, with its server's durability checked; under ``serve``, which has done that, just the service.
     StartError for a URL that makes no sense."""
-    from headrace.durability import with_check
-    from headrace.progress import SUPERVISED
+    from headrace.serve.durability import with_check
+    from headrace.serve.progress import SUPERVISED
     from protocol.connection import check_url
 
     try:
@@ -250,7 +250,7 @@ def checked(values: Mapping[str, Any], service: Coroutine[Any, Any, int]) -> Cor
 
 def _default_redis() -> str:
     """The embedded server of a `headrace serve` that runs on this machine, else a Redis on its usual port."""
-    from headrace import embedded
+    from headrace.serve import embedded
 
     data_dir = state_dir() / "data"
     return embedded.server_url(data_dir) if embedded.answers(data_dir) else DEFAULT_REDIS

@@ -18,9 +18,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from protocol.errors import StartError
 from protocol.messages import Plan
-from scheduler.core import Stats
-from scheduler.events import RequestDone
-from scheduler.ledger import Counters
+from scheduler.core.events import RequestDone
+from scheduler.core.lifecycle import Counters
+from scheduler.core.scheduler import Stats
 
 request_log = logging.getLogger("headrace.requests")
 

@@ -15,8 +15,8 @@ import msgspec
 from protocol.bus import Bus, CommitRow, RequestRecord
 from protocol.errors import StoreFailed
 from protocol.messages import Frame, Terminal, decode_frames, encode, unpack_ids
-from scheduler.events import Arrive, ChoiceState
-from scheduler.leadership import ServerClock
+from scheduler.core.events import Arrive, ChoiceState
+from scheduler.election import ServerClock
 
 log = logging.getLogger("headrace.scheduler")
 

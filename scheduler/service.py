@@ -21,10 +21,10 @@ from aiohttp.web import AppRunner
 from protocol.bus import Bus
 from protocol.errors import Fenced
 from protocol.keys import check_name
-from scheduler.ingest import Prompts, hide_torch
-from scheduler.leadership import ServerClock, Timing, keep_lead, stand_by
+from scheduler.election import ServerClock, Timing, keep_lead, stand_by
+from scheduler.leader import Reign
 from scheduler.metrics import Metrics, Vitals, serve_status
-from scheduler.reign import Reign
+from scheduler.tokenization import Prompts, hide_torch
 
 log = logging.getLogger("headrace.scheduler")
 

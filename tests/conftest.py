@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from headrace.embedded import FAST, EmbeddedServer
+from headrace.serve.embedded import FAST, EmbeddedServer
 from protocol.bus import Bus
 from protocol.keys import REGISTRY
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from protocol.messages import Capacity, HintRow, Plan, PoolCapacity, pack_ids, unpack_ids
 from protocol.sampling import SamplingParams
-from scheduler.core import Core, CoreConfig
-from scheduler.events import Arrive, ChoiceState, Effect, SendPlan, StepDone, WorkerServing
+from scheduler.core.events import Arrive, ChoiceState, Effect, SendPlan, StepDone, WorkerServing
+from scheduler.core.scheduler import Core, CoreConfig
 
 BLOCK = 4
 _numbers = itertools.count()

@@ -16,7 +16,7 @@ import numpy as np
 from protocol.bus import CommitRow
 from protocol.messages import LANDED, HintRow, NewSequence, Plan, Terminal, encode, pack_ids, unpack_ids
 from workers.detokenizer import TextStream, Vocabulary, WindowVocabulary
-from workers.engine import Sampled
+from workers.engines.base import Sampled
 
 LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON cannot say
 

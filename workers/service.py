@@ -23,15 +23,15 @@ from protocol.bus import Bus
 from protocol.errors import Fenced, HeadraceError, StartError
 from protocol.keys import check_name
 from protocol.messages import Capacity
-from workers import incarnation
+from workers import session as incarnation
 from workers.detokenizer import Vocabulary, WindowVocabulary
-from workers.device import Device, Ticket
-from workers.engine import Engine, Progress, Sampled
-from workers.engine_process import ProcessEngine
-from workers.incarnation import Incarnation
+from workers.engine_thread import Device, Ticket
+from workers.engines.base import Engine, Progress, Sampled
+from workers.engines.process import ProcessEngine
+from workers.engines.simulated import SimulatedConfig, SimulatedEngine, byte_vocabulary
 from workers.interruption import wait_for_notice
 from workers.metrics import Metrics, serve_metrics
-from workers.simulated import SimulatedConfig, SimulatedEngine, byte_vocabulary
+from workers.session import Incarnation
 
 log = logging.getLogger("headrace.worker")
 

@@ -15,7 +15,7 @@ import pytest
 from gateway.app import Gateway, GatewayConfig
 from gateway.models import Models
 from gateway.streams import SILENCE_S, Collector, Outlet
-from headrace.embedded import EmbeddedServer
+from headrace.serve.embedded import EmbeddedServer
 from protocol.errors import Expired, Unavailable
 from tests.gateway.backend import Backend, word
 from tests.gateway.conftest import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of, split_events

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.embedded import server_url
+from headrace.serve.embedded import server_url
 from tests.models import tiny_model
 from tests.stack import Stack
 

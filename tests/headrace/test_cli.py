@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from headrace import cli, serve
+from headrace import cli
 from headrace.option_table import OPTIONS, options_of
 from headrace.options import argv_of, child_environment, served_name
+from headrace.serve import service as serve
 from protocol.errors import StartError
 
 COMMANDS = sorted(cli.COMMANDS)

@@ -9,8 +9,8 @@ import shlex
 import pytest
 from rich.console import Console
 
-from headrace import progress
 from headrace.console import StartView, print_block
+from headrace.serve import progress
 
 
 def shown(view: StartView, console: Console) -> list[str]:

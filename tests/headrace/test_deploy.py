@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from headrace.client import SyncClient
-from headrace.embedded import DURABLE, EmbeddedServer
+from headrace.clients.queue import SyncClient
+from headrace.serve.embedded import DURABLE, EmbeddedServer
 from tests.headrace.test_examples import EXAMPLE
 from tests.stack import START_S, free_port
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from headrace.client import Client
-from headrace.embedded import server_url
+from headrace.clients.queue import Client
+from headrace.serve.embedded import server_url
 from protocol.errors import Unavailable
 from tests.headrace.readers import Reader, attempt, eventually
 from tests.stack import Stack

@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 import redis
 
-from headrace.embedded import server_url
+from headrace.serve.embedded import server_url
 from protocol.keys import Keys
 from tests.headrace.readers import Reader, attempt, eventually
 from tests.stack import Stack

@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from headrace.http_client import HttpClient
+from headrace.clients.http import HttpClient
 from tests.stack import START_S, Stack
 
 TOKENS = 400

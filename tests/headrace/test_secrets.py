@@ -12,7 +12,7 @@ from pathlib import Path
 
 import redis
 
-from headrace.embedded import EmbeddedServer
+from headrace.serve.embedded import EmbeddedServer
 from tests.stack import START_S, Stack, free_port
 
 PASSWORD = "correct-horse-battery"

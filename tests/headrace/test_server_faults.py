@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
-from headrace.embedded import server_url
+from headrace.serve.embedded import server_url
 from protocol.bus import Bus
-from scheduler.leadership import Timing, stand_by
+from scheduler.election import Timing, stand_by
 from tests.headrace.readers import Reader, attempt, eventually
 from tests.stack import Stack
 

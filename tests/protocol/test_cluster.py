@@ -18,7 +18,7 @@ import pytest
 import redis
 from redis.crc import key_slot
 
-from headrace.embedded import FAST, EmbeddedServer, find_server
+from headrace.serve.embedded import FAST, EmbeddedServer, find_server
 from protocol.bus import Bus, CommitRow
 from protocol.errors import StartError, Unavailable
 from protocol.keys import REGISTRY, Keys

@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from headrace.embedded import EmbeddedServer
+from headrace.serve.embedded import EmbeddedServer
 from tests.protocol.model import MUTATIONS, run_seed
 
 SEEDS = int(os.environ.get("HEADRACE_MODEL_SEEDS", "8"))

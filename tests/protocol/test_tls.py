@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from headrace.embedded import EmbeddedServer
+from headrace.serve.embedded import EmbeddedServer
 from protocol.bus import Bus
 from protocol.errors import StartError
 from tests.conftest import MODEL

@@ -14,7 +14,7 @@ import pytest
 from protocol.bus import Bus
 from protocol.messages import Frame, Job, decode_frames, new_rid
 from protocol.sampling import SamplingParams
-from scheduler.leadership import Timing
+from scheduler.election import Timing
 from scheduler.service import SchedulerConfig, run_scheduler
 from tests.conftest import MODEL
 from tests.models import CONFIGS, EOS, VOCAB, byte_tokenizer

@@ -15,7 +15,7 @@ import redis
 
 from protocol.bus import Bus
 from protocol.messages import Admitted, Frame, Job, Row, decode_frames, encode, new_rid
-from scheduler.ingest import Prompts
+from scheduler.tokenization import Prompts
 from tests.conftest import leaked_keys
 from tests.models import BOS, byte_tokenizer
 from tests.scheduler.conftest import Stage

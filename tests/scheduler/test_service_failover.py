@@ -89,7 +89,7 @@ async def test_a_standby_takes_over_from_a_killed_leader(stage: Stage, model_dir
     """A leader in a process of its own, killed: no release, no goodbye."""
     code = (
         "import asyncio, sys\n"
-        "from scheduler.leadership import Timing\n"
+        "from scheduler.election import Timing\n"
         "from scheduler.service import SchedulerConfig, run_scheduler\n"
         "asyncio.run(run_scheduler(SchedulerConfig(sys.argv[1], sys.argv[2], sys.argv[3])))\n"
     )

@@ -11,10 +11,10 @@ from protocol.bus import Bus, RequestRecord
 from protocol.errors import Fenced, StartError
 from protocol.messages import Frame, Job, Plan, Terminal, decode_frames, encode, pack_ids
 from protocol.sampling import SamplingParams
-from scheduler.leadership import ServerClock
+from scheduler.election import ServerClock
+from scheduler.leader import TokenRate
 from scheduler.metrics import Metrics, Vitals, serve_status
 from scheduler.recovery import arrive, choice_state, read_state, terminal_row
-from scheduler.reign import TokenRate
 from tests.scheduler.conftest import PATIENCE_S, Stage
 
 JOURNAL = b"".join(

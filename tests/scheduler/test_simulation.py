@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from scheduler.blocks import BlockManager
-from scheduler.ledger import Ledger
+from scheduler.core.blocks import BlockManager
+from scheduler.core.lifecycle import Ledger
 from tests.scheduler.simulation import SimScheduler, simulate
 
 SEEDS = 150

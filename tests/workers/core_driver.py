@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from protocol.messages import Capacity, HintRow, NewSequence, Plan, pack_ids
-from scheduler.core import Core, CoreConfig
-from scheduler.events import Arrive, SendPlan, StepDone, WorkerServing
-from scheduler.ledger import Counters
+from scheduler.core.events import Arrive, SendPlan, StepDone, WorkerServing
+from scheduler.core.lifecycle import Counters
+from scheduler.core.scheduler import Core, CoreConfig
 from tests.workers.plan_maker import Sequence
 
 FRAME = 10  # bytes of a frame in this world

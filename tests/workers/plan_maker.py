@@ -13,7 +13,7 @@ from typing import Any
 
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
-from workers.engine import Sampled
+from workers.engines.base import Sampled
 
 
 @dataclass

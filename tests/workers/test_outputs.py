@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from protocol.messages import Frame, NewSequence, Plan, Terminal, decode_frames, pack_ids, unpack_ids
 from protocol.sampling import SamplingParams
-from workers.engine import Sampled
+from workers.engines.base import Sampled
+from workers.engines.simulated import EOS, byte_vocabulary
 from workers.outputs import Batch, Outputs, StopStrings
-from workers.simulated import EOS, byte_vocabulary
 
 PROMPT = b"Once upon"
 

@@ -24,11 +24,12 @@ from protocol.errors import Fenced, StartError
 from protocol.messages import Plan, Terminal, choice_seed, decode_frames, encode, unpack_ids
 from tests.conftest import MODEL
 from tests.workers.scripted import ScriptedScheduler, until
-from workers import incarnation, interruption, service
-from workers.device import Ticket
-from workers.engine import Engine, Sampled
+from workers import interruption, service
+from workers import session as incarnation
+from workers.engine_thread import Ticket
+from workers.engines.base import Engine, Sampled
+from workers.engines.simulated import GOLDEN, SimulatedConfig, SimulatedEngine, _mix
 from workers.service import Worker, WorkerConfig, run_worker
-from workers.simulated import GOLDEN, SimulatedConfig, SimulatedEngine, _mix
 
 FAST = {"step_us": 200.0, "token_us": 0.0, "row_us": 0.0, "num_blocks": 8192}
 

@@ -19,21 +19,21 @@ import torch
 from protocol.errors import ModelRefused, StartError
 from protocol.messages import Capacity, NewSequence, Plan, PoolCapacity, pack_ids
 from protocol.sampling import SamplingParams
-from workers.engine import Progress
-from workers.native import Kernels, KernelsUnavailable, load_kernels
+from workers.engines.base import Progress
+from workers.native.library import Kernels, KernelsUnavailable, load_kernels
 from workers.torch_engine import loader, verify
-from workers.torch_engine.agreement import FuseReport, agrees
 from workers.torch_engine.attention import PagedAttention, adopt
 from workers.torch_engine.config import EngineConfig
-from workers.torch_engine.fuse import fuse
+from workers.torch_engine.cpu.attention import NativeAttention
+from workers.torch_engine.cpu.layers import fuse_layers
+from workers.torch_engine.cpu.modules import fuse
+from workers.torch_engine.cpu.whole_pass import Shortcut, shortcut_of
 from workers.torch_engine.inputs import Seats, StepInputs
 from workers.torch_engine.kv_pool import KVPool, block_bytes, blocks_within
-from workers.torch_engine.layers import fuse_layers
 from workers.torch_engine.memory import default_threads, kv_budget
-from workers.torch_engine.native_attention import NativeAttention
-from workers.torch_engine.output import StepClock, TorchStepOutput
+from workers.torch_engine.replace import FuseReport, agrees
 from workers.torch_engine.sampler import Sampler
-from workers.torch_engine.shortcut import Shortcut, shortcut_of
+from workers.torch_engine.step_output import StepClock, TorchStepOutput
 from workers.torch_engine.torch_attention import TorchAttention
 
 log = logging.getLogger(__name__)

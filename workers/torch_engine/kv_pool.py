@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from protocol.errors import StartError
-from workers.native import Kernels
+from workers.native.library import Kernels
 
 _LINE = 64  # bytes of a cache line, on which tensors begin
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from protocol.errors import ModelRefused, StartError
-from workers.engine import Progress
+from workers.engines.base import Progress
 from workers.torch_engine.attention import NAME
 from workers.torch_engine.config import EngineConfig
 

@@ -15,7 +15,7 @@ def make_engine(config: EngineConfig) -> TorchEngine:
     """Raises StartError for a device that is not there."""
     if choose_device(config.device).type == "cuda":
         try:
-            from workers.torch_engine.cuda_engine import CudaEngine
+            from workers.torch_engine.cuda.backend import CudaEngine
         except ImportError as error:
             log.warning("no Triton kernels (%s): torch alone serves, which is slower", error)
         else:

@@ -17,7 +17,7 @@ import torch
 
 from protocol.messages import NewSequence, choice_seed
 from protocol.sampling import SamplingParams
-from workers.native import DRAW, Kernels
+from workers.native.library import DRAW, Kernels
 from workers.torch_engine.inputs import to_device
 
 COLDEST = 1e-5  # temperatures below are greedy: dividing by them overflows
@@ -300,7 +300,7 @@ def keep_top_p(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     if weights.device.type == "cpu":
         return weights.masked_fill(weights < _threshold_by_histogram(weights, goal), 0)
     try:
-        from workers.torch_engine.triton_sampling import nucleus_threshold as threshold
+        from workers.torch_engine.cuda.triton_sampling import nucleus_threshold as threshold
     except ImportError:
         threshold = _threshold_by_bisection
     return weights.masked_fill(weights < threshold(weights, goal), 0)

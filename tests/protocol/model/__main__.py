@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from headrace.embedded import FAST, EmbeddedServer
+from headrace.serve.embedded import FAST, EmbeddedServer
 from tests.protocol.model import MUTATIONS, run_seed
 
 

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from protocol.messages import CLOSED, LANDED, STALE, Capacity, Plan
-from scheduler.events import Arrive, Cancel, ChoiceState, StepDone
+from scheduler.core.events import Arrive, Cancel, ChoiceState, StepDone
 from tests.scheduler.simulation.tokens import frame_bytes
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.messages import STALE, Plan
-from scheduler.core import Core
-from scheduler.events import (
+from scheduler.core.events import (
     Arrive,
     Cancel,
     ChoiceEnded,
@@ -25,6 +24,7 @@ from scheduler.events import (
     WorkerLost,
     WorkerServing,
 )
+from scheduler.core.scheduler import Core
 from tests.scheduler.simulation.server import CommitRow, Fenced, Violation
 
 if TYPE_CHECKING:

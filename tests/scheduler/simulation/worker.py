@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from protocol.messages import LANDED, Capacity, HintRow, NewSequence, Plan, pack_ids, unpack_ids
-from scheduler.events import StepDone
+from scheduler.core.events import StepDone
 from tests.factories import rows
 from tests.scheduler.simulation.server import CommitRow, Fenced, Violation
 from tests.scheduler.simulation.tokens import START, STOP, chain, draw, frame_bytes

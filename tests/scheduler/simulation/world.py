@@ -7,8 +7,8 @@ from collections import Counter
 from random import Random
 
 from protocol.sampling import SamplingParams
-from scheduler.core import CoreConfig
-from scheduler.events import Arrive, Cancel, FinishChoice, RequestDone
+from scheduler.core.events import Arrive, Cancel, FinishChoice, RequestDone
+from scheduler.core.scheduler import CoreConfig
 from tests.factories import capacity
 from tests.scheduler.simulation.server import Choice, Fenced, Record, Server, Violation
 from tests.scheduler.simulation.service import SimScheduler

@@ -1,0 +1,316 @@
+"""``headrace serve``: everything on one machine, as separate processes that a supervisor keeps alive.
+
+Resolve what was asked for (fail early, with a sentence), start server, scheduler, gateway and workers, show their
+progress, print how to use them, then wait: for Ctrl-C, which drains gateway, worker, scheduler and server in this
+order, or for a process that cannot be kept alive, which ends all with a non-zero code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from headrace import options
+from headrace.console import StartView, print_block
+from headrace.option_table import OPTIONS, options_of
+from headrace.serve import embedded, progress
+from headrace.serve.durability import check_durability
+from headrace.serve.supervisor import EX_CONFIG, Child, GaveUp, Program, Supervisor
+from protocol.bus import Bus
+from protocol.errors import StartError
+from protocol.keys import MODEL_NAME
+
+IMPORTANT = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL) ")  # a log line as the command line formats it
+POLL_S = 0.2
+SERVER_POLL_S = 0.02
+SERVER_STOP_S = 30.0
+STOP_MARGIN_S = 15.0  # beyond --drain-timeout, before a process that does not leave is killed
+
+
+def serve(values: Mapping[str, Any]) -> int:
+    """Run until stopped; returns the exit code."""
+    layout = resolve(values)
+    with exclusive(layout.run_dir):
+        return asyncio.run(Stack(layout).run())
+
+
+# ------------------------------------------------------------------ what was asked for
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Options with every default and free port decided, so that a restarted process finds all as it was."""
+
+    values: dict[str, Any]
+    run_dir: Path
+    data_dir: Path | None  # None: the server is not ours
+    ports: list[int]  # one per gateway
+    metrics_ports: dict[str, int]  # scheduler-0, ..., worker-0, ...
+
+    @property
+    def url(self) -> str:
+        host = self.values["host"]
+        if host in ("", "0.0.0.0"):
+            host = "127.0.0.1"
+        elif ":" in host:
+            host = "[::1]" if host == "::" else f"[{host}]"
+        return f"http://{host}:{self.ports[0]}"
+
+
+def resolve(values: Mapping[str, Any]) -> Layout:
+    """Decide all defaults. StartError for what can be seen to fail before anything is started."""
+    model = values["model"] or options.demo_model()
+    if model is None:
+        raise StartError("no model: pass --model with a local directory or a hub id (the demo model is not here)")
+    check_model(str(model))
+    name = values["served_model_name"] or options.served_name(str(model))
+    if not MODEL_NAME.fullmatch(name):
+        raise StartError(f"--served-model-name {name!r} must match [A-Za-z0-9._:/-]{{1,128}}")
+    ports = choose_ports(values["host"], values["port"], values["gateways"], "--port")
+    # a gateway's metrics are on its main port, but for one that asks for keys
+    apart = ("gateway", "scheduler", "worker") if values["api_keys_file"] else ("scheduler", "worker")
+    others = [f"{role}-{k}" for role in apart for k in range(values[f"{role}s"])]
+    metrics = choose_ports(values["metrics_host"], values["metrics_port"] or 0, len(others), "--metrics-port")
+    state = options.state_dir()
+    data_dir = Path(values["data_dir"] or state / "data").expanduser().resolve()
+    run_dir = Path(values["run_dir"] or state / f"run-{ports[0]}").expanduser().resolve()
+    threads = values["threads"] or worker_threads(values["workers"])
+    return Layout(
+        values={**values, "model": str(model), "served_model_name": name, "threads": threads},
+        run_dir=run_dir,
+        data_dir=None if values["redis_url"] else data_dir,
+        ports=ports,
+        metrics_ports=dict(zip(others, metrics, strict=True)),
+    )
+
+
+def check_model(model: str) -> None:
+    """StartError if ``model`` is a path that holds no model. A hub id is checked by who loads it."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise StartError(f"--model {model}: this directory has no config.json, so it is no transformers model")
+    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise StartError(f"--model {model}: no such directory (a hub id has the form owner/name)")
+
+
+def choose_ports(host: str, first: int, count: int, flag: str) -> list[int]:
+    """``count`` ports, first, first + 1, ..., or free ones if ``first`` is 0. StartError if one is in use."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as held:
+        ports = []
+        for index in range(count):
+            probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            wanted = first and first + index
+            try:
+                probe.bind((host, wanted))
+            except OSError as error:
+                raise StartError(
+                    f"cannot listen on {host}:{wanted} ({error.strerror}); choose another with {flag}"
+                ) from None
+            except OverflowError:
+                raise StartError(f"{flag} {wanted} is no port number") from None
+            ports.append(probe.getsockname()[1])
+        return ports
+
+
+def worker_threads(workers: int) -> int:
+    """CPU threads for each worker: its share of the cores, less some for the other processes where there are many."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, (cores - min(2, cores // 4)) // workers)
+
+
+def gpu_of(worker: int, workers: int, device: str | None, proc: Path = Path("/proc/driver/nvidia/gpus")) -> str | None:
+    """CUDA_VISIBLE_DEVICES for one of several workers, which share out the GPUs; None: leave it as it is."""
+    if workers == 1 or device not in (None, "auto", "cuda"):
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
+    else:
+        gpus = [str(k) for k in range(len(list(proc.iterdir())))] if proc.is_dir() else []
+    return gpus[worker % len(gpus)] if gpus else None
+
+
+@contextlib.contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory for this process alone. StartError if that cannot be."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / "lock").open("w")
+    except OSError as error:
+        raise StartError(f"cannot write to {run_dir} ({error.strerror}); choose another with --run-dir") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(f"{run_dir} is in use by another headrace serve; choose another --run-dir") from None
+        yield
+
+
+# ------------------------------------------------------------------ running
+
+
+class Stack:
+    """One run of ``serve``: start, wait, drain."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.console = Console()
+        self.view = StartView(self.console)
+        self.interrupts = 0
+        self.interrupted = asyncio.Event()
+        self.supervisor: Supervisor
+
+    async def run(self) -> int:
+        self.supervisor = Supervisor(self.layout.run_dir, self._on_line, self.view.note)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt)
+        starting: asyncio.Future[Any] = asyncio.create_task(self._start())
+        stop: asyncio.Future[Any] = asyncio.create_task(self.interrupted.wait())
+        try:
+            await asyncio.wait({starting, stop, self.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                await asyncio.wait({stop, self.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+            if self.supervisor.failed.done():
+                self.supervisor.failed.result()
+            starting.cancel()
+            return await self._drain()
+        except StartError as error:
+            return await self._fail(str(error), EX_CONFIG)
+        except GaveUp as error:
+            return await self._fail(str(error), 1)
+        finally:
+            self.view.close()
+            starting.cancel()
+            stop.cancel()
+            self.supervisor.kill()
+            await self.supervisor.ended()
+
+    def _interrupt(self) -> None:
+        self.interrupts += 1
+        self.interrupted.set()
+        if self.interrupts > 1:
+            self.view.note("stopping at once")
+            self.supervisor.kill()
+
+    def _on_line(self, child: Child, line: str) -> None:
+        if child.program.role != "redis":
+            self.view.stage(child.name, "start", 1.0)  # the first thing that a process says: it is up
+        if (told := progress.parse(line)) is not None:
+            self.view.stage(child.name, *told)
+        elif IMPORTANT.match(line):
+            self.view.note(f"{child.name} | {line}")
+
+    # -------------------------------------------------------------- start
+
+    async def _start(self) -> None:
+        values, layout = self.layout.values, self.layout
+        redis_url = values["redis_url"] or await self._start_server()
+        env = options.child_environment(OPTIONS, redis_url, os.environ) | {
+            progress.SUPERVISED: "1",
+            "PYTHONUNBUFFERED": "1",
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # busy waiting starves the neighbours
+        }
+        await self._check_server(redis_url)
+        for role in ("scheduler", "gateway", "worker"):
+            for index in range(values[f"{role}s"]):
+                name = f"{role}-{index}"
+                own = {"name": name, "metrics_port": layout.metrics_ports.get(name)}
+                if role == "gateway":
+                    own["port"] = layout.ports[index]
+                argv = [sys.executable, "-m", "headrace", role, *options.argv_of(options_of(role), {**values, **own})]
+                gpu = gpu_of(index, values["workers"], values["device"]) if role == "worker" else None
+                own_env = env if gpu is None else env | {"CUDA_VISIBLE_DEVICES": gpu}
+                self.supervisor.start(Program(role, name, argv, own_env))
+                self.view.stage(name, "start", 0.0)
+        await self._until_ready()
+        self.view.close()
+        self._print_block()
+
+    async def _start_server(self) -> str:
+        """Start the embedded server; returns its URL."""
+        assert self.layout.data_dir is not None
+        self.view.stage("server", "start", 0.0)
+        data_dir = self.layout.data_dir
+        try:
+            argv = embedded.server_command(data_dir)
+            self._data_lock = embedded.lock_data_dir(data_dir)  # held until this process ends
+        except OSError as error:
+            raise StartError(f"cannot write to {data_dir} ({error.strerror}); choose another --data-dir") from None
+        child = self.supervisor.start(Program("redis", "redis", argv, dict(os.environ), lasting=True))
+        while not await asyncio.to_thread(embedded.answers, data_dir):  # noqa: ASYNC110 (another process)
+            await asyncio.sleep(SERVER_POLL_S)
+        child.was_up = True
+        self.view.stage("server", "start", 1.0)
+        return embedded.server_url(data_dir)
+
+    async def _check_server(self, url: str) -> None:
+        """StartError if the server cannot be reached or is too old; a foreign one is told where it is weaker."""
+        bus = Bus(url, self.layout.values["served_model_name"], patience=5.0)
+        try:
+            await bus.connect()
+        finally:
+            await bus.close()
+        if self.layout.data_dir is None:
+            await check_durability(url, self.layout.values["strict_durability"], self.view.note)
+
+    async def _until_ready(self) -> None:
+        import aiohttp
+
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+            while True:
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                    async with session.get(self.layout.url + "/ready") as reply:
+                        if reply.status == 200:
+                            return
+                await asyncio.sleep(POLL_S)
+
+    def _print_block(self) -> None:
+        metrics = "  ".join(f"{name} 127.0.0.1:{port}" for name, port in self.layout.metrics_ports.items())
+        lines = {"metrics": metrics, "logs": str(self.layout.run_dir / "logs")}
+        if len(self.layout.ports) > 1:
+            lines = {"gateways": "ports " + ", ".join(map(str, self.layout.ports)), **lines}
+        if self.layout.data_dir is not None:
+            lines["queue"] = f"{embedded.server_url(self.layout.data_dir)}  (kept in {self.layout.data_dir})"
+        print_block(self.console, self.layout.url, self.layout.values["served_model_name"], lines)
+
+    # -------------------------------------------------------------- end
+
+    async def _drain(self) -> int:
+        self.view.note("stopping: running requests may end (Ctrl-C again to stop at once)")
+        patience = self.layout.values["drain_timeout"] + STOP_MARGIN_S
+        for role, timeout in (
+            ("gateway", patience),
+            ("worker", patience),
+            ("scheduler", STOP_MARGIN_S),
+            ("redis", SERVER_STOP_S),
+        ):
+            await self.supervisor.stop(*self.supervisor.role(role), timeout=timeout)
+        if self.interrupts > 1:
+            return 130
+        self.view.note("stopped")
+        return 0
+
+    async def _fail(self, message: str, code: int) -> int:
+        self.view.close()
+        print(f"headrace serve: {message}", file=sys.stderr)
+        return code

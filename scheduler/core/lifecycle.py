@@ -1,0 +1,257 @@
+"""Ledger: every live request, and the one place where a sequence moves from state to state.
+
+Whatever happens to a sequence (started, preempted, moved, cancelled, lost, ended) is one method here, which keeps
+queue, lane, seat and blocks in step and writes the effects that follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import msgspec
+
+from protocol.errors import ContextLengthExceeded, RequestError, ServiceError
+from scheduler.core.events import ChoiceState, Effect, FinishChoice, RequestDone, Resync
+from scheduler.core.sequence import Request, Sequence, State
+from scheduler.core.waiting import WaitingQueue
+from scheduler.core.worker import NEVER, Lane
+
+
+@dataclass
+class Counters:
+    """Running totals since the core began."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up at starts
+    prefix_hits: int = 0  # of them found
+    prompt_tokens: int = 0  # scheduled as prefill, recomputed ones included
+    output_tokens: int = 0  # journaled
+
+
+class Ledger:
+    def __init__(self, queue: WaitingQueue, limit: int | None) -> None:
+        self.queue = queue
+        self.limit = limit  # most tokens of one sequence on any worker; None while that is unknown
+        self.requests: dict[str, Request] = {}
+        self.parked: dict[Sequence, None] = {}  # fit no worker that is here now, but one that was
+        self.counters = Counters()
+        self.effects: list[Effect] = []
+        self.now = 0.0
+
+    # ----------------------------------------------------- in and out of the queue
+
+    def admit(self, request: Request, states: list[ChoiceState]) -> None:
+        self.requests[request.rid] = request
+        for _ in request.sequences:
+            self.queue.enter(request.tenant)
+        for sequence, state in zip(request.sequences, states, strict=True):
+            if state.finish is not None:
+                self.ended(sequence, state.finish)
+            else:
+                self.queue.push(sequence, self.now)
+                self.check_length(sequence)
+
+    def check_length(self, sequence: Sequence) -> None:
+        """Resolve max_tokens of a queued sequence; end it if it can never fit, or has all its tokens."""
+        if self.limit is None:
+            return
+        prompt, asked = len(sequence.prompt), sequence.request.sampling.max_tokens
+        room = self.limit - prompt
+        if room < 1 or (asked is not None and asked > room):
+            self.withdraw(sequence)
+            if room < 1:
+                error = ContextLengthExceeded(
+                    f"the prompt has {prompt} tokens; with one to generate, the limit is {self.limit}", param="prompt"
+                )
+            else:
+                error = ContextLengthExceeded(
+                    f"prompt ({prompt} tokens) and max_tokens ({asked}) exceed the context of {self.limit} tokens",
+                    param="max_tokens",
+                )
+            self.fail(sequence, error)
+            return
+        if sequence.max_tokens is None or (asked is None and sequence.placement == 0):
+            sequence.max_tokens = asked if asked is not None else room
+            sequence.sampling = msgspec.structs.replace(sequence.request.sampling, max_tokens=sequence.max_tokens)
+        if len(sequence.output) >= sequence.max_tokens:
+            self.withdraw(sequence)
+            self.finish(sequence, "length")
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """Take a waiting sequence from wherever it waits."""
+        if sequence.lane is not None:
+            if sequence.lane.alone is sequence:
+                sequence.lane.alone = None
+            else:
+                sequence.lane.assigned.remove(sequence)
+            sequence.lane = None
+        elif sequence in self.parked:
+            del self.parked[sequence]
+        else:
+            self.queue.remove(sequence)
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Put a waiting sequence that was assigned or parked back in its place."""
+        self.withdraw(sequence)
+        self.queue.push(sequence, self.now)
+
+    # ----------------------------------------------------- off a worker
+
+    def leave(self, sequence: Sequence, *, lost_track: bool = False) -> None:
+        """No more rows for ``sequence`` on its worker; its blocks are free at once. It goes on elsewhere, or here
+        later, when the hint of its last planned step is in."""
+        lane = sequence.lane
+        assert lane is not None
+        sequence.lost_track |= lost_track
+        if sequence.state is not State.RUNNING:
+            return
+        sequence.move(State.LEAVING)
+        self._take_rows(lane, sequence)
+        lane.frees.append(sequence.seat)
+        sequence.last_step = lane.step
+        lane.departing[sequence] = None
+        if lane.hinted >= lane.step:
+            self.settle(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        self.counters.preemptions += 1
+        sequence.request.preemptions += 1
+        self.leave(sequence)
+
+    def settle(self, sequence: Sequence) -> None:
+        """The last planned step of a departing sequence is hinted: its worker will say no more of it."""
+        if sequence.state is not State.LEAVING:  # its end should have come by now: some hint was lost
+            if sequence.state is State.RUNNING:
+                self.leave(sequence, lost_track=True)
+                if sequence.lane is None:
+                    return
+            else:
+                sequence.lost_track = True
+                sequence.move(State.LEAVING)
+        self.unseat(sequence)
+        self.place_again(sequence)
+
+    def unseat(self, sequence: Sequence) -> None:
+        lane = sequence.lane
+        assert lane is not None
+        lane.departing.pop(sequence, None)
+        lane.seats[sequence.seat] = None
+        sequence.seat = -1
+        sequence.lane = None
+
+    def place_again(self, sequence: Sequence) -> None:
+        """On no worker and not queued: decide what is next."""
+        if sequence.lost_track:
+            sequence.move(State.RESYNCING)
+            self.effects.append(Resync(sequence.request.rid, sequence.choice))
+        elif sequence.error is not None:
+            self.fail(sequence, sequence.error)
+        elif sequence.end_reason is not None:
+            self.finish(sequence, sequence.end_reason)
+        else:
+            sequence.move(State.WAITING)
+            self.queue.push(sequence, self.now)
+            self.check_length(sequence)
+
+    def _take_rows(self, lane: Lane, sequence: Sequence) -> None:
+        """Out of the sets that rows are planned from. Blocks are given back, findable as far as they are computed."""
+        if sequence.seat in lane.decoding.members:
+            lane.decoding.part(sequence)
+        elif sequence in lane.departing:
+            del lane.departing[sequence]
+        else:
+            lane.prefilling.remove(sequence)
+        if lane.alone is sequence:
+            lane.alone = None
+        if not sequence.lost_track:
+            # The last journaled token was an input only of a step whose hint is not in: its KV may not be there.
+            sure = min(sequence.known_tokens - 1, sequence.computed) // lane.block_size
+            for block, digest in zip(sequence.blocks[:sure], sequence.prefix_hashes(lane.block_size), strict=False):
+                lane.blocks.publish(block, digest)
+        lane.blocks.release(sequence.blocks)
+        sequence.blocks = []
+
+    # ----------------------------------------------------- ends
+
+    def cancel(self, sequence: Sequence, reason: str) -> None:
+        """End it wherever it is. Where it is between two workers, as soon as it is on none."""
+        if sequence.state is State.WAITING:
+            self.withdraw(sequence)
+            self.finish(sequence, reason)
+        elif sequence.state is State.RUNNING:
+            lane = sequence.lane
+            assert lane is not None
+            sequence.move(State.ENDING)
+            self._take_rows(lane, sequence)
+            sequence.end_reason = reason
+            sequence.last_step = NEVER  # until the plan that carries the end is sent
+            lane.ends.append((sequence.seat, reason))
+            lane.departing[sequence] = None
+        elif sequence.state in (State.LEAVING, State.RESYNCING) and sequence.end_reason is None:
+            sequence.end_reason = reason
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """No worker runs it: the scheduler itself writes the terminal frame."""
+        sequence.move(State.FINISHING)
+        error = sequence.error
+        sequence.final = FinishChoice(
+            rid=sequence.request.rid,
+            choice=sequence.choice,
+            placement=sequence.placement,
+            cursor=sequence.cursor,
+            reason=reason,
+            error_code=error.wire_code if error else None,
+            error_message=error.message if error else None,
+            error_param=error.param if error else None,
+            dead=sequence.dead,
+        )
+        self.effects.append(sequence.final)
+
+    def fail(self, sequence: Sequence, error: RequestError | ServiceError) -> None:
+        sequence.error = error
+        self.finish(sequence, "error")
+
+    def finish_again(self, sequence: Sequence) -> None:
+        """The journal was longer than thought: the same end, at its true cursor."""
+        assert sequence.final is not None
+        sequence.final = dataclasses.replace(sequence.final, placement=sequence.placement, cursor=sequence.cursor)
+        self.effects.append(sequence.final)
+
+    def ended(self, sequence: Sequence, reason: str) -> None:
+        """Its terminal frame is in the journal. From any state; nothing of it is left anywhere."""
+        state, lane = sequence.state, sequence.lane
+        if state is State.WAITING and (sequence.entry or lane is not None or sequence in self.parked):
+            self.withdraw(sequence)
+        elif lane is not None:
+            if state is State.RUNNING:
+                self._take_rows(lane, sequence)
+                lane.frees.append(sequence.seat)
+            elif state is State.ENDING and sequence.last_step == NEVER:
+                lane.ends.remove((sequence.seat, sequence.end_reason or ""))
+                lane.frees.append(sequence.seat)
+            self.unseat(sequence)
+        sequence.move(State.ENDED)
+        sequence.finish_reason = reason
+        request = sequence.request
+        request.open -= 1
+        self.queue.leave(request.tenant)
+        if request.open == 0:
+            del self.requests[request.rid]
+            self.effects.append(self._summary(request))
+
+    def _summary(self, request: Request) -> RequestDone:
+        first_planned = self.now if request.first_planned is None else request.first_planned
+        first_token = first_planned if request.first_token is None else request.first_token
+        return RequestDone(
+            rid=request.rid,
+            tenant=request.tenant,
+            prompt_tokens=sum(map(len, request.prompts)),
+            output_tokens=sum(len(sequence.output) for sequence in request.sequences),
+            cached_tokens=sum(sequence.cached_tokens or 0 for sequence in request.sequences),
+            finish_reasons=[sequence.finish_reason or "" for sequence in request.sequences],
+            queued_s=max(0.0, first_planned - request.arrived),  # arrivals are told in another clock
+            prefill_s=first_token - first_planned,
+            decode_s=self.now - first_token,
+            preemptions=request.preemptions,
+        )

@@ -1,0 +1,223 @@
+"""Request and Sequence: what the core knows of one generation, and the table of its life.
+
+    waiting ──start──► running ──end───────────────────────────► ended
+       ▲                │  │                                        ▲
+       │              leave └──cancel──► ending (its worker ends it)─┤
+       │                ▼                                           │
+       ├───settle─── leaving (planned steps not hinted yet)         │
+       └──resynced── resyncing (journal asked for) ──► finishing ───┘
+                                             (no worker runs it: FinishChoice)
+
+A transition that the table lacks raises and changes nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from array import array
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from protocol.errors import RequestError, ServiceError
+from protocol.messages import unpack_ids
+from scheduler.core.blocks import chain_hashes
+from scheduler.core.events import Arrive, ChoiceState, FinishChoice
+
+if TYPE_CHECKING:
+    from scheduler.core.worker import Lane
+
+
+ID_BYTES = 4  # of one packed id
+
+
+def _append_swapped(ids: array[int], raw: bytes) -> None:
+    ids.extend(unpack_ids(raw))
+
+
+# Append packed ids to an array of ids. Called for every row of every step: on most machines the array's own method.
+append_ids: Callable[[array[int], bytes], None] = array.frombytes if sys.byteorder == "little" else _append_swapped
+
+
+class State(enum.Enum):
+    WAITING = "waiting"  # in the queue, or assigned to a worker that has not been told
+    RUNNING = "running"  # has a seat; steps are planned
+    LEAVING = "leaving"  # its blocks are given back; the hint of its last planned step is still to come
+    RESYNCING = "resyncing"  # on no worker; its journal has been asked for
+    ENDING = "ending"  # its worker is told to write the terminal frame
+    FINISHING = "finishing"  # on no worker; the scheduler writes the terminal frame
+    ENDED = "ended"
+
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.RUNNING, State.FINISHING, State.ENDED}),
+    State.RUNNING: frozenset({State.LEAVING, State.ENDING, State.ENDED}),
+    State.LEAVING: frozenset({State.WAITING, State.RESYNCING, State.FINISHING, State.ENDED}),
+    State.ENDING: frozenset({State.LEAVING, State.ENDED}),
+    State.RESYNCING: frozenset({State.WAITING, State.FINISHING, State.ENDED}),
+    State.FINISHING: frozenset({State.ENDED}),
+    State.ENDED: frozenset(),
+}
+
+
+class IllegalTransition(Exception):
+    """A bug of ours: the table has no such arrow."""
+
+
+class Request:
+    """What the choices of one request share, and the figures for its RequestDone."""
+
+    __slots__ = (
+        "arrived",
+        "attempts",
+        "deadline",
+        "first_planned",
+        "first_token",
+        "id",
+        "level",
+        "open",
+        "preemptions",
+        "prompts",
+        "rid",
+        "salt",
+        "sampling",
+        "seed",
+        "sequences",
+        "tenant",
+        "waiting",
+        "wants_result",
+    )
+
+    def __init__(self, event: Arrive, level: int) -> None:
+        self.rid = event.rid
+        self.tenant = event.tenant
+        self.level = level  # index into PRIORITIES
+        self.sampling = event.sampling
+        self.seed = event.seed
+        self.arrived = event.arrived
+        self.deadline = event.deadline
+        self.id = event.id
+        self.wants_result = event.wants_result
+        self.salt = f"{event.tenant}\0{event.cache_salt}"
+        self.attempts = event.attempts
+        self.prompts = event.prompts
+        count = len(event.prompts) * event.sampling.n
+        states = event.choices or [ChoiceState()] * count
+        self.sequences = [
+            Sequence(self, choice, event.prompts[choice // event.sampling.n], states[choice]) for choice in range(count)
+        ]
+        self.open = count  # choices not ended
+        self.waiting = 0  # choices in the queue
+        self.first_planned: float | None = None
+        self.first_token: float | None = None
+        self.preemptions = 0
+
+
+class Sequence:
+    """One choice. ``output`` and ``cursor`` say what is journaled; ``computed`` what is planned to have its KV."""
+
+    __slots__ = (
+        "blocks",
+        "cached_tokens",
+        "choice",
+        "cleared",
+        "computed",
+        "cursor",
+        "dead",
+        "end_reason",
+        "entry",
+        "error",
+        "final",
+        "finish_reason",
+        "hash_size",
+        "hashes",
+        "known",
+        "lane",
+        "last_step",
+        "lost_track",
+        "max_tokens",
+        "output",
+        "placement",
+        "prompt",
+        "request",
+        "sampling",
+        "seat",
+        "served",
+        "state",
+        "top_placement",
+        "uncached",
+        "waiting_level",
+    )
+
+    def __init__(self, request: Request, choice: int, prompt: array[int], state: ChoiceState) -> None:
+        self.request = request
+        self.choice = choice
+        self.prompt = prompt
+        self.output: array[int] = array("i", state.output)
+        self.cursor = state.cursor
+        self.placement = state.placement  # as recorded
+        self.top_placement = state.placement  # highest that was ever planned
+        self.state = State.WAITING
+        self.finish_reason: str | None = None
+        self.end_reason: str | None = None  # why it is to be ended: abort, deadline
+        self.error: RequestError | ServiceError | None = None  # what its terminal frame is to say
+        self.dead = False  # its end is also a dead letter
+        self.final: FinishChoice | None = None  # asked for, not confirmed
+        self.sampling = request.sampling
+        self.max_tokens: int | None = request.sampling.max_tokens
+
+        self.lane: Lane | None = None
+        self.seat = -1
+        self.blocks: list[int] = []
+        self.known = 0  # tokens known, or sampled by planned steps; kept while it prefills
+        self.computed = 0  # of them computed by planned steps; while it decodes, the lane's counter says it
+        self.uncached = 0  # tokens that this stay's prefill computes, in all
+        self.last_step = 0  # once it leaves or its rows are all planned: the last step that may mention it
+        self.lost_track = False  # hints do not tell how far it came
+
+        self.hashes: list[bytes] = []  # one per full block of the known tokens
+        self.hash_size = 0  # block size they were made for
+        self.cached_tokens: int | None = None  # prefix-cache hits at its first placement
+        self.served = False  # its prompt has been charged to its tenant
+        self.cleared = 0  # attempts of the request at which it ran a step alone unharmed
+        self.waiting_level = request.level  # its class as aged by waiting
+        self.entry = 0  # its newest entry in the queue; older ones are void
+
+    @property
+    def needs_alone(self) -> bool:
+        """Present at two deaths or more since it last ran a step alone."""
+        return self.request.attempts >= 2 and self.cleared < self.request.attempts
+
+    @property
+    def target(self) -> int:
+        """Tokens at which it ends by length: prompt + max_tokens."""
+        assert self.max_tokens is not None
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def known_tokens(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    def move(self, state: State) -> None:
+        """Follow an arrow of the table. Raises IllegalTransition, changing nothing, if there is none."""
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransition(f"{self.state.value} -> {state.value} of {self.request.rid}:{self.choice}")
+        self.state = state
+
+    def adopt(self, state: ChoiceState) -> None:
+        """Take the journal's word for where it stands."""
+        self.output = array("i", state.output)
+        self.cursor = state.cursor
+        self.placement = state.placement
+        self.top_placement = max(self.top_placement, state.placement)
+        self.lost_track = False
+
+    def prefix_hashes(self, block_size: int) -> list[bytes]:
+        """Hashes of the full blocks of prompt + output, made once and extended as the output grows."""
+        if self.hash_size != block_size:
+            twin = self.request.sequences[self.choice - self.choice % self.request.sampling.n]  # same prompt
+            shared = twin.hashes[: len(self.prompt) // block_size] if twin.hash_size == block_size else []
+            self.hashes, self.hash_size = shared, block_size
+        if len(self.hashes) < self.known_tokens // block_size:
+            chain_hashes(self.request.salt, self.prompt + self.output, block_size, self.hashes)
+        return self.hashes

@@ -1,0 +1,213 @@
+"""The inbox: every entry of `jobs` becomes an arrival or ends with one error. One bad job never stops the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from array import array
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from protocol.bus import Bus, InboxEntry, RequestRecord
+from protocol.errors import DeadlineExceeded, EngineFailed, Fenced, RequestError, ServiceError
+from protocol.jobs import decode_job
+from protocol.keys import NAME
+from protocol.messages import DEFAULT_TENANT, Job, body_hash, new_rid, pack_ids
+from scheduler.core.events import Arrive
+from scheduler.election import ServerClock
+from scheduler.metrics import Metrics
+from scheduler.recovery import UNREADABLE, arrive, terminal_row
+from scheduler.tokenization import Prompts
+
+log = logging.getLogger("headrace.scheduler")
+
+
+MAX_ADDRESS_BYTES = 16 << 20  # a payload beyond this is not even looked into
+
+UNFORESEEN = EngineFailed("the job could not be read or prepared")
+
+
+class Inbox:
+    """Takes entries, many at once. ``admit`` is told of each new request; ``recover`` is asked to look after one that
+    was ingested before (a repeat after a lost reply, or by an earlier leader)."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        prompts: Prompts,
+        epoch: int,
+        clock: ServerClock,
+        metrics: Metrics,
+        threads: ThreadPoolExecutor,
+        admit: Callable[[Arrive], None],
+        recover: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._bus = bus
+        self._prompts = prompts
+        self._epoch = epoch
+        self._clock = clock
+        self._metrics = metrics
+        self._threads = threads
+        self._admit = admit
+        self._recover = recover
+
+    async def take(self, entry: InboxEntry) -> None:
+        """See one entry through. Raises nothing but Fenced (another leader reigns)."""
+        started = time.monotonic()
+        try:
+            if entry.rid is not None:
+                await self._take_accepted(entry, entry.rid)
+            else:
+                await self._take_push(entry, entry.payload or b"")
+        except Fenced:
+            raise
+        except Exception as e:
+            log.error("job %s could not be taken: %s", entry.entry_id, type(e).__name__)
+            await self._bury(entry)
+        self._metrics.ingest_time.observe(time.monotonic() - started)
+
+    async def _bury(self, entry: InboxEntry) -> None:
+        """End what nobody foresaw: an accepted request by error frames; what is not even readable by a dead letter."""
+        try:
+            if entry.rid is not None and (record := await self._bus.read_request(entry.rid)) is not None:
+                await self._end(entry, record, "error", UNFORESEEN)
+                return
+        except UNREADABLE:
+            pass
+        payload_hash = body_hash(entry.payload or (entry.rid or "").encode())
+        try:
+            await self._bus.reject(
+                self._epoch, entry.entry_id, payload_hash=payload_hash, error=_error_fields(UNFORESEEN)
+            )
+        except UNREADABLE as e:
+            log.error("job %s stays in the inbox: %s", entry.entry_id, type(e).__name__)
+
+    # -------------------------------------------------------------- accepted by a gateway or a client
+
+    async def _take_accepted(self, entry: InboxEntry, rid: str) -> None:
+        record = await self._bus.read_request(rid)
+        if record is None or record.prompts or not record.open:
+            # gone, or ingested or ended before: the script clears the entry away
+            stored, seed = (record.prompts, record.seed or 0) if record else ([], 0)
+            await self._bus.ingest(self._epoch, entry.entry_id, rid=rid, prompts=stored, seed=seed)
+            await self._recover(rid)
+            return
+        try:
+            if record.cancel is not None:
+                await self._end(entry, record, record.cancel)
+                return
+            if record.deadline_ms and record.deadline_ms <= self._clock.now_ms():
+                await self._end(entry, record, "deadline")
+                return
+            prompts = await self._tokenize(record.job)
+        except (RequestError, ServiceError) as e:
+            await self._end(entry, record, "error", e)
+            return
+        seed = _seed(record.job)
+        packed = [pack_ids(p) for p in prompts]
+        verdict, _ = await self._bus.ingest(
+            self._epoch, entry.entry_id, rid=rid, prompts=packed, seed=seed, producer_id=record.job.id
+        )
+        if verdict == "new":
+            record.prompts, record.seed = packed, seed
+            self._admit(arrive(record, self._clock))
+        elif verdict == "cancelled":
+            marked = await self._bus.read_request(rid)
+            await self._end(entry, record, (marked and marked.cancel) or "abort")
+        else:
+            await self._recover(rid)
+
+    async def _end(
+        self, entry: InboxEntry, record: RequestRecord, reason: str, error: RequestError | ServiceError | None = None
+    ) -> None:
+        """One terminal frame for every choice of a request that was never admitted."""
+        fields = _error_fields(error) if error else None
+        rows = [terminal_row(record, i, b"", reason, fields) for i in range(len(record.placements))]
+        await self._bus.finish(self._epoch, rows, entry_id=entry.entry_id)
+        self._metrics.request_refused(record.rid, record.tenant, reason, error.wire_code if error else None)
+
+    # -------------------------------------------------------------- pushed by a producer
+
+    async def _take_push(self, entry: InboxEntry, payload: bytes) -> None:
+        try:
+            job = decode_job(payload)
+            if job.timeout_s is not None and _entry_ms(entry) + job.timeout_s * 1000 <= self._clock.now_ms():
+                raise DeadlineExceeded(f"the job lay in the inbox for longer than its timeout_s ({job.timeout_s})")
+            prompts = await self._tokenize(job)
+        except (RequestError, ServiceError) as e:
+            await self._reject(entry, payload, e)
+            return
+        packed = [pack_ids(p) for p in prompts]
+        verdict, rid = await self._bus.ingest(
+            self._epoch, entry.entry_id, rid=new_rid(), prompts=packed, seed=_seed(job), job=job
+        )
+        if verdict in ("new", "repeat"):
+            await self._recover(rid)
+
+    async def _reject(self, entry: InboxEntry, payload: bytes, error: RequestError | ServiceError) -> None:
+        """A dead letter, and one error result if the payload says, however badly, whose it is."""
+        address = _address(payload)
+        await self._bus.reject(
+            self._epoch,
+            entry.entry_id,
+            payload_hash=body_hash(payload),
+            error=_error_fields(error),
+            reply_to=address.reply_to,
+            results=address.results,
+            tenant=address.tenant or DEFAULT_TENANT,
+            id=address.id,
+        )
+        self._metrics.request_refused(None, address.tenant, "error", error.wire_code)
+
+    # -------------------------------------------------------------- both
+
+    async def _tokenize(self, job: Job) -> list[array[int]]:
+        """In a thread (the tokenizer releases the interpreter). What nobody foresaw becomes an error of this job."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts.ids, job)
+        except (RequestError, ServiceError):
+            raise
+        except Exception as e:
+            log.error("a job could not be prepared: %s", type(e).__name__)
+            raise EngineFailed("the prompt could not be prepared for the model") from None
+
+
+class _Address(msgspec.Struct):
+    """Where an answer to a push could go; values as they come."""
+
+    id: Any = None
+    tenant: Any = None
+    reply_to: Any = None
+    results: Any = None
+
+
+def _address(payload: bytes) -> _Address:
+    """What of the address can be made out in a payload that is no valid job. Names that are none become None."""
+    decode = msgspec.json.decode if payload[:64].lstrip()[:1] == b"{" else msgspec.msgpack.decode
+    try:
+        found = decode(payload if len(payload) <= MAX_ADDRESS_BYTES else b"", type=_Address)
+    except (msgspec.DecodeError, UnicodeError, ValueError, RecursionError):
+        return _Address()
+    for field in found.__struct_fields__:
+        value = getattr(found, field)
+        if not isinstance(value, str) or not NAME.fullmatch(value):
+            setattr(found, field, None)
+    return found
+
+
+def _error_fields(error: RequestError | ServiceError) -> dict[str, str | None]:
+    return {"code": error.wire_code, "message": error.message, "param": error.param}
+
+
+def _seed(job: Job) -> int:
+    """The request's own seed, or a random int64; stored at ingest, so that a rerun draws the same tokens."""
+    return secrets.randbits(64) - 2**63 if job.sampling.seed is None else job.sampling.seed
+
+
+def _entry_ms(entry: InboxEntry) -> int:
+    return int(entry.entry_id.split("-")[0])

@@ -1,0 +1,373 @@
+"""The asyncio shell around the core: Redis in as events, effects out as Redis calls. No decision is made here.
+
+One reign is one epoch. Four loops run: the inbox, the events, the planner and a slow tick; all that an effect asks
+of Redis runs in tasks of its own, so that the core never waits. A reign ends by Fenced or by cancellation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from protocol import bus as wire
+from protocol.bus import Bus, InboxEntry
+from protocol.messages import LANDED, body_hash, encode
+from scheduler.core.events import (
+    Arrive,
+    Cancel,
+    ChoiceEnded,
+    Effect,
+    Event,
+    FinishChoice,
+    ReleaseWorker,
+    RequestDone,
+    Resync,
+    Resynced,
+    SendPlan,
+    StepDone,
+    WorkerServing,
+)
+from scheduler.core.scheduler import Core, CoreConfig, Stats
+from scheduler.election import ServerClock, Timing
+from scheduler.intake import Inbox
+from scheduler.metrics import Metrics, Vitals
+from scheduler.recovery import ABREAST, UNREADABLE, arrive, read_choices, read_state, terminal_row
+from scheduler.tokenization import Prompts
+from scheduler.workers import Fleet
+
+log = logging.getLogger("headrace.scheduler")
+
+BLOCK_MS = 5000  # blocking reads: long enough to cost nothing, short enough to notice a closed server
+TICKS_PER_SECOND = 4
+CLAIM_S = 1.0  # how often entries are looked for that a deposed leader read after our own start
+EARLY_CANCEL_S = 60.0  # how long a cancel waits for a request that is just being ingested
+AGAIN_S = 0.05  # before an end is tried again that found its choice otherwise than thought
+RATE_S = 10.0  # time constant of the measured token rate
+
+
+class Reign:
+    """One epoch of leadership over one model."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        epoch: int,
+        prompts: Prompts,
+        metrics: Metrics,
+        vitals: Vitals,
+        clock: ServerClock,
+        threads: ThreadPoolExecutor,
+        timing: Timing,
+        *,
+        model: str,
+        tenant_weights: dict[str, float],
+        max_model_len: int | None = None,
+    ) -> None:
+        self._bus = bus
+        self._epoch = epoch
+        self._consumer = f"epoch-{epoch}"  # of the inbox: this reign alone
+        self._model = model
+        self._prompts = prompts
+        self._longest_wanted = max_model_len  # the operator's word; None: as long as the workers can
+        self._metrics = metrics
+        self._vitals = vitals
+        self._clock = clock
+        self._timing = timing
+        self.core = Core(CoreConfig(max_model_len=prompts.max_model_len, tenant_weights=tenant_weights))
+        self._inbox = Inbox(bus, prompts, epoch, clock, metrics, threads, self._admit, self._recover)
+        self._known: set[str] = set()  # rids that the core holds
+        self._early_cancels: dict[str, tuple[str, float]] = {}  # rid -> reason, when; the core did not know it yet
+        self._taking: set[str] = set()  # inbox entries being ingested
+        self._ingest_gate = asyncio.Semaphore(ABREAST)
+        self._finish_gate = asyncio.Semaphore(ABREAST)
+        self._planning = asyncio.Event()
+        self._after = "0-0"  # last event read
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            self._fleet = Fleet(
+                self._bus, self._epoch, self.core, self._timing, self._metrics, group, self._apply
+            )  # fmt: skip
+            await self._rebuild()
+            await self._fleet.look()
+            self._follow_capacity()
+            await self._publish_card()
+            group.create_task(self._fleet.watch())
+            group.create_task(self._read_events())
+            group.create_task(self._plan())
+            group.create_task(self._read_jobs())
+            group.create_task(self._claim_jobs())
+            group.create_task(self._tick())
+
+    # -------------------------------------------------------------- taking over
+
+    async def _rebuild(self) -> None:
+        """Everything from Redis. The last event is noted first: what comes after it is read as it comes."""
+        sent = time.monotonic()
+        self._clock.observe(await self._bus.server_ms(), sent, time.monotonic())
+        self._after = await self._bus.last_event_id()
+        gate = asyncio.Semaphore(ABREAST)
+
+        async def recover(rid: str) -> None:
+            async with gate:
+                await self._recover(rid)
+
+        rids = list(await self._bus.scan_live())
+        await asyncio.gather(*(recover(rid) for rid in rids))
+        if self._known:
+            log.info("took over %d unfinished requests", len(self._known))
+
+    async def _publish_card(self) -> None:
+        card = self._prompts.card(self._model, int(time.time()))
+        await self._bus.publish_card(card, self._prompts.tokenizer_json())
+
+    async def _recover(self, rid: str) -> None:
+        """Give the core a request that was ingested before, from its record and journals. Others are left alone."""
+        if rid in self._known:
+            return
+        try:
+            record = await self._bus.read_request(rid)
+            if record is None or not record.open or not record.prompts:
+                return
+            choices = await read_choices(self._bus, record)
+        except UNREADABLE as e:
+            log.error("request %s cannot be read, it is left alone: %s", rid, type(e).__name__)
+            return
+        self._admit(arrive(record, self._clock, choices))
+        if record.cancel is not None:
+            self._apply(Cancel(rid, record.cancel))
+
+    # -------------------------------------------------------------- into the core
+
+    def _admit(self, event: Arrive) -> None:
+        if event.rid in self._known:
+            return
+        self._known.add(event.rid)
+        self._apply(event)
+        early = self._early_cancels.pop(event.rid, None)
+        if early is not None:
+            self._apply(Cancel(event.rid, early[0]))
+
+    def _apply(self, event: Event) -> None:
+        self._execute(self.core.apply(event, time.monotonic()))
+        self._planning.set()
+        if isinstance(event, WorkerServing):
+            self._follow_capacity()
+
+    async def _read_events(self) -> None:
+        while True:
+            for event in await self._bus.read_events(self._after, 1024, BLOCK_MS):
+                self._note(event)
+                self._after = event.event_id
+
+    def _note(self, event: wire.Event) -> None:
+        if event.kind == "hint" and event.hint is not None:
+            hint = event.hint
+            self._metrics.step(hint.wid, hint.exec_us)
+            self._apply(
+                StepDone(hint.wid, hint.gen, hint.step, hint.rows, hint.exec_us, hint.idle_us, event.verdicts)
+            )  # fmt: skip
+        elif event.kind == "worker":
+            self._fleet.changed.set()
+        elif event.kind == "cancel" and event.rid is not None:
+            self._group.create_task(self._cancel(event.rid))
+
+    async def _cancel(self, rid: str) -> None:
+        try:
+            record = await self._bus.read_request(rid)
+        except UNREADABLE:
+            return
+        if record is None or record.cancel is None or not record.open:
+            return
+        if rid in self._known:
+            self._apply(Cancel(rid, record.cancel))
+        else:
+            self._early_cancels[rid] = (record.cancel, time.monotonic())
+
+    # -------------------------------------------------------------- the inbox
+
+    async def _read_jobs(self) -> None:
+        while True:
+            for entry in await self._bus.read_jobs(self._consumer, ABREAST, BLOCK_MS):
+                await self._start_taking(entry)
+
+    async def _claim_jobs(self) -> None:
+        """What an earlier leader read and did not finish with; now, and again for what it reads while it is deposed."""
+        while True:
+            for entry in await self._bus.claim_jobs(self._consumer, 4 * ABREAST):
+                await self._start_taking(entry)
+            await asyncio.sleep(CLAIM_S)
+
+    async def _start_taking(self, entry: InboxEntry) -> None:
+        if entry.entry_id in self._taking:
+            return
+        self._taking.add(entry.entry_id)
+        await self._ingest_gate.acquire()
+        self._group.create_task(self._take(entry))
+
+    async def _take(self, entry: InboxEntry) -> None:
+        try:
+            await self._inbox.take(entry)
+        finally:
+            self._ingest_gate.release()
+            self._taking.discard(entry.entry_id)
+
+    # -------------------------------------------------------------- out of the core
+
+    async def _plan(self) -> None:
+        alive = self._vitals.alive("planner")
+        while True:
+            self._planning.clear()
+            started = time.monotonic()
+            effects = self.core.plan(started)
+            if effects:
+                self._metrics.planning_time.observe(time.monotonic() - started)
+            self._execute(effects)
+            alive()
+            wake = self.core.next_wake(started)
+            pause = 1.0 if wake is None else min(1.0, wake - time.monotonic())
+            if pause <= 0:
+                await asyncio.sleep(0)
+                continue
+            try:
+                async with asyncio.timeout(pause):
+                    await self._planning.wait()
+            except TimeoutError:
+                pass
+
+    def _execute(self, effects: Sequence[Effect]) -> None:
+        """Start what the core asked for. Nothing is awaited here: the core's time is everyone's."""
+        ending: dict[str, list[FinishChoice]] = {}
+        for effect in effects:
+            match effect:
+                case SendPlan(wid, plan):
+                    self._metrics.planned(wid, plan)
+                    self._fleet.send(wid, plan)
+                case FinishChoice():
+                    ending.setdefault(effect.rid, []).append(effect)
+                case Resync():
+                    self._group.create_task(self._resync(effect))
+                case RequestDone():
+                    self._known.discard(effect.rid)
+                    self._metrics.request_done(effect)
+                case ReleaseWorker():
+                    self._group.create_task(self._fleet.release(effect))
+        for rid, choices in ending.items():
+            self._group.create_task(self._finish(rid, choices))
+
+    async def _finish(self, rid: str, choices: list[FinishChoice]) -> None:
+        """Write the terminal frames of choices that no worker runs; the core hears how each of them stands then."""
+        async with self._finish_gate:
+            try:
+                left = await self._write_ends(rid, choices)
+            except UNREADABLE:
+                left = {choice.choice for choice in choices}  # read_state says what it is
+            if left:
+                await asyncio.sleep(AGAIN_S)
+            for choice in choices:
+                if choice.choice in left:
+                    await self._resync(Resync(rid, choice.choice))
+                else:
+                    self._apply(ChoiceEnded(rid, choice.choice))
+
+    async def _write_ends(self, rid: str, choices: list[FinishChoice]) -> set[int]:
+        """Returns the choices that stand otherwise than the core thought."""
+        record = await self._bus.read_request(rid)
+        if record is None:
+            return {choice.choice for choice in choices}
+        rows, dead, left = [], None, set()
+        journals = await self._bus.read_journals([(rid, choice.choice) for choice in choices])
+        for choice, raw in zip(choices, journals, strict=True):
+            journal = raw or b""
+            if len(journal) != choice.cursor or record.ends[choice.choice] is not None:
+                left.add(choice.choice)
+                continue
+            error = _error(choice)
+            rows.append(terminal_row(record, choice.choice, journal, choice.reason, error))
+            if choice.dead and error:
+                dead = {"rid": rid, "hash": body_hash(encode(record.job)), **_texts(error)}
+        verdicts = await self._bus.finish(self._epoch, rows, dead=dead) if rows else ""
+        return left | {row.choice for row, verdict in zip(rows, verdicts, strict=True) if verdict != LANDED}
+
+    async def _resync(self, effect: Resync) -> None:
+        state = await read_state(self._bus, effect.rid, effect.choice)
+        self._apply(Resynced(effect.rid, effect.choice, state))
+
+    # -------------------------------------------------------------- the slow tick
+
+    async def _tick(self) -> None:
+        """Depth every 250 ms, where it changed; once a second inbox length, metrics, card, trimming, integrity."""
+        rate, ticks, checked = TokenRate(), 0, 0
+        depth: dict[str, int | float] = {}
+        trimmed, card = self._after, self._prompts.max_model_len
+        while True:
+            now, stats = time.monotonic(), self.core.stats()
+            rate.note(now, stats.counters.output_tokens, idle=not stats.running)
+            if depth != (depth := {**_depth(stats), "rate": rate.value}):
+                await self._bus.write_depth(self._epoch, depth)
+            if ticks % TICKS_PER_SECOND == 0:
+                self._metrics.observe(stats, rate.value, await self._bus.inbox_length())
+                if self._prompts.max_model_len != card:
+                    card = self._prompts.max_model_len
+                    await self._publish_card()
+                if not (stats.running or stats.waiting) and checked != stats.counters.output_tokens:
+                    checked = stats.counters.output_tokens  # once each time that it comes to rest
+                    self.core.check_integrity()
+                self._forget_early_cancels(now)
+                if trimmed != self._after:
+                    trimmed = self._after
+                    await self._bus.trim_events(trimmed, epoch=self._epoch)
+            ticks += 1
+            await asyncio.sleep(1 / TICKS_PER_SECOND)
+
+    def _follow_capacity(self) -> None:
+        """Ingest checks against what the workers really offer, which may be less than the model's own context."""
+        offered = self._fleet.max_model_len
+        if offered is not None:
+            self._prompts.max_model_len = min(offered, self._longest_wanted or offered)
+
+    def _forget_early_cancels(self, now: float) -> None:
+        for rid in [r for r, (_, since) in self._early_cancels.items() if now - since > EARLY_CANCEL_S]:
+            del self._early_cancels[rid]
+
+
+class TokenRate:
+    """Output tokens per second, an exponential mean over RATE_S. An idle system keeps the last one that it showed."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self._since: float | None = None
+        self._total = 0
+
+    def note(self, now: float, total: int, idle: bool) -> None:
+        """``total`` tokens were journaled up to ``now``, in all."""
+        since, made = self._since, total - self._total
+        self._since, self._total = now, total
+        if since is None or now <= since or (idle and not made):
+            return
+        elapsed = now - since
+        share = min(1.0, elapsed / RATE_S) if self.value else 1.0
+        self.value += (made / elapsed - self.value) * share
+
+
+def _depth(stats: Stats) -> dict[str, int | float]:
+    """The fields of `depth` but for the rate."""
+    depth: dict[str, int | float] = {"requests": stats.waiting, "tokens": stats.waiting_tokens}
+    for tenant, (requests, tokens) in stats.tenants.items():
+        depth[f"requests:{tenant}"] = requests
+        depth[f"tokens:{tenant}"] = tokens
+    return depth
+
+
+def _error(choice: FinishChoice) -> dict[str, str | None] | None:
+    if choice.error_code is None:
+        return None
+    return {"code": choice.error_code, "message": choice.error_message, "param": choice.error_param}
+
+
+def _texts(error: dict[str, str | None]) -> dict[str, str]:
+    return {k: v for k, v in error.items() if v is not None}

@@ -1,0 +1,188 @@
+"""The workers of one reign: who is there, who died, and the plans on their way to each.
+
+A worker is judged by its beat (see leadership). Losing one always goes the same way: fence it first, then read how far
+its sequences came, then tell the core. Plans travel in order, one call after the other for each worker, off the core's
+path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from protocol.bus import Bus, WorkerRecord
+from protocol.errors import Fenced
+from protocol.messages import WIRE, Capacity, Plan
+from scheduler.core.events import Event, ReleaseWorker, WorkerDraining, WorkerLost, WorkerServing
+from scheduler.core.scheduler import Core
+from scheduler.election import Timing, Watch
+from scheduler.metrics import Metrics
+from scheduler.recovery import read_sequences
+
+log = logging.getLogger("headrace.scheduler")
+
+LOADING_PATIENCE = 5  # times what a serving worker gets
+
+
+@dataclass
+class Worker:
+    """What the service knows of one incarnation; sequences and blocks are the core's."""
+
+    wid: str
+    gen: int
+    watch: Watch
+    state: str = ""  # the last one that the core was told: "serving", "draining", or "" (neither yet)
+    outbox: list[Plan] = field(default_factory=list)
+    filled: asyncio.Event = field(default_factory=asyncio.Event)
+    sender: asyncio.Task[None] | None = None
+    released: bool = False
+    gone: bool = False
+
+
+class Fleet:
+    """``apply`` hands an event to the core. ``changed`` wakes the watch before its second is over."""
+
+    def __init__(
+        self, bus: Bus, epoch: int, core: Core, timing: Timing, metrics: Metrics, group: asyncio.TaskGroup,
+        apply: Callable[[Event], None],
+    ) -> None:  # fmt: skip
+        self._bus = bus
+        self._epoch = epoch
+        self._core = core
+        self._timing = timing
+        self._metrics = metrics
+        self._group = group
+        self._apply = apply
+        self._workers: dict[str, Worker] = {}
+        self._foreign: set[tuple[str, int]] = set()  # refused for their wire version, logged once
+        self.changed = asyncio.Event()
+        self.max_model_len: int | None = None  # the longest sequence that any worker of this reign could hold
+
+    # -------------------------------------------------------------- plans
+
+    def send(self, wid: str, plan: Plan) -> None:
+        """Queue ``plan`` for its worker. One for an incarnation that has gone is dropped: its end is under way."""
+        worker = self._workers.get(wid)
+        if worker is None or worker.gone or worker.gen != plan.gen:
+            return
+        plan.epoch = self._epoch
+        worker.outbox.append(plan)
+        worker.filled.set()
+        if worker.sender is None:
+            worker.sender = self._group.create_task(self._send(worker))
+
+    async def _send(self, worker: Worker) -> None:
+        """One call after the other, each with all that has gathered: a server that syncs its log takes milliseconds."""
+        while not worker.gone:
+            await worker.filled.wait()
+            worker.filled.clear()
+            plans, worker.outbox = worker.outbox, []
+            if not plans:
+                continue
+            try:
+                await self._bus.plan(self._epoch, worker.wid, worker.gen, *plans)
+            except Fenced as fenced:
+                if fenced.cause == "epoch":
+                    raise
+                self.changed.set()  # a newer incarnation, or none: the watch finds out
+                return
+
+    # -------------------------------------------------------------- who is there
+
+    async def watch(self) -> None:
+        """Look at the workers once a second, and at once when told of a change."""
+        while True:
+            await self.look()
+            try:
+                async with asyncio.timeout(self._timing.pause_s):
+                    await self.changed.wait()
+            except TimeoutError:
+                pass
+            self.changed.clear()
+
+    async def look(self) -> None:
+        """Read the registrations once; tell the core who came, drains, or died."""
+        started = time.monotonic()
+        records = await self._bus.list_workers()
+        ended = time.monotonic()
+        present = {r.wid: r for r in records}
+        for worker in list(self._workers.values()):
+            record = present.get(worker.wid)
+            if record is None or record.gen != worker.gen:
+                await self._lose(worker, "left" if worker.released else "was replaced" if record else "was removed")
+            elif worker.watch.seen(record.beat, started, ended):
+                await self._lose(worker, "gives no sign of life")  # or left in order, with nothing on it
+                del present[worker.wid]
+        for record in present.values():
+            self._meet(record)
+
+    def _meet(self, record: WorkerRecord) -> None:
+        if record.wire != WIRE:
+            if (record.wid, record.gen) not in self._foreign:
+                self._foreign.add((record.wid, record.gen))
+                log.error("worker %s speaks wire version %d, not %d: no plans for it", record.wid, record.wire, WIRE)
+            return
+        worker = self._workers.get(record.wid)
+        if worker is None:
+            # loading keeps an interpreter from beating for seconds, and no sequence suffers meanwhile
+            patient = dataclasses.replace(self._timing, reads=LOADING_PATIENCE * self._timing.reads)
+            worker = self._workers[record.wid] = Worker(record.wid, record.gen, Watch(patient))
+            log.info("worker %s registered (gen %d, %s)", record.wid, record.gen, record.state)
+        if record.state == worker.state:
+            return
+        if record.state == "serving" and record.capacity is not None:
+            log.info("worker %s serves", record.wid)
+            worker.state = record.state
+            worker.watch = Watch(self._timing)
+            self.max_model_len = max(self.max_model_len or 0, _longest(record.capacity))
+            self._apply(WorkerServing(record.wid, record.gen, record.capacity))
+        elif record.state == "draining":
+            log.info("worker %s drains", record.wid)
+            if worker.state == "serving":
+                worker.state = record.state
+                self._apply(WorkerDraining(record.wid, record.gen))
+            else:  # it never served in this reign: nothing of ours is there
+                worker.state = record.state
+                self._group.create_task(self.release(ReleaseWorker(record.wid, record.gen)))
+
+    # -------------------------------------------------------------- who left
+
+    async def release(self, effect: ReleaseWorker) -> None:
+        """Let a drained worker go: its registration ends, which it takes as its leave."""
+        worker = self._workers.get(effect.wid)
+        if worker is None or worker.gen != effect.gen:
+            return
+        worker.released = True
+        await self._bus.retire(self._epoch, effect.wid, effect.gen)
+        self.changed.set()
+
+    async def _lose(self, worker: Worker, how: str) -> None:
+        """Fence, then read the journals, then tell the core. ``how`` is for the log."""
+        held = self._core.sequences_on(worker.wid)
+        died = not worker.released and not (worker.state == "draining" and not held)
+        worker.gone = True
+        worker.outbox.clear()
+        worker.filled.set()
+        present = self._core.rids_in_flight(worker.wid) if died else []
+        await self._bus.retire(self._epoch, worker.wid, worker.gen, present)
+        journals = await read_sequences(self._bus, held)
+        while late := [s for s in self._core.sequences_on(worker.wid) if s not in journals]:
+            journals |= await read_sequences(self._bus, late)  # placed there meanwhile; their plans were dropped
+        del self._workers[worker.wid]
+        if died:
+            self._metrics.worker_deaths.inc()
+            log.warning("worker %s (gen %d) %s: %d sequences move", worker.wid, worker.gen, how, len(journals))
+        else:
+            log.info("worker %s left", worker.wid)
+        if worker.state:
+            self._apply(WorkerLost(worker.wid, worker.gen, journals, died=died))
+
+
+def _longest(capacity: Capacity) -> int:
+    """Tokens of the longest sequence that a worker can hold: its context, or its whole pool if that is less."""
+    pool = capacity.pools[0]
+    return min(capacity.max_model_len, pool.units * pool.unit_tokens)

@@ -1,0 +1,206 @@
+"""What turns a job into token ids: template, tokenizer, limits, refusals. Real transformers, a byte tokenizer."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.errors import ContextLengthExceeded, HeadraceError, InvalidRequest, ModelRefused, StartError
+from protocol.messages import Job
+from protocol.sampling import SamplingParams
+from scheduler.tokenization import Prompts
+from tests.models import BOS, CONFIGS, EOS, VOCAB, byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory without weights: the scheduler needs none."""
+    from transformers import AutoConfig
+
+    path = tmp_path_factory.mktemp("weightless")
+    fields = dict(CONFIGS["llama"])
+    AutoConfig.for_model(fields.pop("model_type"), vocab_size=VOCAB, eos_token_id=EOS, **fields).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts(model_dir: Path) -> Prompts:
+    return Prompts.load(str(model_dir))
+
+
+def ids(prompts: Prompts, **fields: Any) -> list[list[int]]:
+    sampling = SamplingParams(**fields.pop("sampling", {}))
+    return [list(p) for p in prompts.ids(Job(sampling=sampling, **fields))]
+
+
+def test_a_text_becomes_the_tokenizers_ids(prompts: Prompts) -> None:
+    assert ids(prompts, prompt="héllo") == [list("héllo".encode())]
+
+
+def test_lists_of_texts_and_of_ids_keep_their_order(prompts: Prompts) -> None:
+    assert ids(prompts, prompt=["ab", "c"]) == [[97, 98], [99]]
+    assert ids(prompts, prompt=[[5, 6], [VOCAB - 1]]) == [[5, 6], [VOCAB - 1]]
+    assert ids(prompts, prompt=[5, 6]) == [[5, 6]]
+
+
+def test_a_chat_is_rendered_as_transformers_renders_it(prompts: Prompts) -> None:
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    expected = byte_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids(prompts, messages=messages) == [expected]
+
+
+def test_content_parts_of_text_are_one_text(prompts: Prompts) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    whole = ids(prompts, messages=[{"role": "user", "content": "ab"}])
+    assert ids(prompts, messages=[{"role": "user", "content": parts}]) == whole
+
+
+def test_the_tokenizers_bos_goes_before_a_text_and_not_before_a_chat(model_dir: Path, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    for name in model_dir.iterdir():
+        (tmp_path / name.name).write_bytes(name.read_bytes())
+    loaded = Prompts.load(str(model_dir)).tokenizer
+    loaded.backend_tokenizer.post_processor = TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", BOS)])
+    loaded.save_pretrained(tmp_path)
+    prompts = Prompts.load(str(tmp_path))
+    assert ids(prompts, prompt="x") == [[BOS, ord("x")]]
+    (chat,) = ids(prompts, messages=[{"role": "user", "content": "x"}])
+    assert BOS not in chat
+
+
+def test_template_kwargs_reach_the_template(model_dir: Path) -> None:
+    prompts = Prompts.load(str(model_dir))
+    prompts.tokenizer.chat_template = "{{ mood }}:{{ messages[0]['content'] }}"
+    chat = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"mood": "calm"}}
+    assert ids(prompts, **chat) == [list(b"calm:x")]
+
+
+def test_a_templates_own_complaint_is_told_and_nothing_else(model_dir: Path) -> None:
+    prompts = Prompts.load(str(model_dir))
+    prompts.tokenizer.chat_template = (
+        "{% if messages|length > 1 %}{{ raise_exception('one message only') }}{% endif %}"
+        "{{ raise_exception('bad ' + messages[0]['content']) }}"
+    )
+    one = [{"role": "user", "content": "secret"}]
+    with pytest.raises(InvalidRequest, match="one message only"):
+        ids(prompts, messages=one * 2)
+    with pytest.raises(InvalidRequest) as caught:
+        ids(prompts, messages=one)
+    assert "secret" not in str(caught.value)
+
+
+TOO_LONG = [7] * 512
+BAD: list[tuple[str, dict[str, Any], type[HeadraceError], str | None]] = [
+    ("empty text", {"prompt": ""}, InvalidRequest, "prompt"),
+    ("one empty text of two", {"prompt": ["a", ""]}, InvalidRequest, "prompt"),
+    ("no ids", {"prompt": []}, InvalidRequest, "prompt"),
+    ("an id past the vocabulary", {"prompt": [1, VOCAB]}, InvalidRequest, "prompt"),
+    ("a negative id", {"prompt": [-1]}, InvalidRequest, "prompt"),
+    ("an id past int32", {"prompt": [2**40]}, InvalidRequest, "prompt"),
+    ("a lone surrogate", {"prompt": "a\ud800"}, InvalidRequest, "prompt"),
+    ("no prompt at all", {}, InvalidRequest, "prompt"),
+    ("a prompt that fills the context", {"prompt": TOO_LONG}, ContextLengthExceeded, "prompt"),
+    (
+        "too many tokens asked for",
+        {"prompt": [7], "sampling": {"max_tokens": 512}},
+        ContextLengthExceeded,
+        "max_tokens",
+    ),
+    (
+        "a stop id past the vocabulary",
+        {"prompt": "a", "sampling": {"stop_token_ids": [VOCAB]}},
+        InvalidRequest,
+        "stop_token_ids",
+    ),
+    (
+        "a biased id past the vocabulary",
+        {"prompt": "a", "sampling": {"logit_bias": {VOCAB: 1.0}}},
+        InvalidRequest,
+        "logit_bias",
+    ),
+    (
+        "an image",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        InvalidRequest,
+        "messages[0].content[0].type",
+    ),
+    (
+        "a template of the client's",
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"chat_template": "x"}},
+        InvalidRequest,
+        "chat_template_kwargs.chat_template",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "error", "param"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_refused(prompts: Prompts, fields: dict[str, Any], error: type[HeadraceError], param: str | None) -> None:
+    with pytest.raises(error) as caught:
+        ids(prompts, **fields)
+    assert caught.value.param == param  # type: ignore[attr-defined]
+
+
+def test_the_whole_context_may_be_used(prompts: Prompts) -> None:
+    assert len(ids(prompts, prompt=[7] * 500, sampling={"max_tokens": 12})[0]) == 500
+
+
+def test_a_model_without_template_refuses_chats_only(model_dir: Path) -> None:
+    prompts = Prompts.load(str(model_dir))
+    prompts.tokenizer.chat_template = None
+    plain = Prompts(prompts.tokenizer, VOCAB, 512, [EOS])
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        ids(plain, messages=[{"role": "user", "content": "a"}])
+    assert ids(plain, prompt="a") == [[97]]
+    assert not plain.card("m", 0).chat
+
+
+def test_the_card_and_the_tokenizer(prompts: Prompts) -> None:
+    from tokenizers import Tokenizer
+
+    card = prompts.card("some/model", 5)
+    assert (card.max_model_len, card.vocab_size, card.eos_token_ids, card.chat) == (512, VOCAB, [EOS], True)
+    raw = prompts.tokenizer_json()
+    assert raw is not None
+    assert Tokenizer.from_str(raw.decode()).encode("ab").ids == [97, 98]
+
+
+def test_max_model_len_of_the_config_wins(model_dir: Path) -> None:
+    assert Prompts.load(str(model_dir), max_model_len=64).max_model_len == 64
+
+
+def test_many_threads_get_the_same_ids(prompts: Prompts) -> None:
+    wrong: list[int] = []
+
+    def encode(k: int) -> None:
+        text = chr(97 + k) * (50 + k)
+        for _ in range(100):
+            if ids(prompts, prompt=text) != [[97 + k] * (50 + k)]:
+                wrong.append(k)
+
+    threads = [threading.Thread(target=encode, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_model_that_asks_for_its_own_code_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "evil.Config"}}))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelRefused, match="code of its own"):
+        Prompts.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "no-such-thing"}'])
+def test_a_directory_that_holds_no_model_is_a_clear_start_error(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(StartError, match=str(tmp_path)):
+        Prompts.load(str(tmp_path))

@@ -1,0 +1,125 @@
+"""The simulated engine: deterministic tokens, its model of time, and its refusal of impossible plans."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from protocol.messages import NewSequence, Plan, pack_ids
+from protocol.sampling import SamplingParams
+from workers.engines.simulated import SimulatedConfig, SimulatedEngine
+
+
+def engine(**fields: object) -> SimulatedEngine:
+    made = SimulatedEngine(SimulatedConfig(step_us=0, token_us=0, row_us=0, **fields))  # type: ignore[arg-type]
+    made.load(lambda stage, fraction: None)
+    return made
+
+
+def sequence(seat: int, ids: list[int], *, prompt_len: int | None = None, choice: int = 0, **sampling: object):
+    return NewSequence(
+        seat=seat, rid="r", choice=choice, placement=1, token_ids=pack_ids(ids), prompt_len=prompt_len or len(ids),
+        sampling=SamplingParams(max_tokens=100, **sampling), seed=5, cursor=0, block_table=pack_ids(range(4)),
+        computed=0,
+    )  # fmt: skip
+
+
+def plan(step: int, rows: dict[int, int], samples: list[int] | None = None, **fields: object) -> Plan:
+    return Plan(
+        1, 1, step, seats=array("H", rows).tobytes(), counts=pack_ids(rows.values()),
+        samples=bytes(samples) if samples is not None else b"", **fields,
+    )  # fmt: skip
+
+
+def test_a_sequence_gives_the_same_tokens_wherever_it_runs_and_however_it_is_cut() -> None:
+    alone = engine()
+    first = alone.execute(plan(1, {0: 3}, new=[sequence(0, [1, 2, 3])])).wait().tokens.tolist()
+    first += [alone.execute(plan(step, {0: 1})).wait().tokens[0].item() for step in (2, 3, 4)]
+
+    crowded = engine()
+    news = [sequence(5, [1, 2, 3]), sequence(2, [9], choice=1)]
+    crowded.execute(plan(1, {2: 1, 5: 2}, [1, 0], new=news)).wait()
+    second = crowded.execute(plan(2, {5: 1, 2: 1})).wait().tokens.tolist()
+    assert second[0] == first[0]
+
+    moved = engine()
+    rest = moved.execute(plan(1, {1: 5}, new=[sequence(1, [1, 2, 3, *first[:2]], prompt_len=3)])).wait().tokens
+    assert rest.tolist() == [first[2]]
+    assert all(32 <= token < 127 for token in first)
+
+
+def test_choices_and_seeds_differ() -> None:
+    made = engine()
+    news = [sequence(seat, [1, 2, 3], choice=seat) for seat in range(8)]
+    tokens = made.execute(plan(1, dict.fromkeys(range(8), 3), new=news)).wait().tokens
+    assert len(set(tokens.tolist())) > 1
+
+
+def test_ends_are_drawn() -> None:
+    made = engine(eos_one_in=4)
+    news = [sequence(seat, [1], choice=seat) for seat in range(200)]
+    tokens = made.execute(plan(1, dict.fromkeys(range(200), 1), new=news)).wait().tokens.tolist()
+    assert 20 <= tokens.count(256) <= 90
+
+
+def test_logprobs_for_those_who_ask() -> None:
+    made = engine()
+    sampled = made.execute(plan(1, {0: 1, 1: 1}, new=[sequence(0, [1]), sequence(1, [1], logprobs=3)])).wait()
+    assert list(sampled.logprobs) == [1]
+    logprob, ids, values = sampled.logprobs[1]
+    assert len(ids) == len(values) == 3
+    assert logprob == values[0]
+
+
+def test_time_is_that_of_the_model() -> None:
+    now = [10.0]
+    made = SimulatedEngine(SimulatedConfig(step_us=1000, token_us=100, row_us=10), clock=lambda: now[0])
+    output = made.execute(plan(1, {0: 4}, new=[sequence(0, [1, 2, 3, 4])]))
+    assert output.ready_at == pytest.approx(10.00141)
+    behind = made.execute(plan(2, {0: 1}))
+    assert behind.ready_at == pytest.approx(10.00141 + 0.00111)
+    before = made.beat()
+    now[0] = 11.0
+    assert output.wait().exec_us == 1410
+    assert made.beat() > before
+
+
+@pytest.mark.parametrize(
+    ("rows", "samples", "message"),
+    [
+        ({0: 4}, None, "not known"),
+        ({0: 2}, [1], "samples before"),
+        ({3: 1}, None, "not known"),
+    ],
+)
+def test_impossible_plans_are_refused(rows: dict[int, int], samples: list[int] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine().execute(plan(1, rows, samples, new=[sequence(0, [1, 2, 3])]))
+
+
+def test_tokens_without_a_block_are_refused_until_a_block_comes() -> None:
+    ids = list(range(1, 64))
+    made = engine()
+    made.execute(plan(1, {0: 63}, new=[sequence(0, ids)]))
+    made.execute(plan(2, {0: 1}))
+    made.execute(plan(3, {0: 1}, blocks=[(0, pack_ids([9]))]))
+    full = engine()
+    full.execute(plan(1, {0: 63}, new=[sequence(0, ids)]))
+    full.execute(plan(2, {0: 1}))
+    with pytest.raises(ValueError, match="no block"):
+        full.execute(plan(3, {0: 1}))
+
+
+def test_a_seat_is_empty_after_frees_ends_and_reset() -> None:
+    for leave in ({"frees": [0]}, {"ends": [(0, "abort")]}):
+        made = engine()
+        made.execute(plan(1, {0: 1}, new=[sequence(0, [1])]))
+        made.execute(plan(2, {}, **leave))
+        with pytest.raises(ValueError, match="not known"):
+            made.execute(plan(3, {0: 1}))
+    made = engine()
+    made.execute(plan(1, {0: 1}, new=[sequence(0, [1])]))
+    made.reset()
+    with pytest.raises(ValueError, match="not known"):
+        made.execute(plan(2, {0: 1}))

@@ -1,0 +1,178 @@
+"""Steps in tables: the GPU's path of the engine, on a CPU with interpreted kernels, against transformers' own greedy.
+
+What a graph replays is the same function over the same buffers, here called again instead (graphs.Rerun). It is given
+no host arrays at all, so it cannot depend on any.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+
+from protocol.sampling import SamplingParams
+from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
+from tests.workers.plan_maker import PlanMaker, Sequence
+from tests.workers.torch_engine.cuda.triton_device import DEVICE
+from tests.workers.torch_engine.test_parity import first_difference, one_thread, reference_of
+from workers.torch_engine.config import EngineConfig
+from workers.torch_engine.cuda.backend import CudaEngine
+from workers.torch_engine.cuda.graphs import Bucket, choose_buckets
+
+__all__ = ["one_thread"]  # the autouse fixture
+
+BLOCK = 8
+BUDGET = 16
+
+
+def make_engine(path, **fields):
+    given = {
+        "device": str(DEVICE), "dtype": "float32", "max_model_len": 96, "max_num_seqs": 4,
+        "max_num_batched_tokens": BUDGET, "kv_cache_memory": 1 << 20, "block_size": BLOCK, "threads": 1,
+    }  # fmt: skip
+    engine = CudaEngine(EngineConfig(model=str(path), **{**given, **fields}))
+    engine.stages = []
+    engine.load(lambda stage, fraction: engine.stages.append((stage, fraction)))
+    return engine
+
+
+def requests(count=4, output=6):
+    rng = np.random.default_rng(3)
+    params = SamplingParams(temperature=0, max_tokens=output)
+    return [
+        Sequence(rng.integers(0, 256, 5 + 9 * k).tolist(), params, joins=(0, 0, 3, 5)[k % 4]) for k in range(count)
+    ]  # fmt: skip
+
+
+def serve(engine, **fields):
+    served = requests(**fields)
+    PlanMaker(engine, blocks=40, block_size=BLOCK, budget=BUDGET, seats=8).run(served)
+    return served
+
+
+def wrong(path, served):
+    reference = reference_of(path)
+    return [text for text in (first_difference(reference, request) for request in served) if text]
+
+
+def small_llama(path, layers):
+    """Interpreted kernels are slow: no more layers than a test needs."""
+    build({**CONFIGS["llama"], "num_hidden_layers": layers}).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    path = small_llama(tmp_path_factory.mktemp("llama"), 2)
+    return path, make_engine(path)
+
+
+def test_replayed_steps_give_what_transformers_gives(llama):
+    path, engine = llama
+    assert engine.steps.buckets
+    replays = []
+    for recorded in engine.steps._recorded:
+        run = recorded.recording.replay
+        recorded.recording.replay = lambda run=run, bucket=recorded.bucket: (replays.append(bucket), run())
+    served = serve(engine)
+    engine.reset()
+    assert not wrong(path, served)
+    assert {bucket.single for bucket in replays} == {True, False}
+
+
+def test_the_kernels_are_in(llama):
+    _, engine = llama
+    layers = engine.model.config.num_hidden_layers
+    names = [type(module).__name__ for module in engine.model.modules()]
+    assert names.count("FusedNorm") == 2 * layers + 1
+    assert names.count("FusedMLP") == layers
+    assert names.count("MergedSlice") == 3 * layers
+    assert engine.attention._puts_off
+
+
+def test_the_beat_grows_with_replayed_steps(llama):
+    _, engine = llama
+    before = engine.beat()
+    serve(engine, count=1, output=3)
+    engine.reset()
+    assert engine.beat() >= before + 3
+
+
+def test_capture_reports_its_progress(llama):
+    _, engine = llama
+    told = [fraction for stage, fraction in engine.stages if stage == "capture"]
+    assert told[0] == 0
+    assert told[-1] == 1
+    assert told == sorted(told)
+
+
+MORE = ("mistral", "qwen3", "deepseek_v3", "phi3", "gpt2", "mixtral")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", *(pytest.param(n, marks=pytest.mark.sweep) for n in MORE)])
+def test_every_rule_of_attention_launch_by_launch(tmp_path_factory, name):
+    path = tiny_model(tmp_path_factory, name)
+    engine = make_engine(path, graphs=False)
+    assert engine.steps is not None, "the kernels refused"
+    served = serve(engine, count=3, output=4)
+    assert not wrong(path, served)
+
+
+def test_a_model_that_cannot_be_recorded_runs_launch_by_launch(tmp_path, monkeypatch, caplog):
+    def fails(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("workers.torch_engine.cuda.backend.Rerun", fails)
+    monkeypatch.setattr("workers.torch_engine.cuda.backend.CudaRecorder", lambda device: fails)
+    path = small_llama(tmp_path, 1)
+    engine = make_engine(path)
+    assert not engine.steps.buckets
+    assert "without CUDA graphs" in caplog.text
+    served = serve(engine, count=2, output=3)
+    assert not wrong(path, served)
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_replay_that_differs_is_noticed(tmp_path, monkeypatch, caplog):
+    """A model that keeps something of the recorded step on the host gives other logits when replayed."""
+    monkeypatch.setattr("workers.torch_engine.cuda.backend.Rerun", Stuck)
+    monkeypatch.setattr("workers.torch_engine.cuda.backend.CudaRecorder", lambda device: Stuck)
+    path = small_llama(tmp_path, 1)
+    engine = make_engine(path)
+    assert not engine.steps.buckets
+    assert "replayed logits differ" in caplog.text
+
+
+class Stuck:
+    def __init__(self, run):
+        self.output = run()
+
+    def replay(self):
+        pass
+
+
+def test_where_the_kernels_fail_torch_serves_alone(tmp_path, monkeypatch, caplog):
+    def broken(self, *args, **kwargs):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr("workers.torch_engine.cuda.triton_attention.TritonAttention.attend", broken)
+    path = small_llama(tmp_path, 1)
+    engine = make_engine(path)
+    assert engine.steps is None
+    assert "torch alone serves" in caplog.text
+    served = serve(engine, count=2, output=4)
+    assert not wrong(path, served)
+
+
+def test_buckets_hold_every_step():
+    for max_tokens, max_rows in ((2048, 256), (512, 4), (16, 16), (8192, 512), (100, 300)):
+        buckets = choose_buckets(max_tokens, max_rows)
+        assert len(buckets) == len(set(buckets)) < 64
+        assert buckets == sorted(buckets, key=lambda b: -b.tokens)
+        assert Bucket(1, 1, True) in buckets
+        rows = min(max_rows, max_tokens)
+        assert max(b.rows for b in buckets if b.single) == min(rows, 512)
+        most = min(max_tokens, 2048)
+        assert any(b.tokens == most and b.rows >= min(max_rows, most) for b in buckets if not b.single)

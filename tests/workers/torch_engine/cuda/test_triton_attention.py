@@ -1,0 +1,189 @@
+"""The paged attention kernels against plain torch: every rule, cut and uncut, decodes and chunks side by side."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tests.workers.torch_engine.cuda.triton_device import DEVICE, on_gpu
+from workers.torch_engine.attention import AttentionRule
+from workers.torch_engine.cuda.triton_attention import TritonAttention, Work, choose_launch, tile_tokens
+from workers.torch_engine.cuda.work_list import ITEM, MERGE, WorkShape, fill_work
+from workers.torch_engine.inputs import StepInputs
+from workers.torch_engine.torch_attention import TorchAttention
+
+PAGE = 8
+
+
+class Case:
+    """A batch of rows (tokens in this step, tokens before it) over a pool whose blocks lie in no order."""
+
+    def __init__(self, rows, heads, kv_heads, key_size, value_size, dtype=torch.float32, seed=0):
+        torch.manual_seed(seed)
+        rng = random.Random(seed)
+        counts = np.array([count for count, _ in rows], np.int64)
+        contexts = np.array([count + before for count, before in rows], np.int64)
+        widths = -(-contexts // PAGE)
+        blocks = int(widths.sum()) + 3
+        order = iter(rng.sample(range(blocks), blocks))
+        self.seats = rng.sample(range(2 * len(rows)), len(rows))
+        tables = np.zeros((2 * len(rows), int(widths.max()) + 1), np.int32)
+        for seat, width in zip(self.seats, widths, strict=True):
+            tables[seat, :width] = [next(order) for _ in range(width)]
+        slots = blocks * PAGE
+        self.keys = torch.randn(slots, kv_heads, key_size).to(DEVICE, dtype)
+        self.values = torch.randn(slots, kv_heads, value_size).to(DEVICE, dtype)
+        self.query = torch.randn(int(counts.sum()), heads, key_size).to(DEVICE, dtype)
+        self.tables = tables
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        nobody = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+        self.step = StepInputs(
+            torch.zeros(1, len(self.query), dtype=torch.int64, device=DEVICE), nobody, nobody, nobody,
+            np.array(self.seats), counts, contexts, starts, tables[self.seats], PAGE, np.zeros(0), np.zeros(0),
+        )  # fmt: skip
+
+    def expected(self, rule, sinks=None):
+        """Keys and values of this step are read from the pool too, as the plain backend would be given them."""
+        positions = np.concatenate(
+            [np.arange(n - c, n) for c, n in zip(self.step.counts, self.step.contexts, strict=True)]
+        )
+        row = np.repeat(np.arange(len(self.step.counts)), self.step.counts)
+        slot = torch.from_numpy(self.step.block_tables[row, positions // PAGE].astype(np.int64) * PAGE)
+        slot = (slot + torch.from_numpy(positions % PAGE)).to(DEVICE)
+        pools = (self.keys.float(), self.values.float())
+        fresh = (pool[slot] for pool in pools)
+        return TorchAttention().attend(self.query.float(), *fresh, *pools, self.step, rule, sinks)
+
+    def ours(self, rule, sinks=None, *, tile=None, extra=4, shortest=16, spare=(0, 0)):
+        rows, tokens = len(self.seats) + spare[0], len(self.query) + spare[1]
+        group = self.query.shape[1] // self.keys.shape[1]
+        shape = WorkShape.of(
+            tokens, rows, tile_tokens(group, self.keys.element_size()) if tile is None else tile, extra, shortest
+        )
+        items, merges = np.full((shape.items, ITEM), 7, np.int32), np.full((shape.extra, MERGE), 7, np.int32)
+        fill_work(shape, tokens, self.step.counts, self.step.contexts, np.array(self.seats), items, merges)
+        self.cut = int((items[items[:, 1] > 0, 6] >= 0).sum())
+        work = Work(shape, *(torch.from_numpy(array).to(DEVICE) for array in (items, merges, self.tables)))
+        query = torch.nn.functional.pad(self.query, (0, 0, 0, 0, 0, spare[1]))
+        out = TritonAttention(DEVICE).attend(query, self.keys, self.values, work, PAGE, rule, sinks)
+        assert not out[len(self.query) :].any()  # padding is computed with, so it must be something
+        return out[: len(self.query)].float()
+
+    def check(self, rule=None, sinks=None, **given):
+        rule = rule or AttentionRule(self.query.shape[2] ** -0.5)
+        tolerance = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}[self.query.dtype]
+        torch.testing.assert_close(
+            self.ours(rule, sinks, **given), self.expected(rule, sinks), atol=tolerance, rtol=tolerance
+        )
+
+
+MIXED = [(1, 40), (5, 0), (1, 0), (9, 23), (1, 90)]
+
+
+def test_decodes_and_chunks_in_one_batch():
+    case = Case(MIXED, 4, 2, 16, 16)
+    case.check()
+    assert case.cut > 0
+
+
+def test_one_row_alone_is_cut_into_stretches():
+    case = Case([(1, 120)], 4, 2, 16, 16)
+    case.check(tile=1, extra=6)
+    assert case.cut == 4
+
+
+def test_without_a_cut():
+    case = Case(MIXED, 4, 2, 16, 16)
+    case.check(shortest=512)
+    assert case.cut == 0
+
+
+def test_a_tile_of_one_token_serves_chunks_too():
+    Case(MIXED, 4, 2, 16, 16).check(tile=1)
+
+
+def test_rows_and_tokens_that_are_not_there_do_nothing():
+    Case(MIXED, 4, 2, 16, 16).check(spare=(3, 11))
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 200])
+def test_window(window):
+    Case(MIXED, 4, 2, 16, 16).check(AttentionRule(0.25, window=window))
+
+
+def test_softcap_and_sinks():
+    case = Case(MIXED, 4, 2, 16, 16)
+    sinks = torch.linspace(-1, 2, 4, device=DEVICE)
+    case.check(AttentionRule(0.25, softcap=3.0))
+    case.check(AttentionRule(0.25), sinks)
+    case.check(AttentionRule(0.3, window=20, softcap=5.0), sinks, shortest=512)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "key_size", "value_size"),
+    [(4, 4, 16, 16), (7, 1, 24, 24), (14, 2, 64, 64), (4, 2, 24, 16), (2, 1, 80, 80), (2, 2, 8, 8), (16, 1, 128, 128)],
+)
+def test_every_grouping_and_head_size(heads, kv_heads, key_size, value_size):
+    Case([(1, 33), (6, 11)], heads, kv_heads, key_size, value_size).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
+def test_sixteen_bit_pools(dtype):
+    Case([(1, 33), (6, 11)], 4, 2, 32, 32, dtype).check()
+
+
+def test_queries_may_be_strided():
+    case = Case([(1, 33), (6, 11)], 4, 2, 16, 16)
+    wide = torch.randn(len(case.query), 10, 16, device=DEVICE)
+    wide[:, 3:7] = case.query
+    case.query = wide[:, 3:7]
+    case.check()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_work_list_covers_every_key_of_every_token_once(seed):
+    rng = random.Random(seed)
+    rows = [(rng.choice([1, 1, 1, rng.randint(1, 70)]), rng.choice([0, rng.randint(0, 900)])) for _ in range(24)]
+    counts, contexts = np.array([c for c, _ in rows]), np.array([c + b for c, b in rows])
+    tokens = int(counts.sum()) + rng.choice([0, rng.randint(0, 99)])
+    shape = WorkShape.of(tokens, 24, rng.choice([1, 4, 16]), rng.choice([1, 3, 40]), 16)
+    items, merges = np.full((shape.items, ITEM), 7, np.int32), np.full((shape.extra, MERGE), 7, np.int32)
+    fill_work(shape, tokens, counts, contexts, np.arange(24), items, merges)
+
+    used = items[(items[:, 1] > 0) & (items[:, 5] > 0)]
+    padding = items[(items[:, 1] > 0) & (items[:, 5] == 0)]
+    assert (padding[:, 6] == -1).all()
+    seen = {}
+    for token, count, position, table, begin, end, slot, _ in used.tolist():
+        seen.setdefault((token, count, position, table), []).append((begin, end, slot))
+    merged = {(token, count): (first, slots) for token, count, first, slots in merges[merges[:, 1] > 0].tolist()}
+    covered = [at for token, count, *_ in padding.tolist() for at in range(token, token + count)]
+    for (token, count, position, table), stretches in seen.items():
+        assert count <= shape.tile
+        assert token - (counts.cumsum() - counts)[table] == position - (contexts - counts)[table]
+        assert [begin for begin, _, _ in stretches] == [0, *(end for _, end, _ in stretches[:-1])]
+        assert stretches[-1][1] == position + count
+        if len(stretches) > 1:
+            first, slots = merged.pop((token, count))
+            assert [slot for _, _, slot in stretches] == list(range(first, first + slots))
+            assert first + slots <= shape.slots
+        else:
+            assert stretches[0][2] == -1
+        covered += range(token, token + count)
+    assert sorted(covered) == list(range(tokens))
+    assert not merged
+
+
+def test_what_a_launch_stages_fits_the_multiprocessor():
+    for key_size, itemsize, shared in (
+        (64, 2, 180 << 10),
+        (128, 4, 180 << 10),
+        (256, 4, 180 << 10),
+        (256, 2, 80 << 10),
+    ):
+        launch = choose_launch(64, key_size, key_size, itemsize, shared)
+        assert launch.stages * launch.keys * 2 * key_size * itemsize + 64 * key_size * itemsize <= shared
+        assert launch.keys >= 16

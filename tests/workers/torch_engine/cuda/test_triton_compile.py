@@ -1,0 +1,98 @@
+"""The kernels compile for GPUs that are not here: the interpreter lets pass what the compiler refuses.
+
+A process of its own, since this one may have loaded triton with its interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need triton (on Linux: pip install triton)")
+
+PROGRAM = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from workers.torch_engine.cuda import triton_attention as attention
+from workers.torch_engine.cuda import triton_kernels as kernels
+from workers.torch_engine.cuda import triton_sampling
+
+
+def compile_for(capability, function, types, constants, **options):
+    signature, attributes = {}, {}
+    for at, name in enumerate(function.arg_names):
+        kind = "constexpr" if name in constants else types.get(name, "i32")
+        signature[name] = kind
+        if kind != "constexpr" and kind != "fp32":
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    at = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(function, signature, at, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata
+
+
+def attend(capability, kind, itemsize, rows, group, key, value, window=0, softcap=False, sinks=False):
+    p2 = triton.next_power_of_2
+    shared = 180 << 10 if capability == 90 else 78 << 10
+    launch = attention.choose_launch(rows, p2(key), p2(value), itemsize, shared)
+    types = {name: "*" + kind for name in ("query", "keys", "values", "out", "sinks")}
+    types |= {"partial": "*fp32", "partial_ml": "*fp32", "items": "*i32", "tables": "*i32", "merges": "*i32"}
+    types |= {"scale": "fp32", "softcap": "fp32"}
+    sizes = dict(GROUP=group, GROUP_P2=p2(group), ROWS=rows, HEADS=2 * group, KV_HEADS=2, DV=value, DV_P2=p2(value))
+    sizes |= dict(SINKS=sinks, LOG2=attention.LOG2E)
+    own = dict(DK=key, DK_P2=p2(key), KEYS=launch.keys, PAGE=16, WINDOW=window, SOFTCAP=softcap, ITEM_=8)
+    made = compile_for(
+        capability, attention.attend_items, types, sizes | own, num_warps=launch.warps, num_stages=launch.stages
+    )
+    assert made.shared <= shared * 5 // 4, (made.shared, shared)
+    compile_for(capability, attention.merge_items, types, sizes | dict(MERGE_=4), num_warps=4)
+
+
+def small(capability, kind):
+    types = {name: "*" + kind for name in "x delta total weight out gate up query key value turned".split()}
+    types |= {name: "*" + kind for name in "keys values cos sin".split()} | {"slots": "*i64", "eps": "fp32"}
+    for add in (False, True):
+        sizes = dict(SIZE=576, SIZE_P2=1024, ADD=add)
+        compile_for(capability, kernels.norm_rows, types, sizes, num_warps=4)
+    for act in (kernels.SILU, kernels.GELU_TANH):
+        compile_for(capability, kernels.gate_rows, types, dict(SIZE=1536, BLOCK=1024, ACT=act), num_warps=4)
+    for rotate in (False, True):
+        sizes = dict(HEADS=14, HEADS_P2=16, KV_HEADS=2, KV_HEADS_P2=2, DK=80, DK_P2=128, DV=64, DV_P2=64, ROTATE=rotate)
+        compile_for(capability, kernels.turn_and_store, types, sizes, num_warps=4)
+
+
+def sampling(capability):
+    types = {name: "*fp32" for name in ("weights", "goals", "thresholds")}
+    sizes = dict(BLOCK=triton_sampling.BLOCK, PASSES=triton_sampling.PASSES)
+    compile_for(capability, triton_sampling.nucleus_rows, types, sizes, num_warps=8)
+
+
+attend(90, "bf16", 2, 16, 4, 128, 128)
+attend(90, "bf16", 2, 64, 7, 64, 64)
+attend(90, "bf16", 2, 64, 2, 256, 256, window=4096, softcap=True)
+attend(90, "fp16", 2, 64, 8, 192, 128, sinks=True)
+attend(90, "fp32", 4, 16, 4, 80, 80)
+attend(80, "bf16", 2, 64, 4, 128, 128)
+small(90, "bf16")
+small(80, "fp32")
+sampling(90)
+sampling(80)
+print("compiled")
+"""
+
+
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip().endswith("compiled"), done.stdout[-3000:]

@@ -1,0 +1,220 @@
+"""The torch engine beyond greedy parity: seeded draws, logprobs, stored precision, faulty plans, reset and beat."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from protocol.errors import EngineFailed, StartError
+from protocol.messages import NewSequence, Plan, pack_ids
+from protocol.sampling import SamplingParams
+from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
+from tests.workers.core_driver import CoreDriver
+from tests.workers.plan_maker import PlanMaker, Sequence
+from tests.workers.torch_engine.test_parity import (
+    BLOCK,
+    first_difference,
+    make_engine,
+    make_requests,
+    one_thread,
+    reference_of,
+)
+from workers.native.library import KernelsUnavailable
+from workers.torch_engine import engine as engine_module
+
+__all__ = ["one_thread"]  # the autouse fixture
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_engine(tiny_model(tmp_path_factory, "llama"))
+
+
+@pytest.fixture
+def engine(llama):
+    yield llama
+    llama.reset()
+
+
+def plan(*rows, new=(), **fields):
+    """Rows are (seat, count, samples)."""
+    seats, counts, samples = zip(*rows, strict=True) if rows else ((), (), ())
+    return Plan(
+        0, 0, 1, array("H", seats).tobytes(), pack_ids(counts), bytes(samples), new=list(new), **fields
+    )  # fmt: skip
+
+
+def sequence(seat=0, ids=range(20), blocks=range(4), computed=0, **fields):
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 8, **fields})
+    ids = list(ids)
+    return NewSequence(seat, "r", 0, 1, pack_ids(ids), len(ids), params, 0, 0, pack_ids(blocks), computed)
+
+
+def test_the_same_request_draws_the_same_tokens_alone_and_in_a_crowd(tmp_path_factory):
+    """Thirty-two sampled requests with penalties and filters, chunked and preempted; then every second one alone."""
+    path = tiny_model(tmp_path_factory, "llama")
+
+    def requests():
+        made = make_requests(4, 40)
+        for number, request in enumerate(made):
+            request.seed = number
+            request.sampling = SamplingParams(
+                max_tokens=14,
+                temperature=(0.7, 1.0, 1.4)[number % 3],
+                top_p=(1.0, 0.9)[number % 2],
+                top_k=(0, 20, 50)[number % 3],
+                min_p=(0.0, 0.02)[number // 2 % 2],
+                frequency_penalty=(0.0, 0.5)[number // 4 % 2],
+                repetition_penalty=(1.0, 1.2)[number // 8 % 2],
+                min_tokens=(0, 10)[number // 16],
+            )
+        return made
+
+    together, alone = requests(), requests()
+    engine = make_engine(path)
+    counters = CoreDriver(engine, engine.capacity, 30, budget=24).run(together)
+    assert counters.preemptions > 0
+    engine.reset()
+    for request in alone[::2]:
+        PlanMaker(engine, blocks=16, block_size=BLOCK, budget=64).run([request])
+        engine.reset()
+    assert [request.output for request in together[::2]] == [request.output for request in alone[::2]]
+    assert len({tuple(request.output) for request in together}) == 32
+
+
+def test_logprobs_are_those_of_transformers(engine, tmp_path_factory):
+    request = Sequence(list(range(40, 70)), SamplingParams(temperature=0.9, logprobs=5, max_tokens=12), seed=3)
+    plain = Sequence(list(range(30)), SamplingParams(temperature=0, max_tokens=12))
+    PlanMaker(engine, blocks=20, block_size=BLOCK, budget=16).run([request, plain])
+    reference = reference_of(tiny_model(tmp_path_factory, "llama"))
+    with torch.inference_mode():
+        ids = torch.tensor([request.prompt + request.output])
+        own = torch.log_softmax(reference(ids).logits[0, len(request.prompt) - 1 : -1], -1)
+    assert plain.logprobs == [None] * 12
+    for at, (token, (logprob, ids, tops)) in enumerate(zip(request.output, request.logprobs, strict=True)):
+        assert logprob == pytest.approx(own[at, token].item(), abs=1e-4)
+        np.testing.assert_allclose(tops, own[at].topk(5).values, atol=1e-4)
+        np.testing.assert_allclose(tops, own[at, torch.from_numpy(ids).long()], atol=1e-4)
+
+
+def test_a_bf16_checkpoint_is_served_as_its_weights_are(tmp_path):
+    """Weights keep their stored precision, arithmetic is float32: exact against the rounded model."""
+    model = build(CONFIGS["qwen2"])
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    engine = make_engine(tmp_path)
+    requests = make_requests(4, 60)[:12]
+    CoreDriver(engine, engine.capacity, 40, budget=24).run(requests)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    wrong = [text for text in (first_difference(reference, request) for request in requests) if text]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
+def test_int8_serves_the_model_of_the_rounded_weights(tmp_path_factory, name):
+    """Each row of a linear weight over 127 steps of its largest; a tied embedding is the rounded head's."""
+    path = tiny_model(tmp_path_factory, name)
+    engine = make_engine(path, quantization="int8")
+    assert engine.capacity.dtype == "int8"
+    requests = make_requests(4, 60)[:12]
+    CoreDriver(engine, engine.capacity, 40, budget=24).run(requests)
+    reference = reference_of(path)
+    with torch.no_grad():
+        weights = [module.weight for module in reference.modules() if isinstance(module, torch.nn.Linear)]
+        weights += [parameter for parameter in reference.parameters() if parameter.dim() == 3]  # of experts
+        for weight in weights:
+            scale = (weight.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-12)
+            weight.copy_((weight / scale).round() * scale)
+    wrong = [text for text in (first_difference(reference, request) for request in requests) if text]
+    assert not wrong, "\n".join(wrong)
+    unrounded = reference_of(path)
+    assert any(first_difference(unrounded, request) for request in requests)
+
+
+def test_int8_is_refused_where_it_cannot_be_kept(tmp_path_factory, monkeypatch):
+    def unavailable():
+        raise KernelsUnavailable("not wanted here")
+
+    monkeypatch.setattr(engine_module, "load_kernels", unavailable)
+    with pytest.raises(StartError, match="quantization int8 needs the native CPU kernels"):
+        make_engine(tiny_model(tmp_path_factory, "llama"), quantization="int8")
+
+
+@pytest.mark.parametrize(
+    ("faulty", "reason"),
+    [
+        (plan((3, 1, 1)), "empty seat"),
+        (plan((900, 1, 1)), "empty seat"),
+        (plan((0, 4, 0), (0, 4, 0), new=[sequence()]), "twice"),
+        (plan((0, 21, 1), new=[sequence()]), "not known"),
+        (plan((0, 8, 1), new=[sequence()]), "before the last"),
+        (plan((0, 20, 1), new=[sequence(blocks=range(2))]), "no block"),
+        (plan(new=[sequence(), sequence()]), "given twice"),
+        (plan(new=[sequence(blocks=range(90))]), "more blocks"),
+        (plan(new=[sequence(ids=[5, 1 << 20])]), "outside the model's"),
+        (plan(new=[sequence(ids=[-1, 5])]), "outside the model's"),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_seats_fails_before_it_computes(engine, faulty, reason):
+    before = engine.beat()
+    with pytest.raises(EngineFailed, match=reason):
+        engine.execute(faulty)
+    assert engine.beat() == before
+
+
+def test_decodes_that_go_on_are_checked_for_blocks_too(engine):
+    engine.execute(plan((0, 20, 1), new=[sequence(blocks=range(3))]))
+    decode = Plan(0, 0, 2, array("H", [0]).tobytes())
+    for _ in range(3 * BLOCK - 20):
+        engine.execute(decode)
+    with pytest.raises(EngineFailed, match="no block"):
+        engine.execute(decode)
+
+
+def test_a_step_may_be_queued_before_the_last_one_is_read(engine):
+    """The id sampled last is the next input, whether or not the host has seen it."""
+    first = engine.execute(plan((0, 20, 1), new=[sequence()]))
+    second = engine.execute(plan((0, 1, 1)))
+    ahead = [int(output.wait().tokens[0]) for output in (first, second)]
+    engine.reset()
+    read = [int(engine.execute(plan((0, 20, 1), new=[sequence()])).wait().tokens[0])]
+    read.append(int(engine.execute(plan((0, 1, 1))).wait().tokens[0]))
+    assert ahead == read
+
+
+def test_ends_and_frees_empty_their_seats(engine):
+    engine.execute(plan((0, 20, 1), (1, 20, 1), new=[sequence(0), sequence(1, blocks=range(4, 8))]))
+    engine.execute(plan((1, 1, 1), ends=[(0, "abort")]))
+    with pytest.raises(EngineFailed, match="empty seat"):
+        engine.execute(plan((0, 1, 1)))
+    engine.execute(plan((0, 20, 1), new=[sequence(0)], frees=[1]))
+    with pytest.raises(EngineFailed, match="empty seat"):
+        engine.execute(plan((1, 1, 1)))
+
+
+def test_a_plan_without_rows_gives_an_empty_output(engine):
+    engine.execute(plan(new=[sequence()]))
+    sampled = engine.execute(plan(frees=[0])).wait()
+    assert len(sampled.tokens) == len(sampled.seats) == 0
+
+
+def test_a_chunk_that_does_not_sample_gives_no_token(engine):
+    assert len(engine.execute(plan((0, 8, 0), new=[sequence()])).wait().tokens) == 0
+    sampled = engine.execute(plan((0, 12, 1))).wait()
+    assert sampled.seats.tolist() == [0]
+    assert sampled.exec_us > 0
+
+
+def test_more_seats_than_announced_are_found_room_for(engine):
+    output = engine.execute(plan((200, 20, 1), new=[sequence(200)])).wait()
+    assert output.seats.tolist() == [200]
+
+
+def test_the_beat_grows_with_each_layer(engine):
+    before = engine.beat()
+    engine.execute(plan((0, 20, 1), new=[sequence()]))
+    assert engine.beat() >= before + CONFIGS["llama"]["num_hidden_layers"]

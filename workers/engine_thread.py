@@ -1,0 +1,142 @@
+"""The one thread that owns the engine: tickets in, results out, each crossing between threads once per step.
+
+A ticket carries its reign: when the sequences of a reign are given up (a new leader, a new incarnation), the tickets
+still queued are skipped and steps under way are thrown away, so what follows starts on an empty engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from protocol.messages import Plan
+from workers.engines.base import Engine, Sampled, StepOutput
+
+T = TypeVar("T")
+AHEAD = 2  # steps submitted to an overlapping engine before the first of them is waited for
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One plan on its way to the engine. The queue's bound is the reader's: it holds back (service.py)."""
+
+    reign: int
+    plan_id: str  # of the plans stream
+    plan: Plan
+
+
+Deliver = Callable[[Ticket, Sampled, int], None]  # (ticket, result, us that the device stood idle before the step)
+
+
+class Device:
+    """``deliver`` is called in the event loop, once per executed step, in order. ``failed`` settles with whatever
+    the engine raised; the thread has ended then."""
+
+    def __init__(self, engine: Engine, deliver: Deliver) -> None:
+        self.engine = engine
+        self.steps = 0  # executed, ever
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._deliver = deliver
+        self._queue: SimpleQueue[Ticket | int | None] = SimpleQueue()
+        self._reign = 0
+        self._submitted = 0
+        self._finished = 0  # tickets that were executed or skipped
+        self._ready: asyncio.Future[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a plan is waiting or running."""
+        return self._submitted != self._finished
+
+    async def start(self, load: Callable[[], T]) -> T:
+        """Start the thread; ``load`` is the first thing that it does. Raises what ``load`` raised."""
+        loaded: asyncio.Future[T] = self._loop.create_future()
+        threading.Thread(target=self._run, args=(load, loaded), name="device", daemon=True).start()
+        return await loaded
+
+    def submit(self, ticket: Ticket) -> None:
+        self._submitted += 1
+        self._queue.put(ticket)
+
+    def reset(self, reign: int) -> None:
+        """From here on only tickets of ``reign`` count; the engine is emptied before the first of them."""
+        self._reign = reign
+        self._queue.put(reign)
+
+    def stop(self) -> None:
+        """The thread ends after the step that it is in."""
+        self._reign = -1
+        self._queue.put(None)
+
+    # -------------------------------------------------------------- in the thread
+
+    def _run(self, load: Callable[[], T], loaded: asyncio.Future[T]) -> None:
+        try:
+            value = load()
+        except BaseException as error:
+            self._post(_fail, loaded, error)
+            return
+        self._post(_succeed, loaded, value)
+        try:
+            self._execute()
+        except BaseException as error:
+            self._post(_fail, self.failed, error)
+
+    def _execute(self) -> None:
+        running: deque[tuple[Ticket, StepOutput, int]] = deque()
+        ahead = AHEAD if self.engine.overlaps else 1
+        stopped_at = time.perf_counter()  # when the device last ran out of steps
+        while True:
+            try:
+                item = self._queue.get(block=not running)
+            except Empty:
+                item = None if self._reign < 0 else -1
+            if item is None:
+                return
+            if isinstance(item, Ticket):
+                idle_us = 0 if running else int((time.perf_counter() - stopped_at) * 1e6)
+                if item.reign != self._reign:
+                    self._finished += 1
+                else:
+                    running.append((item, self.engine.execute(item.plan), idle_us))
+                if len(running) < ahead:
+                    continue
+                self._finish(*running.popleft())
+            elif item == -1:  # nothing queued
+                self._finish(*running.popleft())
+            else:
+                while running:
+                    self._finish(*running.popleft())
+                self.engine.reset()
+            if not running:
+                stopped_at = time.perf_counter()
+
+    def _finish(self, ticket: Ticket, output: StepOutput, idle_us: int) -> None:
+        sampled = output.wait()
+        self.steps += 1
+        self._finished += 1
+        if ticket.reign == self._reign:
+            self._post(self._deliver, ticket, sampled, idle_us)
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:  # the loop is closed: the process is ending, nobody waits for this
+            pass
+
+
+def _succeed(future: asyncio.Future[T], value: T) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _fail(future: asyncio.Future[T], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

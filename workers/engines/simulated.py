@@ -1,0 +1,194 @@
+"""An engine that only keeps time: every step takes as long as a model of step times says, no arithmetic is done.
+
+For tests, and to find out what scheduler, server and gateways can carry without a GPU for each. Tokens are a hash of
+(seed, choice, position), so a sequence gives the same tokens wherever and however often it runs. It checks
+what an engine relies on: that plans follow each other, and that every computed token has a block.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from protocol.errors import StartError
+from protocol.messages import Capacity, NewSequence, Plan, PoolCapacity, choice_seed, unpack_ids
+from workers.detokenizer import Vocabulary
+from workers.engines.base import Progress, Sampled
+
+EOS = 256  # of the built-in byte vocabulary: ids 0 to 255 are bytes
+SLICE_S = 0.05  # a long step beats this often
+PRINTABLE = (32, 127)
+
+
+@dataclass
+class SimulatedConfig:
+    """A step of t tokens in r rows lasts step_us + t * token_us + r * row_us microseconds."""
+
+    step_us: float = 2000.0
+    token_us: float = 20.0
+    row_us: float = 10.0
+    load_s: float = 0.0
+    max_model_len: int = 4096
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    num_blocks: int = 8192
+    model: str | None = None  # its tokenizer makes the text; None: ids below 256 are bytes
+    token_range: tuple[int, int] | None = None  # sampled ids lie in [low, high); default: printable ones
+    eos_token_ids: tuple[int, ...] = (EOS,)
+    eos_one_in: int = 0  # one sampled token in so many is an end; 0: never
+    random: bool = False  # truly random tokens: one that is drawn twice shows (for failure tests)
+
+
+def byte_vocabulary() -> Vocabulary:
+    """Ids 0 to 255 are bytes, all others say nothing."""
+    return Vocabulary(lambda token: bytes([token]) if 0 <= token < 256 else b"")
+
+
+class SimulatedEngine:
+    overlaps = True
+
+    def __init__(self, config: SimulatedConfig, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.config = config
+        self.eos_token_ids: Sequence[int] = config.eos_token_ids
+        self.tokenizer: Any = None
+        self._vocab_size = EOS + 1
+        self._range = config.token_range or PRINTABLE
+        self._clock = clock
+        self._free_at = 0.0  # when the imagined device has done all submitted steps
+        self._beats = 0
+        self.reset()
+
+    def load(self, progress: Progress) -> Capacity:
+        config = self.config
+        if config.model is not None:
+            self._load_tokenizer(config.model)
+        for tenth in range(10):
+            progress("load", tenth / 10)
+            time.sleep(config.load_s / 10)
+        progress("load", 1.0)
+        return Capacity(
+            model="", max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            pools=[PoolCapacity("full", config.block_size, config.num_blocks)],
+            vocab_size=self._vocab_size, engine="simulated", device="none",
+        )  # fmt: skip
+
+    def _load_tokenizer(self, model: str) -> None:
+        from transformers import AutoTokenizer  # takes seconds to import
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise StartError(f"cannot load the tokenizer of {model}: {error}") from error
+        self._vocab_size = len(self.tokenizer)
+        self._range = self.config.token_range or (0, self._vocab_size)
+        if self.tokenizer.eos_token_id is not None:
+            self.eos_token_ids = [self.tokenizer.eos_token_id]
+
+    def reset(self) -> None:
+        """All state is by seat, in arrays: a step of many rows costs few numpy calls."""
+        seats = 2 * self.config.max_num_seqs
+        self._known = np.zeros(seats, np.int64)  # tokens with an id; 0: nobody sits here
+        self._computed = np.zeros(seats, np.int64)
+        self._blocks = np.zeros(seats, np.int64)
+        self._keys = np.zeros(seats, np.uint64)
+        self._wants_logprobs: dict[int, int] = {}
+
+    def beat(self) -> int:
+        return self._beats
+
+    def execute(self, plan: Plan) -> SimulatedOutput:
+        for seat in plan.frees:
+            self._leave(seat)
+        for new in plan.new:
+            self._seat(new)
+        for seat, ids in plan.blocks:
+            self._blocks[seat] += len(ids) // 4
+        seats = np.frombuffer(plan.seats, np.uint16)
+        counts = np.frombuffer(plan.counts, np.int32) if plan.counts else np.ones(len(seats), np.int32)
+        self._compute(seats, counts)
+        sampling = seats[np.frombuffer(plan.samples, np.uint8) != 0] if plan.samples else seats
+        sampled = self._sample(sampling)
+        for seat, _ in plan.ends:
+            self._leave(seat)
+        config = self.config
+        busy = (config.step_us + config.token_us * int(counts.sum()) + config.row_us * len(seats)) * 1e-6
+        self._free_at = max(self._clock(), self._free_at) + busy
+        sampled.exec_us = round(busy * 1e6)
+        return SimulatedOutput(self, sampled, self._free_at)
+
+    def _seat(self, new: NewSequence) -> None:
+        seat = new.seat
+        self._known[seat] = len(unpack_ids(new.token_ids))
+        self._computed[seat] = new.computed
+        self._blocks[seat] = len(new.block_table) // 4
+        self._keys[seat] = choice_seed(new.seed, new.choice)
+        if new.sampling.logprobs is not None:
+            self._wants_logprobs[seat] = new.sampling.logprobs
+
+    def _leave(self, seat: int) -> None:
+        self._known[seat] = 0
+        self._wants_logprobs.pop(seat, None)
+
+    def _compute(self, seats: np.ndarray, counts: np.ndarray) -> None:
+        if len(np.unique(seats)) != len(seats):
+            raise ValueError("plan: two rows for one seat")
+        self._computed[seats] += counts
+        computed = self._computed[seats]
+        if np.any(computed > self._known[seats]):
+            raise ValueError("plan: a row computes tokens that are not known")
+        if np.any(computed > self._blocks[seats] * self.config.block_size):
+            raise ValueError("plan: a row has no block for its tokens")
+
+    def _sample(self, seats: np.ndarray) -> Sampled:
+        if np.any(self._computed[seats] != self._known[seats]):
+            raise ValueError("plan: a row samples before all known tokens are computed")
+        drawn = _mix(self._keys[seats] + self._known[seats].astype(np.uint64) * GOLDEN)
+        if self.config.random:
+            drawn = np.frombuffer(os.urandom(8 * len(seats)), np.uint64)
+        low, high = self._range
+        tokens = (low + drawn % np.uint64(high - low)).astype(np.int32)
+        if self.config.eos_one_in and self.eos_token_ids:
+            ending = (drawn >> np.uint64(32)) % np.uint64(self.config.eos_one_in) == 0
+            tokens[ending] = self.eos_token_ids[0]
+        self._known[seats] += 1
+        logprobs = {}
+        for row, seat in enumerate(seats.tolist()) if self._wants_logprobs else ():
+            if (top := self._wants_logprobs.get(seat)) is not None:
+                ids = (tokens[row] + np.arange(top, dtype=np.int32)) % self._vocab_size
+                logprobs[seat] = (-1.0, ids, -1.0 - np.arange(top, dtype=np.float32))
+        return Sampled(seats.astype(np.int32), tokens, logprobs)
+
+    def _pass_time(self, until: float) -> None:
+        while (left := until - self._clock()) > 0:
+            time.sleep(min(left, SLICE_S))
+            self._beats += 1
+        self._beats += 1
+
+
+@dataclass
+class SimulatedOutput:
+    engine: SimulatedEngine
+    sampled: Sampled
+    ready_at: float
+
+    def wait(self) -> Sampled:
+        self.engine._pass_time(self.ready_at)
+        return self.sampled
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finalizer (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
