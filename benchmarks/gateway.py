@@ -1,7 +1,7 @@
 """How many tokens one gateway process can stream: N open streams, fed by publications made up on the spot.
 
 A real server, a real gateway process and real HTTP clients; only the scheduler and the workers are missing: this
-program ingests the requests and publishes one row per stream and step, at a given pace. As many workers as would be
+program takes in the requests and publishes one row per stream and step, at a given rate. As many workers as would be
 needed for that many streams take turns, each with the rows of its sequences. Told are the tokens that arrived, the
 gateway's CPU time per token (from it: what one core could stream), and how long a token took from its publication to
 the client, for streams of all workers. Here all streams end in the same step, as they never would; ages of those last
@@ -95,7 +95,7 @@ def run_clients(port: int, streams: int, queue: Queue[Any]) -> None:
 
 
 class Source:
-    """Ingests what arrives, then publishes a token to each stream of a worker at each of its steps."""
+    """Admits what arrives, then publishes a token to each stream of a worker at each of its steps."""
 
     def __init__(self, url: str) -> None:
         self.bus = Bus(url, MODEL)
@@ -112,11 +112,11 @@ class Source:
         self.epoch = epoch
         await self.bus.register("w0", Capacity(MODEL, 1 << 20, 1, 1, [PoolCapacity("full", 1, 1)], 1000), "serving")
 
-    async def ingest(self, streams: int) -> None:
+    async def admit(self, streams: int) -> None:
         while len(self.cursors) < streams:
-            for entry in await self.bus.read_jobs("reign", 256, 1000):
+            for entry in await self.bus.read_jobs("term", 256, 1000):
                 assert entry.rid is not None
-                await self.bus.ingest(self.epoch, entry.entry_id, rid=entry.rid, prompts=[pack_ids([1, 2, 3])], seed=1)
+                await self.bus.admit(self.epoch, entry.entry_id, rid=entry.rid, prompts=[pack_ids([1, 2, 3])], seed=1)
                 self.cursors[entry.rid] = 0
         names = {n for channels in (await self.bus.scan_live()).values() for n in channels}
         (self.channel,) = names
@@ -143,7 +143,7 @@ async def measure(url: str, streams: int, rate: float, seconds: float) -> dict[s
     queue: Queue[Any] = Queue()
     clients = Process(target=run_clients, args=(port, streams, queue))
     clients.start()
-    await source.ingest(streams)
+    await source.admit(streams)
     await asyncio.sleep(1.0)
     interval = streams / rate
     steps = max(2, int(seconds / interval))

@@ -125,7 +125,7 @@ async def measure_commits(url: str, rows: int, steps: int, data_dir: Path) -> di
     for rid in rids:
         await bus.accept(job, rid=rid, reply_to="gateway")
         for entry in await bus.read_jobs("bench", 1, 100):
-            await bus.ingest(epoch, entry.entry_id, rid=rid, prompts=[pack_ids([1, 2, 3])], seed=0)
+            await bus.admit(epoch, entry.entry_id, rid=rid, prompts=[pack_ids([1, 2, 3])], seed=0)
     placed = [NewSequence(s, rid, 0, 1, b"", 0, job.sampling, 0, 0, b"", 0) for s, rid in enumerate(rids)]
     await bus.plan(epoch, "w0", gen, Plan(epoch, gen, 1, new=placed))
     steady = Steady(rids, job.sampling)

@@ -262,9 +262,9 @@ class Bus:
         alone (two that share it would both believe)."""
         return await self._run("lead", seen.epoch, seen.beat, owner, WIRE) or None
 
-    async def beat(self, epoch: int, owner: str) -> int:
+    async def renew_lead(self, epoch: int, owner: str) -> int:
         """Renew the lead; returns server TIME in ms. Fenced("epoch")."""
-        return int(await self._run("beat", epoch, owner))
+        return int(await self._run("renew_lead", epoch, owner))
 
     async def release(self, epoch: int, owner: str) -> bool:
         """Hand the lead over: ``read_leader`` then shows no owner and a standby leads at once. False: not ours."""
@@ -277,7 +277,7 @@ class Bus:
     # -------------------------------------------------------------- scheduler: the inbox
 
     async def read_jobs(self, consumer: str, count: int, block_ms: int) -> list[InboxEntry]:
-        """New entries; also those of an earlier read whose reply was lost. ``consumer`` names this reign alone."""
+        """New entries; also those of an earlier read whose reply was lost. ``consumer`` names this term alone."""
         read = ("XREADGROUP", "GROUP", GROUP, consumer, "COUNT", count)
         if self._missed_jobs:
             reply = await self._link.command(*read, "STREAMS", self.keys.jobs, "0")
@@ -325,7 +325,7 @@ class Bus:
         length: int = await self._link.command("XLEN", self.keys.jobs)
         return length
 
-    async def ingest(
+    async def admit(
         self,
         epoch: int,
         entry_id: str,
@@ -336,8 +336,8 @@ class Bus:
         job: Job | None = None,
         producer_id: str | None = None,
     ) -> tuple[str, str]:
-        """(verdict, rid). verdict: "new"; "repeat" (ingested before: read the record); "cancelled" (marked before it
-        was ingested: to be finished); "gone" (no such request, or it has ended). ``job`` is given for a producer's
+        """(verdict, rid). verdict: "new"; "repeat" (admitted before: read the record); "cancelled" (marked before it
+        was admitted: to be finished); "gone" (no such request, or it has ended). ``job`` is given for a producer's
         push, which becomes a request here (deadline from timeout_s and the time of the push); its id may name an
         earlier request: ("duplicate", that rid). ``producer_id``: the id of an accepted job, repeated in the notice
         of admission."""
@@ -351,7 +351,7 @@ class Bus:
             args += [int((job.timeout_s or 0) * 1000), job.reply_to or "", job.results or ""]
         admitted = encode(Admitted(sum(len(p) for p in prompts) // 4))
         row = encode(Row(rid, -1, 0, admitted, producer_id))
-        verdict, owner = await self._run("ingest", epoch, entry_id, rid, seed, row, len(prompts), *prompts, *args)
+        verdict, owner = await self._run("admit", epoch, entry_id, rid, seed, row, len(prompts), *prompts, *args)
         if verdict != b"cancelled":
             self._handed_out.discard(entry_id)
         return verdict.decode(), owner.decode()
@@ -414,7 +414,7 @@ class Bus:
         return str(verdicts, "ascii")
 
     async def retire(self, epoch: int, wid: str, gen: int, attempts: Sequence[str] = ()) -> None:
-        """Fence worker incarnation ``gen`` for ever, drop its plans, raise `attempts` of these rids."""
+        """Fence worker session ``gen`` for ever, drop its plans, raise `attempts` of these rids."""
         await self._run("retire", epoch, wid, gen, *attempts)
 
     async def read_events(self, after: str, count: int, block_ms: int) -> list[Event]:
@@ -462,11 +462,11 @@ class Bus:
         gen: int = await self._run("register", check_name(wid, "name"), state, packed, WIRE)
         return gen
 
-    async def pulse(self, wid: str, gen: int, state: str | None = None, capacity: Capacity | None = None) -> int:
+    async def heartbeat(self, wid: str, gen: int, state: str | None = None, capacity: Capacity | None = None) -> int:
         """A beat that no commit carries; changes state if given (within a gen only forward: loading, warming, serving,
         draining). Returns the current epoch. Fenced("gen")."""
         packed = encode(capacity) if capacity is not None else b""
-        epoch: int = await self._run("pulse", wid, gen, state or "", packed)
+        epoch: int = await self._run("heartbeat", wid, gen, state or "", packed)
         return epoch
 
     async def read_plans(self, wid: str, after: str, block_ms: int) -> list[tuple[str, Plan]]:

@@ -18,7 +18,7 @@
     │   └── DeadlineExceeded      504   deadline_exceeded
     ├── StartError                      a failed start; the message says what to do
     │   └── ModelRefused                this model cannot be served, with the reason
-    └── Fenced                          the caller has been replaced: by a new leader or a newer incarnation
+    └── Fenced                          the caller has been replaced: by a new leader or a newer session
 
 Messages name the field and the limit and never echo a prompt, a token or a key.
 """
@@ -124,7 +124,7 @@ class ModelRefused(StartError):
 
 
 class Fenced(HeadraceError):
-    """``cause`` is "epoch" (another leader reigns) or "gen" (a newer incarnation of this worker, or none)."""
+    """``cause`` is "epoch" (another leader leads) or "gen" (a newer session of this worker, or none)."""
 
     def __init__(self, cause: str) -> None:
         super().__init__(f"fenced: {cause}")

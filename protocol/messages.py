@@ -50,6 +50,23 @@ def unpack_ids(raw: bytes) -> array[int]:
     return ids
 
 
+def pack_seats(seats: Iterable[int]) -> bytes:
+    """Seats of a plan's rows as little-endian uint16 bytes."""
+    packed = array("H", seats)
+    if _BIG_ENDIAN:
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_seats(raw: bytes) -> array[int]:
+    """The inverse of pack_seats: an array('H')."""
+    seats = array("H")
+    seats.frombytes(raw)
+    if _BIG_ENDIAN:
+        seats.byteswap()
+    return seats
+
+
 _BIG_ENDIAN = array("i", [1]).tobytes()[0] == 0
 
 
@@ -219,7 +236,7 @@ class Row(Struct, array_like=True):
 
 
 class Admitted(Struct, array_like=True):
-    """Published once a request is ingested: prompt tokens, in all."""
+    """Published once a request is admitted: prompt tokens, in all."""
 
     prompt_tokens: int
 

@@ -33,7 +33,7 @@ class Accepted:
 
 @dataclass
 class RequestRecord:
-    """`r:<rid>` decoded. ``prompts`` is empty until ingest. Lists have one entry per choice."""
+    """`r:<rid>` decoded. ``prompts`` is empty until admission. Lists have one entry per choice."""
 
     rid: str
     job: Job

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 NAMES = (
-    "accept", "attach", "beat", "cancel", "commit", "depth", "finish", "ingest", "lead", "plan", "pulse", "register",
-    "reject", "release", "retire", "trim",
+    "accept", "admit", "attach", "cancel", "commit", "depth", "finish", "heartbeat", "lead", "plan", "register",
+    "reject", "release", "renew_lead", "retire", "trim",
 )  # fmt: skip
 INCLUDES = {"accept": "_channels", "attach": "_channels", "commit": "_rows", "finish": "_rows"}
 

@@ -99,6 +99,6 @@ async def keep_lead(
     """Beat until cancelled. Raises Fenced("epoch") once another scheduler leads."""
     while True:
         sent = time.monotonic()
-        clock.observe(await bus.beat(epoch, owner), sent, time.monotonic())
+        clock.observe(await bus.renew_lead(epoch, owner), sent, time.monotonic())
         looked()
         await asyncio.sleep(timing.beat_s)

@@ -32,9 +32,9 @@ MAX_ADDRESS_BYTES = 16 << 20  # a payload beyond this is not even looked into
 UNFORESEEN = EngineFailed("the job could not be read or prepared")
 
 
-class Inbox:
+class Intake:
     """Takes entries, many at once. ``admit`` is told of each new request; ``recover`` is asked to look after one that
-    was ingested before (a repeat after a lost reply, or by an earlier leader)."""
+    was admitted before (a repeat after a lost reply, or by an earlier leader)."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Inbox:
         self._recover = recover
 
     async def take(self, entry: InboxEntry) -> None:
-        """See one entry through. Raises nothing but Fenced (another leader reigns)."""
+        """See one entry through. Raises nothing but Fenced (another leader leads)."""
         started = time.monotonic()
         try:
             if entry.rid is not None:
@@ -69,7 +69,7 @@ class Inbox:
         except Exception as e:
             log.error("job %s could not be taken: %s", entry.entry_id, type(e).__name__)
             await self._bury(entry)
-        self._metrics.ingest_time.observe(time.monotonic() - started)
+        self._metrics.admission_time.observe(time.monotonic() - started)
 
     async def _bury(self, entry: InboxEntry) -> None:
         """End what nobody foresaw: an accepted request by error frames; what is not even readable by a dead letter."""
@@ -92,9 +92,9 @@ class Inbox:
     async def _take_accepted(self, entry: InboxEntry, rid: str) -> None:
         record = await self._bus.read_request(rid)
         if record is None or record.prompts or not record.open:
-            # gone, or ingested or ended before: the script clears the entry away
+            # gone, or admitted or ended before: the script clears the entry away
             stored, seed = (record.prompts, record.seed or 0) if record else ([], 0)
-            await self._bus.ingest(self._epoch, entry.entry_id, rid=rid, prompts=stored, seed=seed)
+            await self._bus.admit(self._epoch, entry.entry_id, rid=rid, prompts=stored, seed=seed)
             await self._recover(rid)
             return
         try:
@@ -110,7 +110,7 @@ class Inbox:
             return
         seed = _seed(record.job)
         packed = [pack_ids(p) for p in prompts]
-        verdict, _ = await self._bus.ingest(
+        verdict, _ = await self._bus.admit(
             self._epoch, entry.entry_id, rid=rid, prompts=packed, seed=seed, producer_id=record.job.id
         )
         if verdict == "new":
@@ -143,7 +143,7 @@ class Inbox:
             await self._reject(entry, payload, e)
             return
         packed = [pack_ids(p) for p in prompts]
-        verdict, rid = await self._bus.ingest(
+        verdict, rid = await self._bus.admit(
             self._epoch, entry.entry_id, rid=new_rid(), prompts=packed, seed=_seed(job), job=job
         )
         if verdict in ("new", "repeat"):
@@ -205,7 +205,7 @@ def _error_fields(error: RequestError | ServiceError) -> dict[str, str | None]:
 
 
 def _seed(job: Job) -> int:
-    """The request's own seed, or a random int64; stored at ingest, so that a rerun draws the same tokens."""
+    """The request's own seed, or a random int64; stored at admission, so that a rerun draws the same tokens."""
     return secrets.randbits(64) - 2**63 if job.sampling.seed is None else job.sampling.seed
 
 

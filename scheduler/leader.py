@@ -1,7 +1,7 @@
 """The asyncio shell around the core: Redis in as events, effects out as Redis calls. No decision is made here.
 
-One reign is one epoch. Four loops run: the inbox, the events, the planner and a slow tick; all that an effect asks
-of Redis runs in tasks of its own, so that the core never waits. A reign ends by Fenced or by cancellation.
+One term is one epoch. Four loops run: the inbox, the events, the planner and a slow tick; all that an effect asks
+of Redis runs in tasks of its own, so that the core never waits. A term ends by Fenced or by cancellation.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from scheduler.core.events import (
 )
 from scheduler.core.scheduler import Core, CoreConfig, Stats
 from scheduler.election import ServerClock, Timing
-from scheduler.intake import Inbox
+from scheduler.intake import Intake
 from scheduler.metrics import Metrics, Vitals
 from scheduler.recovery import ABREAST, UNREADABLE, arrive, read_choices, read_state, terminal_row
 from scheduler.tokenization import Prompts
-from scheduler.workers import Fleet
+from scheduler.workers import WorkerRegistry
 
 log = logging.getLogger("headrace.scheduler")
 
 BLOCK_MS = 5000  # blocking reads: long enough to cost nothing, short enough to notice a closed server
 TICKS_PER_SECOND = 4
 CLAIM_S = 1.0  # how often entries are looked for that a deposed leader read after our own start
-EARLY_CANCEL_S = 60.0  # how long a cancel waits for a request that is just being ingested
+EARLY_CANCEL_S = 60.0  # how long a cancel waits for a request that is just being admitted
 AGAIN_S = 0.05  # before an end is tried again that found its choice otherwise than thought
 RATE_S = 10.0  # time constant of the measured token rate
 
 
-class Reign:
+class Term:
     """One epoch of leadership over one model."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Reign:
     ) -> None:
         self._bus = bus
         self._epoch = epoch
-        self._consumer = f"epoch-{epoch}"  # of the inbox: this reign alone
+        self._consumer = f"epoch-{epoch}"  # of the inbox: this term alone
         self._model = model
         self._prompts = prompts
         self._longest_wanted = max_model_len  # the operator's word; None: as long as the workers can
@@ -77,11 +77,11 @@ class Reign:
         self._clock = clock
         self._timing = timing
         self.core = Core(CoreConfig(max_model_len=prompts.max_model_len, tenant_weights=tenant_weights))
-        self._inbox = Inbox(bus, prompts, epoch, clock, metrics, threads, self._admit, self._recover)
+        self._intake = Intake(bus, prompts, epoch, clock, metrics, threads, self._admit, self._recover)
         self._known: set[str] = set()  # rids that the core holds
         self._early_cancels: dict[str, tuple[str, float]] = {}  # rid -> reason, when; the core did not know it yet
-        self._taking: set[str] = set()  # inbox entries being ingested
-        self._ingest_gate = asyncio.Semaphore(ABREAST)
+        self._taking: set[str] = set()  # inbox entries being admitted
+        self._admission_gate = asyncio.Semaphore(ABREAST)
         self._finish_gate = asyncio.Semaphore(ABREAST)
         self._planning = asyncio.Event()
         self._after = "0-0"  # last event read
@@ -89,14 +89,14 @@ class Reign:
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             self._group = group
-            self._fleet = Fleet(
+            self._registry = WorkerRegistry(
                 self._bus, self._epoch, self.core, self._timing, self._metrics, group, self._apply
             )  # fmt: skip
             await self._rebuild()
-            await self._fleet.look()
+            await self._registry.look()
             self._follow_capacity()
             await self._publish_card()
-            group.create_task(self._fleet.watch())
+            group.create_task(self._registry.watch())
             group.create_task(self._read_events())
             group.create_task(self._plan())
             group.create_task(self._read_jobs())
@@ -126,7 +126,7 @@ class Reign:
         await self._bus.publish_card(card, self._prompts.tokenizer_json())
 
     async def _recover(self, rid: str) -> None:
-        """Give the core a request that was ingested before, from its record and journals. Others are left alone."""
+        """Give the core a request that was admitted before, from its record and journals. Others are left alone."""
         if rid in self._known:
             return
         try:
@@ -172,7 +172,7 @@ class Reign:
                 StepDone(hint.wid, hint.gen, hint.step, hint.rows, hint.exec_us, hint.idle_us, event.verdicts)
             )  # fmt: skip
         elif event.kind == "worker":
-            self._fleet.changed.set()
+            self._registry.changed.set()
         elif event.kind == "cancel" and event.rid is not None:
             self._group.create_task(self._cancel(event.rid))
 
@@ -206,14 +206,14 @@ class Reign:
         if entry.entry_id in self._taking:
             return
         self._taking.add(entry.entry_id)
-        await self._ingest_gate.acquire()
+        await self._admission_gate.acquire()
         self._group.create_task(self._take(entry))
 
     async def _take(self, entry: InboxEntry) -> None:
         try:
-            await self._inbox.take(entry)
+            await self._intake.take(entry)
         finally:
-            self._ingest_gate.release()
+            self._admission_gate.release()
             self._taking.discard(entry.entry_id)
 
     # -------------------------------------------------------------- out of the core
@@ -246,7 +246,7 @@ class Reign:
             match effect:
                 case SendPlan(wid, plan):
                     self._metrics.planned(wid, plan)
-                    self._fleet.send(wid, plan)
+                    self._registry.send(wid, plan)
                 case FinishChoice():
                     ending.setdefault(effect.rid, []).append(effect)
                 case Resync():
@@ -255,7 +255,7 @@ class Reign:
                     self._known.discard(effect.rid)
                     self._metrics.request_done(effect)
                 case ReleaseWorker():
-                    self._group.create_task(self._fleet.release(effect))
+                    self._group.create_task(self._registry.release(effect))
         for rid, choices in ending.items():
             self._group.create_task(self._finish(rid, choices))
 
@@ -325,8 +325,8 @@ class Reign:
             await asyncio.sleep(1 / TICKS_PER_SECOND)
 
     def _follow_capacity(self) -> None:
-        """Ingest checks against what the workers really offer, which may be less than the model's own context."""
-        offered = self._fleet.max_model_len
+        """Admission checks against what the workers really offer, which may be less than the model's own context."""
+        offered = self._registry.max_model_len
         if offered is not None:
             self._prompts.max_model_len = min(offered, self._longest_wanted or offered)
 

@@ -38,11 +38,11 @@ class Metrics:
         self._model = model
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         self.is_leader = gauge("is_leader", "1 while this scheduler leads")
-        self.epoch = gauge("epoch", "Number of the reign that this scheduler knows")
+        self.epoch = gauge("epoch", "Number of the term that this scheduler knows")
         self.takeovers = counter("takeovers", "Times this scheduler took the lead")
         self.running = gauge("num_requests_running", "Sequences that run on a worker")
         self.waiting = gauge("num_requests_waiting", "Requests that wait for a worker, wholly or in part")
-        self.inbox = gauge("inbox_length", "Jobs not ingested yet: nothing but an alarm on this bounds direct pushes")
+        self.inbox = gauge("inbox_length", "Jobs not admitted yet: nothing but an alarm on this bounds direct pushes")
         self.rate = gauge("generation_tokens_per_second", "Output tokens per second, smoothed")
         self.preemptions = counter("num_preemptions", "Sequences whose blocks were taken away")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of ended requests")
@@ -54,7 +54,9 @@ class Metrics:
         self.queue_time = histogram("request_queue_time_seconds", "Arrival to first plan", SECONDS)
         self.prefill_time = histogram("request_prefill_time_seconds", "First plan to first token", SECONDS)
         self.decode_time = histogram("request_decode_time_seconds", "First token to end", SECONDS)
-        self.ingest_time = histogram("ingest_time_seconds", "Template, tokenizer and the ingest itself", SECONDS)
+        self.admission_time = histogram(
+            "admission_time_seconds", "Template, tokenizer and the admission itself", SECONDS
+        )
         self.planning_time = histogram("planning_time_seconds", "The core's time for one round of plans", STEP_SECONDS)
         self._success = Counter(
             "headrace_request_success", "Ended choices", ["model", "finish_reason"], registry=self.registry

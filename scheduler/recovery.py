@@ -34,7 +34,7 @@ def choice_state(journal: bytes, placement: int, end: str | None) -> ChoiceState
 
 
 def arrive(record: RequestRecord, clock: ServerClock, choices: list[ChoiceState] | None = None) -> Arrive:
-    """The event of an ingested request; ``choices`` None: nothing was generated yet."""
+    """The event of an admitted request; ``choices`` None: nothing was generated yet."""
     job = record.job
     return Arrive(
         rid=record.rid,

@@ -1,6 +1,6 @@
-"""A scheduler process: it stands by until it leads, then reigns until it is stopped or finds itself fenced.
+"""A scheduler process: it stands by until it leads, then leads until it is stopped or finds itself fenced.
 
-Everything that a reign knows it rebuilt from Redis when it began: nothing is handed over but the lead itself.
+Everything that a term knows it rebuilt from Redis when it began: nothing is handed over but the lead itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from protocol.bus import Bus
 from protocol.errors import Fenced
 from protocol.keys import check_name
 from scheduler.election import ServerClock, Timing, keep_lead, stand_by
-from scheduler.leader import Reign
+from scheduler.leader import Term
 from scheduler.metrics import Metrics, Vitals, serve_status
 from scheduler.tokenization import Prompts, hide_torch
 
@@ -79,10 +79,10 @@ class _Life:
         self.config = config
         self.alone = alone
         name = check_name(config.name, "name") if config.name else socket.gethostname()
-        # a name of this incarnation alone: a restarted scheduler must not pass for its former self
+        # a name of this session alone: a restarted scheduler must not pass for its former self
         self.owner = f"{name}.{secrets.token_hex(4)}"
         self.bus = Bus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
-        self.threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="ingest")
+        self.threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenization")
         self.metrics, self.vitals = Metrics(config.served_model_name), Vitals()
         self.status: AppRunner | None = None
 
@@ -116,14 +116,14 @@ class _Life:
         log.info("%s leads %s in epoch %d", self.owner, model, epoch)
         self.vitals.state = "leading"
         self.metrics.leads(epoch)
-        reign = Reign(
+        term = Term(
             self.bus, epoch, prompts, self.metrics, self.vitals, clock, self.threads, timing,
             model=model, tenant_weights=config.tenant_weights or {}, max_model_len=config.max_model_len,
         )  # fmt: skip
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(keep_lead(self.bus, epoch, self.owner, timing, clock, note))
-                group.create_task(reign.run())
+                group.create_task(term.run())
         except* Fenced as fenced:
             raise Fenced("epoch") from fenced
 

@@ -1,4 +1,4 @@
-"""The workers of one reign: who is there, who died, and the plans on their way to each.
+"""The workers of one term: who is there, who died, and the plans on their way to each.
 
 A worker is judged by its beat (see leadership). Losing one always goes the same way: fence it first, then read how far
 its sequences came, then tell the core. Plans travel in order, one call after the other for each worker, off the core's
@@ -30,7 +30,7 @@ LOADING_PATIENCE = 5  # times what a serving worker gets
 
 @dataclass
 class Worker:
-    """What the service knows of one incarnation; sequences and blocks are the core's."""
+    """What the service knows of one session; sequences and blocks are the core's."""
 
     wid: str
     gen: int
@@ -43,7 +43,7 @@ class Worker:
     gone: bool = False
 
 
-class Fleet:
+class WorkerRegistry:
     """``apply`` hands an event to the core. ``changed`` wakes the watch before its second is over."""
 
     def __init__(
@@ -60,12 +60,12 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._foreign: set[tuple[str, int]] = set()  # refused for their wire version, logged once
         self.changed = asyncio.Event()
-        self.max_model_len: int | None = None  # the longest sequence that any worker of this reign could hold
+        self.max_model_len: int | None = None  # the longest sequence that any worker of this term could hold
 
     # -------------------------------------------------------------- plans
 
     def send(self, wid: str, plan: Plan) -> None:
-        """Queue ``plan`` for its worker. One for an incarnation that has gone is dropped: its end is under way."""
+        """Queue ``plan`` for its worker. One for an session that has gone is dropped: its end is under way."""
         worker = self._workers.get(wid)
         if worker is None or worker.gone or worker.gen != plan.gen:
             return
@@ -88,7 +88,7 @@ class Fleet:
             except Fenced as fenced:
                 if fenced.cause == "epoch":
                     raise
-                self.changed.set()  # a newer incarnation, or none: the watch finds out
+                self.changed.set()  # a newer session, or none: the watch finds out
                 return
 
     # -------------------------------------------------------------- who is there
@@ -145,7 +145,7 @@ class Fleet:
             if worker.state == "serving":
                 worker.state = record.state
                 self._apply(WorkerDraining(record.wid, record.gen))
-            else:  # it never served in this reign: nothing of ours is there
+            else:  # it never served in this term: nothing of ours is there
                 worker.state = record.state
                 self._group.create_task(self.release(ReleaseWorker(record.wid, record.gen)))
 

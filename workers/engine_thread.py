@@ -1,6 +1,6 @@
 """The one thread that owns the engine: tickets in, results out, each crossing between threads once per step.
 
-A ticket carries its reign: when the sequences of a reign are given up (a new leader, a new incarnation), the tickets
+A ticket carries its engine run: when the sequences of a run are given up (a new leader, a new session), the tickets
 still queued are skipped and steps under way are thrown away, so what follows starts on an empty engine.
 """
 
@@ -26,7 +26,7 @@ AHEAD = 2  # steps submitted to an overlapping engine before the first of them i
 class Ticket:
     """One plan on its way to the engine. The queue's bound is the reader's: it holds back (service.py)."""
 
-    reign: int
+    engine_run: int
     plan_id: str  # of the plans stream
     plan: Plan
 
@@ -45,7 +45,7 @@ class Device:
         self._loop = asyncio.get_running_loop()
         self._deliver = deliver
         self._queue: SimpleQueue[Ticket | int | None] = SimpleQueue()
-        self._reign = 0
+        self._engine_run = 0
         self._submitted = 0
         self._finished = 0  # tickets that were executed or skipped
         self._ready: asyncio.Future[None] | None = None
@@ -65,14 +65,14 @@ class Device:
         self._submitted += 1
         self._queue.put(ticket)
 
-    def reset(self, reign: int) -> None:
-        """From here on only tickets of ``reign`` count; the engine is emptied before the first of them."""
-        self._reign = reign
-        self._queue.put(reign)
+    def reset(self, engine_run: int) -> None:
+        """From here on only tickets of ``engine_run`` count; the engine is emptied before the first of them."""
+        self._engine_run = engine_run
+        self._queue.put(engine_run)
 
     def stop(self) -> None:
         """The thread ends after the step that it is in."""
-        self._reign = -1
+        self._engine_run = -1
         self._queue.put(None)
 
     # -------------------------------------------------------------- in the thread
@@ -97,12 +97,12 @@ class Device:
             try:
                 item = self._queue.get(block=not running)
             except Empty:
-                item = None if self._reign < 0 else -1
+                item = None if self._engine_run < 0 else -1
             if item is None:
                 return
             if isinstance(item, Ticket):
                 idle_us = 0 if running else int((time.perf_counter() - stopped_at) * 1e6)
-                if item.reign != self._reign:
+                if item.engine_run != self._engine_run:
                     self._finished += 1
                 else:
                     running.append((item, self.engine.execute(item.plan), idle_us))
@@ -122,7 +122,7 @@ class Device:
         sampled = output.wait()
         self.steps += 1
         self._finished += 1
-        if ticket.reign == self._reign:
+        if ticket.engine_run == self._engine_run:
             self._post(self._deliver, ticket, sampled, idle_us)
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:

@@ -1,7 +1,7 @@
-"""The worker process: its configuration, its load, its signals, and one incarnation after another.
+"""The worker process: its configuration, its load, its signals, and one session after another.
 
 The one idea: what a worker is allowed to do is decided by (epoch, gen) alone. Fenced, it drops everything it holds
-and registers anew; loading is done once, an incarnation (incarnation.py) is cheap.
+and registers anew; loading is done once, a session (session.py) is cheap.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from protocol.bus import Bus
 from protocol.errors import Fenced, HeadraceError, StartError
 from protocol.keys import check_name
 from protocol.messages import Capacity
-from workers import session as incarnation
+from workers import session
 from workers.detokenizer import Vocabulary, WindowVocabulary
 from workers.engine_thread import Device, Ticket
 from workers.engines.base import Engine, Progress, Sampled
@@ -31,7 +31,7 @@ from workers.engines.process import ProcessEngine
 from workers.engines.simulated import SimulatedConfig, SimulatedEngine, byte_vocabulary
 from workers.interruption import wait_for_notice
 from workers.metrics import Metrics, serve_metrics
-from workers.session import Incarnation
+from workers.session import Session
 
 log = logging.getLogger("headrace.worker")
 
@@ -139,7 +139,7 @@ def _silent(stage: str, fraction: float) -> None:
 
 
 class Worker:
-    """One worker process: loads once, then serves one incarnation (gen) after another."""
+    """One worker process: loads once, then serves one session (gen) after another."""
 
     def __init__(self, config: WorkerConfig, bus: Bus, engine: Engine, progress: Progress) -> None:
         self.config = config
@@ -150,9 +150,9 @@ class Worker:
         self.state = "loading"
         self.draining = asyncio.Event()
         self._report = progress
-        self._incarnation: Incarnation | None = None
+        self._session: Session | None = None
         self._signals: set[int] = set()
-        self._reigns = 0
+        self._engine_runs = 0
         self._stalled_since: float | None = None
 
     def on_signal(self, number: int) -> None:
@@ -168,9 +168,9 @@ class Worker:
         stalled = self._stalled_since is not None and time.monotonic() - self._stalled_since > 5.0
         return {"ok": not stalled, "state": self.state, "stalled": stalled}
 
-    def next_reign(self) -> int:
-        self._reigns += 1
-        return self._reigns
+    def next_engine_run(self) -> int:
+        self._engine_runs += 1
+        return self._engine_runs
 
     async def run(self) -> int:
         config = self.config
@@ -205,7 +205,7 @@ class Worker:
     async def _wait_out_drain(self) -> int:
         await self.draining.wait()
         await asyncio.sleep(self.config.drain_timeout)
-        live = self._incarnation.outputs.live if self._incarnation is not None else 0
+        live = self._session.outputs.live if self._session is not None else 0
         log.warning("drain timeout: leaving with %d sequences here", live)
         return 0
 
@@ -238,10 +238,10 @@ class Worker:
 
         async def beat(said: str) -> None:
             while True:
-                await asyncio.sleep(incarnation.PULSE_S)
+                await asyncio.sleep(session.HEARTBEAT_S)
                 state = self.state
                 try:
-                    await self.bus.pulse(self.config.name, held[0], state=state if state != said else None)
+                    await self.bus.heartbeat(self.config.name, held[0], state=state if state != said else None)
                 except Fenced:  # retired meanwhile: the model goes on loading under another gen
                     held[0] = await self.bus.register(self.config.name, None, state)
                 said = state
@@ -265,9 +265,9 @@ class Worker:
         self.state = "serving"
         log.info("serving: %d sequences of at most %d tokens", capacity.max_num_seqs, capacity.max_model_len)
         while True:
-            self._incarnation = Incarnation(self, gen, capacity, vocabulary)
+            self._session = Session(self, gen, capacity, vocabulary)
             try:
-                return await self._incarnation.run()
+                return await self._session.run()
             except Fenced as fenced:
                 self.metrics.fenced.inc()
                 if self.draining.is_set():
@@ -280,7 +280,7 @@ class Worker:
 
     async def _until_idle(self) -> None:
         """Let the step under way end first: a worker whose device hangs must not offer itself again."""
-        self.device.reset(self.next_reign())
+        self.device.reset(self.next_engine_run())
         seen = None
         while self.device.busy:
             progress = (self.device.steps, self.engine.beat())
@@ -305,5 +305,5 @@ class Worker:
         self._stalled_since = None
 
     def _deliver(self, ticket: Ticket, sampled: Sampled, idle_us: int) -> None:
-        if self._incarnation is not None:
-            self._incarnation.executed(ticket, sampled, idle_us)
+        if self._session is not None:
+            self._session.executed(ticket, sampled, idle_us)

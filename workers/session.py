@@ -1,7 +1,7 @@
-"""One incarnation of a worker: the time under one gen, from registration until it is fenced or leaves.
+"""One session of a worker: the time under one gen, from registration until it is fenced or leaves.
 
 Four tasks and one callback share it: plans are read, executed steps become rows, one commit at a time makes
-them durable, beats tell that all this moves on, and a drain waits for its end. Within an incarnation a reign is the
+them durable, beats tell that all this moves on, and a drain waits for its end. Within a session an engine run is the
 time under one leader: at its end all sequences are dropped, since journals and requests are the truth and the next
 leader continues from them.
 """
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("headrace.worker")
 
-PULSE_S = 0.4
+HEARTBEAT_S = 0.4
 READ_BLOCK_MS = 5000
 MAX_OPEN_STEPS = 256  # read but not committed; beyond it the reader waits
 QUIET_S = 1.0  # a draining worker without sequences leaves after so long without a plan
 
 
-class Incarnation:
+class Session:
     """The worker under one gen. ``run`` ends with Fenced("gen"), with 0 after a drain, or with a failure."""
 
     def __init__(self, worker: Worker, gen: int, capacity: Capacity, vocabulary: Vocabulary | WindowVocabulary) -> None:
@@ -47,12 +47,12 @@ class Incarnation:
         self._room = asyncio.Event()  # the reader may take more plans
         self._planned_at = time.monotonic()
         self._said: str | None = None  # the state that the scheduler knows
-        self._begin_reign(0)
+        self._begin_engine_run(0)
 
     async def run(self) -> int:
         """The exit code. Raises what ended it otherwise."""
         drain = asyncio.ensure_future(self._drain())
-        tasks = [drain, *(asyncio.ensure_future(c) for c in (self._read(), self._commit(), self._pulse()))]
+        tasks = [drain, *(asyncio.ensure_future(c) for c in (self._read(), self._commit(), self._heartbeat()))]
         try:
             ends: list[asyncio.Future[Any]] = [*tasks, self.broken, self.worker.device.failed]
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -65,16 +65,16 @@ class Incarnation:
             self.broken.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    # -------------------------------------------------------------- reigns
+    # -------------------------------------------------------------- engine runs
 
-    def _begin_reign(self, epoch: int) -> None:
+    def _begin_engine_run(self, epoch: int) -> None:
         """Drop all sequences and everything under way; follow plans of ``epoch`` or later from their step 1."""
         self.epoch = epoch
-        self.reign = self.worker.next_reign()
+        self.engine_run = self.worker.next_engine_run()
         self.queued = 0  # last step handed to the device
         self.open_steps = 0  # handed to the device, not committed
         self.outputs = Outputs(self.vocabulary, frozenset(self.worker.engine.eos_token_ids))
-        self.worker.device.reset(self.reign)
+        self.worker.device.reset(self.engine_run)
         self._room.set()
 
     # -------------------------------------------------------------- plans in
@@ -88,16 +88,16 @@ class Incarnation:
                 if plan.gen != self.gen or plan.epoch < self.epoch:
                     continue
                 if plan.epoch > self.epoch:
-                    self._begin_reign(plan.epoch)
+                    self._begin_engine_run(plan.epoch)
                 if plan.step <= self.queued:
                     continue  # sent again since the reply to the first was lost
                 if plan.step != self.queued + 1:
                     log.error("step %d follows step %d: plans are missing", plan.step, self.queued)
-                    raise Fenced("gen")  # a new incarnation is the one way to a state that both sides know
+                    raise Fenced("gen")  # a new session is the one way to a state that both sides know
                 self.queued = plan.step
                 self.open_steps += 1
                 self._planned_at = time.monotonic()
-                self.worker.device.submit(Ticket(self.reign, plan_id, plan))
+                self.worker.device.submit(Ticket(self.engine_run, plan_id, plan))
             if self.open_steps >= MAX_OPEN_STEPS:
                 self._room.clear()
 
@@ -105,7 +105,7 @@ class Incarnation:
 
     def executed(self, ticket: Ticket, sampled: Sampled, idle_us: int) -> None:
         """In the event loop, after each step."""
-        if ticket.reign != self.reign or self.broken.done():
+        if ticket.engine_run != self.engine_run or self.broken.done():
             return
         try:
             tokens = self.outputs.step(ticket.plan, sampled, ticket.plan_id, idle_us)
@@ -127,7 +127,7 @@ class Incarnation:
                 await self._commit_batch(batch)
 
     async def _commit_batch(self, batch: Batch) -> None:
-        reign, outputs, started = self.reign, self.outputs, time.perf_counter()
+        engine_run, outputs, started = self.engine_run, self.outputs, time.perf_counter()
         hint = Hint(self.wid, self.gen, batch.step, batch.hint_rows(), batch.exec_us, batch.idle_us)
         try:
             verdicts = await self.bus.commit(
@@ -136,23 +136,23 @@ class Incarnation:
         except Fenced as fenced:
             if fenced.cause != "epoch":
                 raise
-            if reign == self.reign:
+            if engine_run == self.engine_run:
                 self.worker.metrics.fenced.inc()
                 log.warning("%s: dropping all sequences until the new leader plans", fenced)
-                self._begin_reign(self.epoch + 1)
+                self._begin_engine_run(self.epoch + 1)
             return
         metrics = self.worker.metrics
         metrics.commit.observe(time.perf_counter() - started)
         metrics.refused.inc(len(verdicts) - verdicts.count(LANDED))
         outputs.settle(batch, verdicts)
-        if reign == self.reign:
+        if engine_run == self.engine_run:
             self.open_steps -= batch.steps
             self._room.set()
 
     # -------------------------------------------------------------- beats
 
-    async def _pulse(self) -> None:
-        """A beat every PULSE_S, as long as the device stands idle or moves on: a hung one must be seen."""
+    async def _heartbeat(self) -> None:
+        """A beat every HEARTBEAT_S, as long as the device stands idle or moves on: a hung one must be seen."""
         worker, device, seen = self.worker, self.worker.device, None
         draining = asyncio.ensure_future(worker.draining.wait())
         try:
@@ -167,25 +167,25 @@ class Incarnation:
                 worker.metrics.sequences.set(self.outputs.live)
                 pending = () if draining.done() else (draining,)
                 if pending:
-                    await asyncio.wait(pending, timeout=PULSE_S)
+                    await asyncio.wait(pending, timeout=HEARTBEAT_S)
                 else:
-                    await asyncio.sleep(PULSE_S)
+                    await asyncio.sleep(HEARTBEAT_S)
         finally:
             draining.cancel()
 
     async def _beat_once(self) -> None:
         state = self.worker.state = "draining" if self.worker.draining.is_set() else "serving"
         news = state if state != self._said else None
-        epoch = await self.bus.pulse(self.wid, self.gen, state=news, capacity=self.capacity if news else None)
+        epoch = await self.bus.heartbeat(self.wid, self.gen, state=news, capacity=self.capacity if news else None)
         self._said = state
         if epoch > self.epoch:
-            self._begin_reign(epoch)
+            self._begin_engine_run(epoch)
 
     # -------------------------------------------------------------- the end
 
     async def _drain(self) -> int:
         """Leave once nothing is here any more. The usual way out is earlier: the scheduler moves the sequences and
-        retires this worker, whose next pulse is fenced."""
+        retires this worker, whose next heartbeat is fenced."""
         await self.worker.draining.wait()
         while True:
             quiet = time.monotonic() - self._planned_at > QUIET_S

@@ -1,4 +1,4 @@
--- Fence a worker's incarnation for ever and drop its plans. Requests that were present at its death count it once.
+-- Fence a worker's session for ever and drop its plans. Requests that were present at its death count it once.
 -- KEYS: leader. ARGV: P, epoch, wid, gen, rids... -> 1 if this call fenced it
 allow_when_full()
 local epoch, wid, gen = ARGV[2], ARGV[3], ARGV[4]

@@ -27,7 +27,7 @@ class ChoiceState:
 
 @dataclass(frozen=True)
 class Arrive:
-    """A request that was ingested, new or recovered. ``sampling.max_tokens`` may still be None."""
+    """A request that was admitted, new or recovered. ``sampling.max_tokens`` may still be None."""
 
     rid: str
     tenant: str

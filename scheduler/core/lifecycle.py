@@ -1,7 +1,7 @@
-"""Ledger: every live request, and the one place where a sequence moves from state to state.
+"""Lifecycle: every live request, and the one place where a sequence moves from state to state.
 
 Whatever happens to a sequence (started, preempted, moved, cancelled, lost, ended) is one method here, which keeps
-queue, lane, seat and blocks in step and writes the effects that follow.
+queue, worker, seat and blocks in step and writes the effects that follow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from protocol.errors import ContextLengthExceeded, RequestError, ServiceError
 from scheduler.core.events import ChoiceState, Effect, FinishChoice, RequestDone, Resync
 from scheduler.core.sequence import Request, Sequence, State
 from scheduler.core.waiting import WaitingQueue
-from scheduler.core.worker import NEVER, Lane
+from scheduler.core.worker import NEVER, WorkerState
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Counters:
     output_tokens: int = 0  # journaled
 
 
-class Ledger:
+class Lifecycle:
     def __init__(self, queue: WaitingQueue, limit: int | None) -> None:
         self.queue = queue
         self.limit = limit  # most tokens of one sequence on any worker; None while that is unknown
@@ -80,12 +80,12 @@ class Ledger:
 
     def withdraw(self, sequence: Sequence) -> None:
         """Take a waiting sequence from wherever it waits."""
-        if sequence.lane is not None:
-            if sequence.lane.alone is sequence:
-                sequence.lane.alone = None
+        if sequence.worker is not None:
+            if sequence.worker.quarantined is sequence:
+                sequence.worker.quarantined = None
             else:
-                sequence.lane.assigned.remove(sequence)
-            sequence.lane = None
+                sequence.worker.assigned.remove(sequence)
+            sequence.worker = None
         elif sequence in self.parked:
             del self.parked[sequence]
         else:
@@ -101,17 +101,17 @@ class Ledger:
     def leave(self, sequence: Sequence, *, lost_track: bool = False) -> None:
         """No more rows for ``sequence`` on its worker; its blocks are free at once. It goes on elsewhere, or here
         later, when the hint of its last planned step is in."""
-        lane = sequence.lane
-        assert lane is not None
+        worker = sequence.worker
+        assert worker is not None
         sequence.lost_track |= lost_track
         if sequence.state is not State.RUNNING:
             return
         sequence.move(State.LEAVING)
-        self._take_rows(lane, sequence)
-        lane.frees.append(sequence.seat)
-        sequence.last_step = lane.step
-        lane.departing[sequence] = None
-        if lane.hinted >= lane.step:
+        self._take_rows(worker, sequence)
+        worker.frees.append(sequence.seat)
+        sequence.last_step = worker.step
+        worker.departing[sequence] = None
+        if worker.hinted >= worker.step:
             self.settle(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
@@ -124,7 +124,7 @@ class Ledger:
         if sequence.state is not State.LEAVING:  # its end should have come by now: some hint was lost
             if sequence.state is State.RUNNING:
                 self.leave(sequence, lost_track=True)
-                if sequence.lane is None:
+                if sequence.worker is None:
                     return
             else:
                 sequence.lost_track = True
@@ -133,12 +133,12 @@ class Ledger:
         self.place_again(sequence)
 
     def unseat(self, sequence: Sequence) -> None:
-        lane = sequence.lane
-        assert lane is not None
-        lane.departing.pop(sequence, None)
-        lane.seats[sequence.seat] = None
+        worker = sequence.worker
+        assert worker is not None
+        worker.departing.pop(sequence, None)
+        worker.seats[sequence.seat] = None
         sequence.seat = -1
-        sequence.lane = None
+        sequence.worker = None
 
     def place_again(self, sequence: Sequence) -> None:
         """On no worker and not queued: decide what is next."""
@@ -154,22 +154,22 @@ class Ledger:
             self.queue.push(sequence, self.now)
             self.check_length(sequence)
 
-    def _take_rows(self, lane: Lane, sequence: Sequence) -> None:
+    def _take_rows(self, worker: WorkerState, sequence: Sequence) -> None:
         """Out of the sets that rows are planned from. Blocks are given back, findable as far as they are computed."""
-        if sequence.seat in lane.decoding.members:
-            lane.decoding.part(sequence)
-        elif sequence in lane.departing:
-            del lane.departing[sequence]
+        if sequence.seat in worker.decoding.members:
+            worker.decoding.part(sequence)
+        elif sequence in worker.departing:
+            del worker.departing[sequence]
         else:
-            lane.prefilling.remove(sequence)
-        if lane.alone is sequence:
-            lane.alone = None
+            worker.prefilling.remove(sequence)
+        if worker.quarantined is sequence:
+            worker.quarantined = None
         if not sequence.lost_track:
             # The last journaled token was an input only of a step whose hint is not in: its KV may not be there.
-            sure = min(sequence.known_tokens - 1, sequence.computed) // lane.block_size
-            for block, digest in zip(sequence.blocks[:sure], sequence.prefix_hashes(lane.block_size), strict=False):
-                lane.blocks.publish(block, digest)
-        lane.blocks.release(sequence.blocks)
+            sure = min(sequence.known_tokens - 1, sequence.computed) // worker.block_size
+            for block, digest in zip(sequence.blocks[:sure], sequence.prefix_hashes(worker.block_size), strict=False):
+                worker.blocks.publish(block, digest)
+        worker.blocks.release(sequence.blocks)
         sequence.blocks = []
 
     # ----------------------------------------------------- ends
@@ -180,14 +180,14 @@ class Ledger:
             self.withdraw(sequence)
             self.finish(sequence, reason)
         elif sequence.state is State.RUNNING:
-            lane = sequence.lane
-            assert lane is not None
+            worker = sequence.worker
+            assert worker is not None
             sequence.move(State.ENDING)
-            self._take_rows(lane, sequence)
+            self._take_rows(worker, sequence)
             sequence.end_reason = reason
             sequence.last_step = NEVER  # until the plan that carries the end is sent
-            lane.ends.append((sequence.seat, reason))
-            lane.departing[sequence] = None
+            worker.ends.append((sequence.seat, reason))
+            worker.departing[sequence] = None
         elif sequence.state in (State.LEAVING, State.RESYNCING) and sequence.end_reason is None:
             sequence.end_reason = reason
 
@@ -220,16 +220,16 @@ class Ledger:
 
     def ended(self, sequence: Sequence, reason: str) -> None:
         """Its terminal frame is in the journal. From any state; nothing of it is left anywhere."""
-        state, lane = sequence.state, sequence.lane
-        if state is State.WAITING and (sequence.entry or lane is not None or sequence in self.parked):
+        state, worker = sequence.state, sequence.worker
+        if state is State.WAITING and (sequence.entry or worker is not None or sequence in self.parked):
             self.withdraw(sequence)
-        elif lane is not None:
+        elif worker is not None:
             if state is State.RUNNING:
-                self._take_rows(lane, sequence)
-                lane.frees.append(sequence.seat)
+                self._take_rows(worker, sequence)
+                worker.frees.append(sequence.seat)
             elif state is State.ENDING and sequence.last_step == NEVER:
-                lane.ends.remove((sequence.seat, sequence.end_reason or ""))
-                lane.frees.append(sequence.seat)
+                worker.ends.remove((sequence.seat, sequence.end_reason or ""))
+                worker.frees.append(sequence.seat)
             self.unseat(sequence)
         sequence.move(State.ENDED)
         sequence.finish_reason = reason

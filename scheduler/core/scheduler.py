@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from protocol.errors import EngineFailed
 from protocol.messages import CLOSED, LANDED, PRIORITIES
 from scheduler.core import events
-from scheduler.core.batch import Assembly
+from scheduler.core.batch import BatchBuilder
 from scheduler.core.events import ChoiceState, Effect, Event
-from scheduler.core.lifecycle import Counters, Ledger
+from scheduler.core.lifecycle import Counters, Lifecycle
 from scheduler.core.sequence import ID_BYTES, Request, Sequence, State, append_ids
 from scheduler.core.waiting import WaitingQueue
-from scheduler.core.worker import Flight, Lane
+from scheduler.core.worker import InFlightBatch, WorkerState
 
 LATE_S = 1e-4  # a shorter wait of the device is its own loop's, not ours
 
@@ -75,10 +75,10 @@ class Core:
     def __init__(self, config: CoreConfig | None = None) -> None:
         self.config = config or CoreConfig()
         self._queue = WaitingQueue(self.config.tenant_weights, self.config.aging_s)
-        self._ledger = Ledger(self._queue, self.config.max_model_len)
-        self._lanes: dict[str, Lane] = {}
-        self._lanes_made = 0
-        self._assembly = Assembly(self._ledger, self._lanes, self.config.max_num_batched_tokens is None)
+        self._lifecycle = Lifecycle(self._queue, self.config.max_model_len)
+        self._workers: dict[str, WorkerState] = {}
+        self._workers_made = 0
+        self._batches = BatchBuilder(self._lifecycle, self._workers, self.config.max_num_batched_tokens is None)
         self._deadlines: list[tuple[float, str]] = []  # heap
         self._checked = False  # nothing has changed since check_integrity
 
@@ -86,7 +86,7 @@ class Core:
 
     def apply(self, event: Event, now: float) -> list[Effect]:
         """Take note of what happened."""
-        self._ledger.now = now
+        self._lifecycle.now = now
         self._checked = False
         match event:
             case events.StepDone():
@@ -109,19 +109,19 @@ class Core:
 
     def plan(self, now: float) -> list[Effect]:
         """End what is past its deadline, then send every worker that needs more work its next plans."""
-        self._ledger.now = now
+        self._lifecycle.now = now
         while self._deadlines and self._deadlines[0][0] <= now:
             self._end_request(heapq.heappop(self._deadlines)[1], "deadline")
         self._queue.age(now)
         progress = True
         while progress:  # again, since the plan of one worker may assign sequences to another
             progress = False
-            for lane in self._lanes.values():
-                while self._wants_plan(lane, now):
-                    plan = self._assembly.build(lane)
+            for worker in self._workers.values():
+                while self._wants_plan(worker, now):
+                    plan = self._batches.build(worker)
                     if plan is None:
                         break
-                    self._ledger.effects.append(events.SendPlan(lane.wid, plan))
+                    self._lifecycle.effects.append(events.SendPlan(worker.wid, plan))
                     progress = True
         effects = self._take_effects()
         self._checked &= not effects
@@ -131,94 +131,94 @@ class Core:
         """When `plan` has something to do although no event came: a worker gets short of work, a deadline passes.
         Ageing needs no wake: it changes who is next, and room for the next comes with an event."""
         wake = self._deadlines[0][0] if self._deadlines else None
-        for lane in self._lanes.values():
-            if len(lane.flights) >= self._depth(lane) or (lane.alone is not None and lane.flights):
+        for worker in self._workers.values():
+            if len(worker.in_flight) >= self._depth(worker) or (worker.quarantined is not None and worker.in_flight):
                 continue
-            wait = lane.remaining_s(now) - lane.pace.lead_s
-            if lane.running or (wait > 0 and (lane.assigned or self._queue.sequences)):
+            wait = worker.remaining_s(now) - worker.step_time.lead_s
+            if worker.running or (wait > 0 and (worker.assigned or self._queue.sequences)):
                 due = now + max(wait, 0.0)
                 wake = due if wake is None else min(wake, due)
         return wake
 
     def rids_in_flight(self, wid: str) -> list[str]:
         """rids in plans that ``wid`` has not reported on: those whose `attempts` its death raises."""
-        lane = self._lanes.get(wid)
-        if lane is None:
+        worker = self._workers.get(wid)
+        if worker is None:
             return []
-        seats = {seat for flight in lane.flights for seat in flight.row_seats()}
-        seated = [lane.seats[seat] for seat in seats]
+        seats = {seat for batch in worker.in_flight for seat in batch.row_seats()}
+        seated = [worker.seats[seat] for seat in seats]
         return list(dict.fromkeys(sequence.request.rid for sequence in seated if sequence is not None))
 
     def sequences_on(self, wid: str) -> list[tuple[str, int]]:
         """(rid, choice) of all that ``wid`` may still report on: whose journals tell what its loss cost."""
-        lane = self._lanes.get(wid)
-        return [(sequence.request.rid, sequence.choice) for sequence in lane.seated()] if lane else []
+        worker = self._workers.get(wid)
+        return [(sequence.request.rid, sequence.choice) for sequence in worker.seated()] if worker else []
 
     def stats(self) -> Stats:
         """Figures for metrics and `depth`; cheap."""
         waiting = self._queue.waiting
         return Stats(
-            requests=len(self._ledger.requests),
-            running=sum(lane.running for lane in self._lanes.values()),
+            requests=len(self._lifecycle.requests),
+            running=sum(worker.running for worker in self._workers.values()),
             waiting=sum(requests for requests, _ in waiting.values()),
             waiting_tokens=sum(tokens for _, tokens in waiting.values()),
             tenants={tenant: (requests, tokens) for tenant, (requests, tokens) in waiting.items()},
             workers={
-                lane.wid: WorkerStats(
-                    running=lane.running,
-                    blocks_used=lane.blocks.total - lane.blocks.free,
-                    blocks_total=lane.blocks.total,
-                    plans_outstanding=len(lane.flights),
-                    lead_s=lane.pace.lead_s,
-                    draining=lane.draining,
+                worker.wid: WorkerStats(
+                    running=worker.running,
+                    blocks_used=worker.blocks.total - worker.blocks.free,
+                    blocks_total=worker.blocks.total,
+                    plans_outstanding=len(worker.in_flight),
+                    lead_s=worker.step_time.lead_s,
+                    draining=worker.draining,
                 )
-                for lane in self._lanes.values()
+                for worker in self._workers.values()
             },
-            counters=self._ledger.counters,
+            counters=self._lifecycle.counters,
         )
 
     def check_integrity(self) -> None:
-        """Assert every invariant that ties requests, queue, lanes and blocks together. For tests and idle moments:
+        """Assert every invariant that ties requests, queue, workers and blocks together. For tests and idle moments:
         milliseconds where pools are large, so what has not changed since is not checked again."""
         if self._checked:
             return
         self._queue.check_integrity()
-        for lane in self._lanes.values():
-            lane.check_integrity()
+        for worker in self._workers.values():
+            worker.check_integrity()
         queued = {id(sequence) for sequence in self._queue}
-        for request in self._ledger.requests.values():
+        for request in self._lifecycle.requests.values():
             live = [s for s in request.sequences if s.state is not State.ENDED]
             assert len(live) == request.open > 0
             for sequence in live:
                 seated = sequence.state in (State.RUNNING, State.LEAVING, State.ENDING)
                 assert seated == (sequence.seat >= 0)
                 assert (sequence.state is State.RUNNING) == bool(sequence.blocks)
-                if sequence.state is State.WAITING and sequence.lane is None:
-                    assert (id(sequence) in queued) != (sequence in self._ledger.parked)
+                if sequence.state is State.WAITING and sequence.worker is None:
+                    assert (id(sequence) in queued) != (sequence in self._lifecycle.parked)
                 else:
                     assert id(sequence) not in queued
-        open_sequences = sum(request.open for request in self._ledger.requests.values())
-        held = sum(len(lane.seated()) + len(lane.assigned) for lane in self._lanes.values())
-        assert held + len(queued) + len(self._ledger.parked) <= open_sequences
+        open_sequences = sum(request.open for request in self._lifecycle.requests.values())
+        held = sum(len(worker.seated()) + len(worker.assigned) for worker in self._workers.values())
+        assert held + len(queued) + len(self._lifecycle.parked) <= open_sequences
         self._checked = True
 
     # ----------------------------------------------------- requests
 
     def _arrive(self, event: events.Arrive) -> None:
-        if event.rid in self._ledger.requests:
+        if event.rid in self._lifecycle.requests:
             return
         request = Request(event, PRIORITIES.index(event.priority))
-        self._ledger.admit(request, event.choices or [ChoiceState()] * len(request.sequences))
+        self._lifecycle.admit(request, event.choices or [ChoiceState()] * len(request.sequences))
         if event.deadline is not None and request.open:
             heapq.heappush(self._deadlines, (event.deadline, event.rid))
 
     def _end_request(self, rid: str, reason: str) -> None:
-        request = self._ledger.requests.get(rid)
+        request = self._lifecycle.requests.get(rid)
         for sequence in request.sequences if request else ():
-            self._ledger.cancel(sequence, reason)
+            self._lifecycle.cancel(sequence, reason)
 
     def _sequence(self, rid: str, choice: int) -> Sequence | None:
-        request = self._ledger.requests.get(rid)
+        request = self._lifecycle.requests.get(rid)
         return request.sequences[choice] if request else None
 
     def _choice_ended(self, event: events.ChoiceEnded) -> None:
@@ -227,9 +227,9 @@ class Core:
             return
         if sequence.state is State.FINISHING:
             assert sequence.final is not None
-            self._ledger.ended(sequence, sequence.final.reason)
+            self._lifecycle.ended(sequence, sequence.final.reason)
         elif sequence.state is State.RESYNCING:  # there was nothing left to read
-            self._ledger.ended(sequence, sequence.end_reason or "abort")
+            self._lifecycle.ended(sequence, sequence.end_reason or "abort")
 
     def _resynced(self, event: events.Resynced) -> None:
         sequence = self._sequence(event.rid, event.choice)
@@ -237,123 +237,127 @@ class Core:
             return
         sequence.adopt(event.state)
         if event.state.finish is not None:
-            self._ledger.ended(sequence, event.state.finish)
+            self._lifecycle.ended(sequence, event.state.finish)
         elif sequence.state is State.FINISHING:
-            self._ledger.finish_again(sequence)
+            self._lifecycle.finish_again(sequence)
         else:
-            self._ledger.place_again(sequence)
+            self._lifecycle.place_again(sequence)
 
     # ----------------------------------------------------- workers
 
     def _worker_serving(self, event: events.WorkerServing) -> None:
-        lane = self._lanes.get(event.wid)
-        if lane is not None and lane.gen == event.gen:
-            lane.draining = lane.released = False
+        worker = self._workers.get(event.wid)
+        if worker is not None and worker.gen == event.gen:
+            worker.draining = worker.released = False
             return
-        if lane is not None:
-            self._worker_lost(events.WorkerLost(event.wid, lane.gen))
+        if worker is not None:
+            self._worker_lost(events.WorkerLost(event.wid, worker.gen))
         config = self.config
-        self._lanes_made += 1
-        self._lanes[event.wid] = lane = Lane(
+        self._workers_made += 1
+        self._workers[event.wid] = worker = WorkerState(
             event.wid,
             event.gen,
             event.capacity,
             config.max_num_seqs,
             config.max_num_batched_tokens,
-            self._lanes_made,
+            self._workers_made,
         )
-        known = self._ledger.limit if self._lanes_made > 1 else None  # a worker's word replaces the configuration's
-        self._ledger.limit = max(known or 0, lane.limit)
-        for sequence in list(self._ledger.parked):
-            self._ledger.requeue(sequence)
+        known = (
+            self._lifecycle.limit if self._workers_made > 1 else None
+        )  # a worker's word replaces the configuration's
+        self._lifecycle.limit = max(known or 0, worker.limit)
+        for sequence in list(self._lifecycle.parked):
+            self._lifecycle.requeue(sequence)
         for sequence in list(self._queue):
-            self._ledger.check_length(sequence)
-        for other in self._lanes.values():
+            self._lifecycle.check_length(sequence)
+        for other in self._workers.values():
             if other.draining:
                 self._move_off(other)
 
     def _worker_draining(self, event: events.WorkerDraining) -> None:
-        lane = self._lanes.get(event.wid)
-        if lane is None or lane.gen != event.gen:
+        worker = self._workers.get(event.wid)
+        if worker is None or worker.gen != event.gen:
             return
-        lane.draining = True
-        self._unassign(lane)
-        self._move_off(lane)
+        worker.draining = True
+        self._unassign(worker)
+        self._move_off(worker)
 
-    def _move_off(self, lane: Lane) -> None:
+    def _move_off(self, worker: WorkerState) -> None:
         """Let go of every running sequence that another serving worker can hold."""
-        room = max((other.limit for other in self._lanes.values() if not other.draining), default=0)
-        for sequence in lane.seated():
+        room = max((other.limit for other in self._workers.values() if not other.draining), default=0)
+        for sequence in worker.seated():
             if sequence.state is State.RUNNING and sequence.target <= room:
-                self._ledger.leave(sequence)
+                self._lifecycle.leave(sequence)
 
-    def _unassign(self, lane: Lane) -> None:
-        for sequence in [*lane.assigned, lane.alone]:
+    def _unassign(self, worker: WorkerState) -> None:
+        for sequence in [*worker.assigned, worker.quarantined]:
             if sequence is not None and sequence.state is State.WAITING:
-                self._ledger.requeue(sequence)
+                self._lifecycle.requeue(sequence)
 
     def _worker_lost(self, event: events.WorkerLost) -> None:
-        lane = self._lanes.get(event.wid)
-        if lane is None or lane.gen != event.gen:
+        worker = self._workers.get(event.wid)
+        if worker is None or worker.gen != event.gen:
             return
         suspects = self.rids_in_flight(event.wid) if event.died else []
-        culprit = next((flight.alone for flight in lane.flights if flight.alone), None) if event.died else None
+        culprit = (
+            next((batch.quarantined for batch in worker.in_flight if batch.quarantined), None) if event.died else None
+        )
         for rid in suspects:
-            self._ledger.requests[rid].attempts += 1
-        self._unassign(lane)
-        for sequence in lane.seated():
+            self._lifecycle.requests[rid].attempts += 1
+        self._unassign(worker)
+        for sequence in worker.seated():
             if sequence is culprit:
                 sequence.error = EngineFailed("the worker died on this request alone, after two deaths with others")
                 sequence.dead = True
             self._bereave(sequence, event.journals.get((sequence.request.rid, sequence.choice)))
-        del self._lanes[event.wid]
+        del self._workers[event.wid]
 
     def _bereave(self, sequence: Sequence, state: ChoiceState | None) -> None:
         """Its worker is gone: go on from its journal's end."""
         if sequence.state is not State.LEAVING:
             sequence.move(State.LEAVING)
-        lane = sequence.lane
-        assert lane is not None
-        if lane.alone is sequence:
-            lane.alone = None
+        worker = sequence.worker
+        assert worker is not None
+        if worker.quarantined is sequence:
+            worker.quarantined = None
         sequence.blocks = []
-        self._ledger.unseat(sequence)
+        self._lifecycle.unseat(sequence)
         if state is None:
             sequence.lost_track = True
         else:
             sequence.adopt(state)
             if state.finish is not None:
-                self._ledger.ended(sequence, state.finish)
+                self._lifecycle.ended(sequence, state.finish)
                 return
-        self._ledger.place_again(sequence)
+        self._lifecycle.place_again(sequence)
 
     # ----------------------------------------------------- hints
 
     def _step_done(self, event: events.StepDone) -> None:
-        lane = self._lanes.get(event.wid)
-        if lane is None or lane.gen != event.gen or not lane.hinted < event.step <= lane.step:
+        worker = self._workers.get(event.wid)
+        if worker is None or worker.gen != event.gen or not worker.hinted < event.step <= worker.step:
             return  # a repeat, or of another life
         done = []
-        while lane.flights and lane.flights[0].step <= event.step:
-            done.append(lane.flights.popleft())
-        self._learn_pace(lane, done, event)
-        lane.hinted = event.step
-        lane.last_hint = self._ledger.now
-        for flight in done:
-            self._note_first_tokens(lane, flight)
-        tokens = self._read_rows(lane, event)
-        self._ledger.counters.output_tokens += tokens
-        if tokens != sum(flight.sampling_rows for flight in done):
-            self._find_missing(lane, done, event)
-        for flight in done:
-            lane.free_seats.extend(flight.vacated)
-        for sequence in [s for s in lane.departing if s.last_step <= event.step]:
-            self._ledger.settle(sequence)
+        while worker.in_flight and worker.in_flight[0].step <= event.step:
+            done.append(worker.in_flight.popleft())
+        self._learn_pace(worker, done, event)
+        worker.hinted = event.step
+        worker.last_hint = self._lifecycle.now
+        for batch in done:
+            self._note_first_tokens(worker, batch)
+        tokens = self._read_rows(worker, event)
+        self._lifecycle.counters.output_tokens += tokens
+        if tokens != sum(batch.sampling_rows for batch in done):
+            self._find_missing(worker, done, event)
+        for batch in done:
+            worker.free_seats.extend(batch.vacated)
+        for sequence in [s for s in worker.departing if s.last_step <= event.step]:
+            self._lifecycle.settle(sequence)
 
-    def _read_rows(self, lane: Lane, event: events.StepDone) -> int:
+    def _read_rows(self, worker: WorkerState, event: events.StepDone) -> int:
         """Take over what was journaled; returns the number of tokens. The one loop over all sequences of a step."""
-        seats, size = lane.seats, 0
-        refused = self._read_verdicts(lane, event) if event.verdicts else ()
+        seats, size = worker.seats, 0
+        refused = self._read_verdicts(worker, event) if event.verdicts else ()
         for row in event.rows:
             sequence = seats[row.seat]
             if sequence is None or row.seat in refused:
@@ -363,74 +367,74 @@ class Core:
             append_ids(sequence.output, raw)
             sequence.cursor = row.cursor
             if row.finish is not None:
-                self._ledger.ended(sequence, row.finish)
+                self._lifecycle.ended(sequence, row.finish)
         return size // ID_BYTES
 
-    def _read_verdicts(self, lane: Lane, event: events.StepDone) -> set[int]:
+    def _read_verdicts(self, worker: WorkerState, event: events.StepDone) -> set[int]:
         """Seats of which a row did not land: closed elsewhere, or of a placement that is not the journal's."""
         refused = set()
         for row, verdict in zip(event.rows, event.verdicts, strict=True):
-            sequence = lane.seats[row.seat]
+            sequence = worker.seats[row.seat]
             if verdict == LANDED or sequence is None:
                 continue
             refused.add(row.seat)
             if verdict == CLOSED:
-                self._ledger.ended(sequence, row.finish or "closed")
+                self._lifecycle.ended(sequence, row.finish or "closed")
             else:
-                self._ledger.leave(sequence, lost_track=True)
+                self._lifecycle.leave(sequence, lost_track=True)
         return refused
 
-    def _find_missing(self, lane: Lane, done: list[Flight], event: events.StepDone) -> None:
+    def _find_missing(self, worker: WorkerState, done: list[InFlightBatch], event: events.StepDone) -> None:
         """Fewer tokens came than were planned. For an ended sequence that is as it should be; a live one has a gap."""
-        missing = Counter(seat for flight in done for seat in flight.sampled_seats())
+        missing = Counter(seat for batch in done for seat in batch.sampled_seats())
         missing.subtract({row.seat: len(row.tokens) // ID_BYTES for row in event.rows})
         for seat, count in missing.items():
-            sequence = lane.seats[seat]
+            sequence = worker.seats[seat]
             if count and sequence is not None:
-                self._ledger.leave(sequence, lost_track=True)
+                self._lifecycle.leave(sequence, lost_track=True)
 
-    def _note_first_tokens(self, lane: Lane, flight: Flight) -> None:
-        for sequence in flight.first:
+    def _note_first_tokens(self, worker: WorkerState, batch: InFlightBatch) -> None:
+        for sequence in batch.first:
             if sequence.request.first_token is None:
-                sequence.request.first_token = self._ledger.now
-            if sequence is flight.alone and sequence is lane.alone:
+                sequence.request.first_token = self._lifecycle.now
+            if sequence is batch.quarantined and sequence is worker.quarantined:
                 sequence.cleared = sequence.request.attempts
-                lane.alone = None
+                worker.quarantined = None
 
-    def _learn_pace(self, lane: Lane, done: list[Flight], event: events.StepDone) -> None:
-        pace = lane.pace
-        expected = sum(flight.expected_s for flight in done)
+    def _learn_pace(self, worker: WorkerState, done: list[InFlightBatch], event: events.StepDone) -> None:
+        step_time = worker.step_time
+        expected = sum(batch.expected_s for batch in done)
         exec_s, idle_s = event.exec_us / 1e6, event.idle_us / 1e6
-        for flight in done:
-            share = flight.expected_s / expected if expected else 1 / len(done)
-            pace.learn(flight.decode_rows, flight.prefill_tokens, exec_s * share)
+        for batch in done:
+            share = batch.expected_s / expected if expected else 1 / len(done)
+            step_time.learn(batch.decode_rows, batch.prefill_tokens, exec_s * share)
         first = done[0]
         if first.to_idle and len(done) == 1:
-            pace.measured_way(self._ledger.now - first.sent - exec_s)
-        elif idle_s > LATE_S and not first.excused and len(lane.flights) + len(done) < self.config.plans_ahead:
-            pace.was_late(idle_s)
+            step_time.measured_way(self._lifecycle.now - first.sent - exec_s)
+        elif idle_s > LATE_S and not first.excused and len(worker.in_flight) + len(done) < self.config.plans_ahead:
+            step_time.was_late(idle_s)
         else:
-            pace.was_in_time()
+            step_time.was_in_time()
 
     # ----------------------------------------------------- when to plan
 
-    def _depth(self, lane: Lane) -> int:
+    def _depth(self, worker: WorkerState) -> int:
         """Most plans outstanding: one runs and one waits, until it is known how long they take."""
-        if lane.flights and not lane.flights[-1].expected_s:
+        if worker.in_flight and not worker.in_flight[-1].expected_s:
             return min(2, self.config.plans_ahead)
         return self.config.plans_ahead
 
-    def _wants_plan(self, lane: Lane, now: float) -> bool:
-        if lane.has_notices:
+    def _wants_plan(self, worker: WorkerState, now: float) -> bool:
+        if worker.has_notices:
             return True
-        if lane.alone is not None and lane.flights:
+        if worker.quarantined is not None and worker.in_flight:
             return False
-        return len(lane.flights) < self._depth(lane) and lane.remaining_s(now) <= lane.pace.lead_s
+        return len(worker.in_flight) < self._depth(worker) and worker.remaining_s(now) <= worker.step_time.lead_s
 
     def _take_effects(self) -> list[Effect]:
-        for lane in self._lanes.values():
-            if lane.draining and not lane.released and not lane.flights and lane.is_empty():
-                lane.released = True
-                self._ledger.effects.append(events.ReleaseWorker(lane.wid, lane.gen))
-        effects, self._ledger.effects = self._ledger.effects, []
+        for worker in self._workers.values():
+            if worker.draining and not worker.released and not worker.in_flight and worker.is_empty():
+                worker.released = True
+                self._lifecycle.effects.append(events.ReleaseWorker(worker.wid, worker.gen))
+        effects, self._lifecycle.effects = self._lifecycle.effects, []
         return effects

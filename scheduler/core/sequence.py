@@ -25,7 +25,7 @@ from scheduler.core.blocks import chain_hashes
 from scheduler.core.events import Arrive, ChoiceState, FinishChoice
 
 if TYPE_CHECKING:
-    from scheduler.core.worker import Lane
+    from scheduler.core.worker import WorkerState
 
 
 ID_BYTES = 4  # of one packed id
@@ -132,7 +132,6 @@ class Sequence:
         "hash_size",
         "hashes",
         "known",
-        "lane",
         "last_step",
         "lost_track",
         "max_tokens",
@@ -147,6 +146,7 @@ class Sequence:
         "top_placement",
         "uncached",
         "waiting_level",
+        "worker",
     )
 
     def __init__(self, request: Request, choice: int, prompt: array[int], state: ChoiceState) -> None:
@@ -166,11 +166,11 @@ class Sequence:
         self.sampling = request.sampling
         self.max_tokens: int | None = request.sampling.max_tokens
 
-        self.lane: Lane | None = None
+        self.worker: WorkerState | None = None
         self.seat = -1
         self.blocks: list[int] = []
         self.known = 0  # tokens known, or sampled by planned steps; kept while it prefills
-        self.computed = 0  # of them computed by planned steps; while it decodes, the lane's counter says it
+        self.computed = 0  # of them computed by planned steps; while it decodes, the worker's counter says it
         self.uncached = 0  # tokens that this stay's prefill computes, in all
         self.last_step = 0  # once it leaves or its rows are all planned: the last step that may mention it
         self.lost_track = False  # hints do not tell how far it came
@@ -184,7 +184,7 @@ class Sequence:
         self.entry = 0  # its newest entry in the queue; older ones are void
 
     @property
-    def needs_alone(self) -> bool:
+    def needs_quarantine(self) -> bool:
         """Present at two deaths or more since it last ran a step alone."""
         return self.request.attempts >= 2 and self.cleared < self.request.attempts
 

@@ -1,4 +1,4 @@
-"""Pace: how long steps take at one worker, and how far ahead of it to plan.
+"""How long steps take at one worker, and how far ahead of it to plan.
 
 The device must never wait for a plan, and a new request should not have to wait behind plans made too early. So the
 planned work outstanding at a worker covers its *lead*: the time from the decision to plan until the worker could
@@ -24,7 +24,7 @@ WAITING_WEIGHT = 4  # a prompt's wait counts as that of so many streams: until i
 UNBOUNDED = 1 << 62
 
 
-class Pace:
+class StepTimeModel:
     """Step times as decode time by number of rows, plus a time per prefill token alone, or beside so many rows.
 
     Beside few rows a token costs more than in a long chunk of its own: the products are still too thin to be fast.

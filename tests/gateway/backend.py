@@ -1,6 +1,6 @@
 """A scripted backend: the scheduler's and the worker's half of the protocol, made of real bus calls.
 
-It leads, ingests, plans and commits as the real services do; only the tokens come from a script. Each choice
+It leads, admits, plans and commits as the real services do; only the tokens come from a script. Each choice
 emits ``tokens`` frames, and a test decides when: ``hold`` keeps them back until ``step`` lets some go.
 """
 
@@ -78,8 +78,8 @@ class Backend:
     model: str = MODEL
     tokens: int = 5  # per choice
     hold: bool = False  # frames only come by `step`
-    admit: bool = True  # requests are ingested as they come
-    refuse: tuple[str, str, str | None] | None = None  # error code, message, param at ingest
+    admit: bool = True  # requests are admitted as they come
+    refuse: tuple[str, str, str | None] | None = None  # error code, message, param at admission
     script: Script | None = None
     running: list[Running] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -114,12 +114,12 @@ class Backend:
 
     async def _beat(self) -> None:
         while True:
-            await self.bus.beat(self.epoch, "backend")
+            await self.bus.renew_lead(self.epoch, "backend")
             await asyncio.sleep(0.1)
 
     async def _inbox(self) -> None:
         while True:
-            for entry in await self.bus.read_jobs("reign", 16, 50):
+            for entry in await self.bus.read_jobs("term", 16, 50):
                 assert entry.rid is not None
                 record = await self.bus.read_request(entry.rid)
                 assert record is not None
@@ -128,7 +128,7 @@ class Backend:
                     await self.admit_next()
 
     async def admit_next(self) -> str:
-        """Ingest the oldest entry that waits, or refuse it. Returns its rid."""
+        """Admit the oldest entry that waits, or refuse it. Returns its rid."""
         entry_id, record = self.entries.pop(0)
         job = record.job
         if self.refuse is not None:
@@ -137,7 +137,7 @@ class Backend:
             return record.rid
         texts = job.prompts() or ["".join(m["content"] for m in job.messages or [])]
         prompts = [pack_ids(list(t.encode()) if isinstance(t, str) else t) for t in texts]
-        verdict, _ = await self.bus.ingest(self.epoch, entry_id, rid=record.rid, prompts=prompts, seed=7)
+        verdict, _ = await self.bus.admit(self.epoch, entry_id, rid=record.rid, prompts=prompts, seed=7)
         assert verdict == "new", verdict
         self.steps += 1
         new, begun = [], []

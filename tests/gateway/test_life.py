@@ -317,7 +317,7 @@ async def _is_not_ready(front: Front) -> bool:
 
 async def test_ready_tells_the_truth(front: Front, backend: Backend) -> None:
     await eventually(lambda: _is_ready(front))
-    await backend.bus.pulse("w0", backend.gen, "draining")
+    await backend.bus.heartbeat("w0", backend.gen, "draining")
     await eventually(lambda: _is_not_ready(front))
     (worker,) = await backend.bus.list_workers()
     backend.gen = await backend.bus.register("w0", worker.capacity, "serving")  # a draining one never comes back

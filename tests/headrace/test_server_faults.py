@@ -30,7 +30,7 @@ async def bus(stack: Stack) -> AsyncIterator[Bus]:
     await bus.close()
 
 
-async def reigns(bus: Bus) -> tuple[int, str, list[tuple[str, int]]]:
+async def terms(bus: Bus) -> tuple[int, str, list[tuple[str, int]]]:
     """The epoch and its leader, and every worker with its generation."""
     leader = await bus.read_leader()
     return leader.epoch, leader.owner, [(worker.wid, worker.gen) for worker in await bus.list_workers()]
@@ -40,7 +40,7 @@ async def test_a_stalled_server_deposes_nobody(stack: Stack, bus: Bus) -> None:
     looks = []
     async with aiohttp.ClientSession() as session:
         undisturbed = [await Reader(session, stack.url, 100, seed).whole() for seed in SEEDS]
-        before, pids = await reigns(bus), stack.processes()
+        before, pids = await terms(bus), stack.processes()
         standby = asyncio.create_task(stand_by(bus, "standby", Timing(), lambda: looks.append(1)))
         await eventually(lambda: len(looks) > 1, "a standby that watches")
         running = [Reader(session, stack.url, TOKENS, seed) for seed in SEEDS]
@@ -57,7 +57,7 @@ async def test_a_stalled_server_deposes_nobody(stack: Stack, bus: Bus) -> None:
             assert (await reader.whole()).startswith(start)
         await eventually(lambda: len(looks) > watched + 2, "a standby that still watches")
         assert not standby.done()
-        assert await reigns(bus) == before
+        assert await terms(bus) == before
         assert stack.processes() == pids
         standby.cancel()
         await asyncio.gather(standby, return_exceptions=True)
@@ -67,7 +67,7 @@ async def test_a_server_that_is_killed_again_and_again(stack: Stack, bus: Bus) -
     """Each time it has forgotten scripts and subscriptions, and no write that it acknowledged."""
     async with aiohttp.ClientSession() as session:
         undisturbed = [await Reader(session, stack.url, 100, seed).whole() for seed in SEEDS]
-        before = await reigns(bus)
+        before = await terms(bus)
         others = {p["name"]: p["pid"] for p in stack.processes() if p["role"] != "redis"}
         running = [Reader(session, stack.url, TOKENS, seed) for seed in SEEDS]
         for _ in range(3):
@@ -77,7 +77,7 @@ async def test_a_server_that_is_killed_again_and_again(stack: Stack, bus: Bus) -
             await eventually(lambda old=old: stack.pids("redis").get("redis", old) != old, "another server")
         for reader, start in zip(running, undisturbed, strict=True):
             assert (await reader.whole()).startswith(start)
-        assert await reigns(bus) == before
+        assert await terms(bus) == before
         assert {p["name"]: p["pid"] for p in stack.processes() if p["role"] != "redis"} == others
 
         async def answered() -> bool:

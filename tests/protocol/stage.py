@@ -30,7 +30,7 @@ class Stage:
     epoch: int = 0
     gen: int = 0
     step: int = 0
-    consumer: str = "reign"
+    consumer: str = "term"
     committed: int = 0
     names: dict[str, str] = field(default_factory=dict)
 
@@ -52,12 +52,12 @@ class Stage:
         await self.bus.accept(job or Job(prompt="x"), rid=rid, **options)  # type: ignore[arg-type]
         return rid
 
-    async def ingest(self, rid: str) -> tuple[str, str]:
-        """Read the inbox and ingest what is (or was) the entry of ``rid``."""
+    async def admit(self, rid: str) -> tuple[str, str]:
+        """Read the inbox and admit what is (or was) the entry of ``rid``."""
         for entry in await self.bus.read_jobs(self.consumer, 100, 0):
             if entry.rid:
                 self.names[entry.rid] = entry.entry_id
-        return await self.bus.ingest(self.epoch, self.names[rid], rid=rid, prompts=[pack_ids([1, 2, 3])], seed=5)
+        return await self.bus.admit(self.epoch, self.names[rid], rid=rid, prompts=[pack_ids([1, 2, 3])], seed=5)
 
     async def place(self, *rids: str, choice: int = 0, placement: int = 1, wid: str = "w0") -> None:
         self.step += 1
@@ -68,9 +68,9 @@ class Stage:
         await self.bus.plan(self.epoch, wid, self.gen, Plan(self.epoch, self.gen, self.step, new=new))
 
     async def running(self, job: Job | None = None, placement: int = 1, **options: object) -> str:
-        """A request that was accepted, ingested and placed on w0 (choice 0)."""
+        """A request that was accepted, admitted and placed on w0 (choice 0)."""
         rid = await self.accept(job, **options)
-        assert await self.ingest(rid) == ("new", rid)
+        assert await self.admit(rid) == ("new", rid)
         await self.place(rid, placement=placement)
         return rid
 

@@ -36,11 +36,9 @@ async def test_one_request_from_accept_to_end(bus: Bus, raw) -> None:
     assert accepted.rid == rid
     assert not accepted.joined
 
-    (entry,) = await bus.read_jobs("reign-1", 10, 100)
+    (entry,) = await bus.read_jobs("term-1", 10, 100)
     assert entry.rid == rid
-    verdict = await bus.ingest(
-        epoch, entry.entry_id, rid=rid, prompts=[pack_ids([1, 2, 3])], seed=7, producer_id="mine"
-    )
+    verdict = await bus.admit(epoch, entry.entry_id, rid=rid, prompts=[pack_ids([1, 2, 3])], seed=7, producer_id="mine")
     assert verdict == ("new", rid)
     assert await bus.inbox_length() == 0
     record = await bus.read_request(rid)

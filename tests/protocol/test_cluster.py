@@ -315,7 +315,7 @@ async def test_the_users_of_the_roles_are_fit_for_a_cluster(cluster: Cluster, ra
     await subscription.start()
     rid = new_rid()
     await gateway.accept(Job(prompt="x", results="done"), rid=rid, reply_to="gw", idempotency="once")
-    await stage.ingest(rid)
+    await stage.admit(rid)
     for name in ("a", "b", "c", "d"):  # those whom nobody hears make room
         await gateway.attach(rid, "default", name)
     await stage.place(rid)

@@ -130,7 +130,7 @@ async def test_patience_ends(durable: EmbeddedServer) -> None:
     with pytest.raises(Unavailable):
         await bus.accept(Job(prompt="x"), rid=messages.new_rid())
     with pytest.raises(Unavailable):
-        await bus.read_jobs("reign", 1, 1000)
+        await bus.read_jobs("term", 1, 1000)
     await bus.close()
     with pytest.raises(Unavailable):
         await bus.server_ms()

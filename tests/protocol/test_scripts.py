@@ -142,16 +142,16 @@ class TestAccept:
         assert stage.entries("jobs") == []
 
 
-# ---------------------------------------------------------------- ingest, reject
+# ---------------------------------------------------------------- admit, reject
 
 
-class TestIngest:
+class TestAdmit:
     async def test_stores_prompts_and_seed_once_and_empties_the_inbox(self, stage: Stage) -> None:
         rid = await stage.accept()
-        assert await stage.ingest(rid) == ("new", rid)
+        assert await stage.admit(rid) == ("new", rid)
         assert stage.raw.xlen(stage.key("jobs")) == 0
         assert stage.raw.xpending(stage.key("jobs"), "scheduler")["pending"] == 0
-        again = await stage.bus.ingest(stage.epoch, stage.names[rid], rid=rid, prompts=[pack_ids([9])], seed=9)
+        again = await stage.bus.admit(stage.epoch, stage.names[rid], rid=rid, prompts=[pack_ids([9])], seed=9)
         assert again == ("repeat", rid)
         record = await stage.bus.read_request(rid)
         assert record is not None
@@ -159,29 +159,29 @@ class TestIngest:
 
     async def test_is_fenced(self, stage: Stage) -> None:
         rid = await stage.accept()
-        (entry,) = await stage.bus.read_jobs("reign", 10, 0)
+        (entry,) = await stage.bus.read_jobs("term", 10, 0)
         old = stage.epoch
         await stage.lead("other")
-        call = stage.bus.ingest(old, entry.entry_id, rid=rid, prompts=[b""], seed=1)
+        call = stage.bus.admit(old, entry.entry_id, rid=rid, prompts=[b""], seed=1)
         assert await fenced(call) == "epoch"
         assert stage.raw.xlen(stage.key("jobs")) == 1
 
     async def test_a_request_cancelled_before_keeps_its_entry_for_finish(self, stage: Stage) -> None:
         rid = await stage.accept(Job(prompt="x", results="res"))
         await stage.bus.cancel(rid, "default")
-        assert await stage.ingest(rid) == ("cancelled", rid)
+        assert await stage.admit(rid) == ("cancelled", rid)
         assert stage.raw.xlen(stage.key("jobs")) == 1
         ended = row(rid, 0, frame(None, "", "abort"), placement=0, finish="abort", result=terminal(rid, "abort"))
         for _ in range(2):
             assert await stage.bus.finish(stage.epoch, [ended], entry_id=stage.names[rid]) == "l"
         assert stage.raw.xlen(stage.key("jobs")) == 0
         assert len(stage.entries("results:res")) == 1
-        assert await stage.ingest(rid) == ("gone", rid)
+        assert await stage.admit(rid) == ("gone", rid)
 
     async def test_a_request_that_is_not_there_is_gone(self, stage: Stage) -> None:
         rid = await stage.accept()
         stage.raw.delete(stage.bus.keys.request(rid))
-        assert await stage.ingest(rid) == ("gone", rid)
+        assert await stage.admit(rid) == ("gone", rid)
         assert stage.raw.xlen(stage.key("jobs")) == 0
         assert await stage.bus.scan_live() == {}
 
@@ -189,14 +189,14 @@ class TestIngest:
         rid = await stage.accept()
         stage.raw.set(stage.bus.keys.request(rid), "x")
         with pytest.raises(StoreFailed):
-            await stage.ingest(rid)
+            await stage.admit(rid)
         assert stage.raw.xlen(stage.key("jobs")) == 1
 
     async def push(self, stage: Stage, job: Job, rid: str, entry_id: str | None = None) -> tuple[str, str, str]:
         if entry_id is None:
             entry_id = await stage.bus.push(messages.encode(job))
-            await stage.bus.read_jobs("reign", 10, 0)
-        verdict, owner = await stage.bus.ingest(
+            await stage.bus.read_jobs("term", 10, 0)
+        verdict, owner = await stage.bus.admit(
             stage.epoch, entry_id, rid=rid, prompts=[pack_ids([1, 2])], seed=3, job=job
         )
         return verdict, owner, entry_id
@@ -239,13 +239,13 @@ class TestIngest:
         first, second = await stage.accept(), await stage.accept()
         lost = Bus(redis_url, "test/model")
         assert [e.rid for e in await lost.read_jobs("deposed", 1, 0)] == [first]
-        assert [e.rid for e in await stage.bus.read_jobs("reign", 9, 0)] == [second]
-        assert [e.rid for e in await stage.bus.claim_jobs("reign", 9)] == [first]
-        assert await stage.bus.claim_jobs("reign", 9) == []  # its own are not offered again
+        assert [e.rid for e in await stage.bus.read_jobs("term", 9, 0)] == [second]
+        assert [e.rid for e in await stage.bus.claim_jobs("term", 9)] == [first]
+        assert await stage.bus.claim_jobs("term", 9) == []  # its own are not offered again
         # the same consumer after a reply that never came: another bus stands for the process's next connection
         again = Bus(redis_url, "test/model")
-        assert [e.rid for e in await again.read_jobs("reign", 9, 0)] == [first, second]
-        assert await again.read_jobs("reign", 9, 0) == []
+        assert [e.rid for e in await again.read_jobs("term", 9, 0)] == [first, second]
+        assert await again.read_jobs("term", 9, 0) == []
         await again.close()
         await lost.close()
 
@@ -255,7 +255,7 @@ class TestIngest:
         entries = await other.read_jobs("deposed", 9, 0)
         stage.raw.xdel(stage.key("jobs"), entries[0].entry_id, entries[1].entry_id)
         claimed: list[str | None] = []
-        while part := await stage.bus.claim_jobs("reign", 2):
+        while part := await stage.bus.claim_jobs("term", 2):
             claimed += [e.rid for e in part]
         assert claimed == rids[2:]
         await other.close()
@@ -322,23 +322,23 @@ class TestLead:
     async def test_compare_and_set(self, stage: Stage) -> None:
         seen = await stage.bus.read_leader()
         assert (seen.epoch, seen.owner) == (1, "me")
-        await stage.bus.beat(1, "me")
+        await stage.bus.renew_lead(1, "me")
         assert await stage.bus.lead("other", seen) is None  # it was alive after all
         seen = await stage.bus.read_leader()
         assert await stage.bus.lead("other", seen) == 2
         assert await stage.bus.lead("other", seen) == 2  # repeated after a lost reply
         assert await stage.bus.lead("third", seen) is None
-        assert await fenced(stage.bus.beat(1, "me")) == "epoch"
-        assert await fenced(stage.bus.beat(2, "me")) == "epoch"
+        assert await fenced(stage.bus.renew_lead(1, "me")) == "epoch"
+        assert await fenced(stage.bus.renew_lead(2, "me")) == "epoch"
         now = await stage.bus.server_ms()
-        assert now <= await stage.bus.beat(2, "other") <= now + 60_000
+        assert now <= await stage.bus.renew_lead(2, "other") <= now + 60_000
 
     async def test_release_hands_over(self, stage: Stage) -> None:
         assert not await stage.bus.release(stage.epoch, "other")
         assert await stage.bus.release(stage.epoch, "me")
         seen = await stage.bus.read_leader()
         assert (seen.epoch, seen.owner) == (1, "")
-        assert await fenced(stage.bus.beat(1, "me")) == "epoch"
+        assert await fenced(stage.bus.renew_lead(1, "me")) == "epoch"
         assert await stage.bus.lead("other", seen) == 2
 
     async def test_an_inbox_of_a_wrong_type_is_told_and_changes_nothing(self, bus: Bus, raw) -> None:
@@ -392,18 +392,18 @@ class TestWorkers:
         ]
         assert [w.wid for w in await stage.bus.list_workers()] == ["w0", "w1"]
 
-    async def test_pulse_beats_and_tells_a_change_of_state_once(self, stage: Stage) -> None:
+    async def test_a_heartbeat_beats_and_tells_a_change_of_state_once(self, stage: Stage) -> None:
         gen = await stage.bus.register("w1", None, "loading")
         start = await stage.bus.last_event_id()
         for state in ("loading", "warming", "warming", None):
-            assert await stage.bus.pulse("w1", gen, state) == stage.epoch
-        await stage.bus.pulse("w1", gen, "serving", CAPACITY)
-        await stage.bus.pulse("w1", gen, "warming")  # a late repeat
+            assert await stage.bus.heartbeat("w1", gen, state) == stage.epoch
+        await stage.bus.heartbeat("w1", gen, "serving", CAPACITY)
+        await stage.bus.heartbeat("w1", gen, "warming")  # a late repeat
         worker = (await stage.bus.list_workers())[1]
         assert (worker.state, worker.beat, worker.capacity, worker.wire) == ("serving", 6, CAPACITY, messages.WIRE)
         assert [e.wid for e in await stage.bus.read_events(start, 10, 0)] == ["w1", "w1"]
-        assert await fenced(stage.bus.pulse("w1", gen - 1)) == "gen"
-        assert await fenced(stage.bus.pulse("nobody", gen)) == "gen"
+        assert await fenced(stage.bus.heartbeat("w1", gen - 1)) == "gen"
+        assert await fenced(stage.bus.heartbeat("nobody", gen)) == "gen"
 
     async def test_retire_fences_drops_plans_and_counts_a_death_once(self, stage: Stage) -> None:
         rid, bystander = await stage.running(), await stage.running()
@@ -415,14 +415,14 @@ class TestWorkers:
         assert not stage.raw.exists(stage.bus.keys.request("unknown"))
         assert await stage.bus.list_workers() == []
         assert stage.raw.ttl(stage.bus.keys.plans("w0")) > 0
-        assert await fenced(stage.bus.pulse("w0", stage.gen)) == "gen"
+        assert await fenced(stage.bus.heartbeat("w0", stage.gen)) == "gen"
         assert await fenced(stage.commit()) == "gen"
         assert await fenced(stage.place()) == "gen"
         old = stage.gen
         assert await stage.register() > old + 1
         assert stage.raw.ttl(stage.bus.keys.plans("w0")) == -1
         await stage.place()
-        await stage.bus.retire(stage.epoch, "w0", old, [rid, bystander])  # late: the new incarnation is untouched
+        await stage.bus.retire(stage.epoch, "w0", old, [rid, bystander])  # late: the new session is untouched
         assert len(await stage.bus.read_plans("w0", "0-0", 0)) == 1
         assert (await stage.bus.list_workers())[0].gen == stage.gen
 
@@ -430,7 +430,7 @@ class TestWorkers:
 class TestPlan:
     async def test_records_placements_and_beats_for_the_leader(self, stage: Stage) -> None:
         rid = await stage.accept(Job(prompt="x", sampling=SamplingParams(n=2)))
-        await stage.ingest(rid)
+        await stage.admit(rid)
         beat = (await stage.bus.read_leader()).beat
         await stage.place(rid, "0" * 32, choice=1, placement=3)
         record = await stage.bus.read_request(rid)
@@ -526,7 +526,7 @@ class TestCommit:
 
     async def test_choices_end_one_by_one(self, stage: Stage) -> None:
         rid = await stage.accept(Job(prompt=["x", "y"], sampling=SamplingParams(n=2), results="res"), idempotency="key")
-        await stage.ingest(rid)
+        await stage.admit(rid)
         for choice in range(4):
             await stage.place(rid, choice=choice)
         for choice in range(3):
@@ -600,7 +600,7 @@ class TestCommit:
         for _ in range(300):
             rids.append(await stage.accept())
         for rid in rids:
-            await stage.ingest(rid)
+            await stage.admit(rid)
         await stage.place(*rids)
         rows = [row(rid, 0, A) for rid in rids]
         rows[10] = row(rids[10], 5, A)
@@ -633,7 +633,7 @@ class TestFinish:
         assert len(await stage.bus.read_results("res")) == 1
         assert await stage.bus.scan_live() == {}
         assert leaked_keys(stage.raw) == []
-        assert await stage.ingest(waiting) == ("gone", waiting)
+        assert await stage.admit(waiting) == ("gone", waiting)
 
     async def test_refusals(self, stage: Stage) -> None:
         rid = await stage.running()
@@ -731,12 +731,12 @@ class TestOutOfMemory:
         assert (joined.rid, joined.joined) == (rids[0], True)
 
         await stage.lead("other")
-        await stage.bus.beat(stage.epoch, "other")
+        await stage.bus.renew_lead(stage.epoch, "other")
         await stage.bus.write_depth(stage.epoch, {"requests": 4})
         for rid in rids[:3]:
-            assert await stage.ingest(rid) == ("new", rid)
+            assert await stage.admit(rid) == ("new", rid)
         new = messages.new_rid()
-        verdict = await stage.bus.ingest(
+        verdict = await stage.bus.admit(
             stage.epoch, pushed, rid=new, prompts=[b""], seed=1, job=Job(prompt="x", id="mine")
         )
         assert verdict == ("new", new)
@@ -745,7 +745,7 @@ class TestOutOfMemory:
         await stage.bus.attach(rids[0], "default", "gw3")
         old = stage.gen
         await stage.register()
-        await stage.bus.pulse("w0", stage.gen, "draining")
+        await stage.bus.heartbeat("w0", stage.gen, "draining")
         await stage.place(rids[0], rids[1])
         rows = [
             row(rids[0], 0, END, finish="stop", result=terminal(rids[0])),
@@ -757,7 +757,7 @@ class TestOutOfMemory:
         await stage.bus.retire(stage.epoch, "w0", old, [rids[2]])
         await stage.bus.retire(stage.epoch, "w0", stage.gen)
         await stage.bus.trim_events(await stage.bus.last_event_id(), epoch=stage.epoch)
-        assert await stage.bus.claim_jobs("reign", 9) == []
+        assert await stage.bus.claim_jobs("term", 9) == []
         assert await stage.bus.release(stage.epoch, "other")
 
         assert len(stage.entries("results:res")) == 5

@@ -45,11 +45,11 @@ async def stage(bus: Bus, raw) -> Stage:
 
 async def serve_one(stage: Stage) -> tuple[str, list[bytes]]:
     """What the services do for the one push in the inbox: two tokens and an end."""
-    (entry,) = await stage.bus.read_jobs("reign", 10, 0)
+    (entry,) = await stage.bus.read_jobs("term", 10, 0)
     assert entry.payload is not None
     job = decode_job(entry.payload)
     rid = messages.new_rid()
-    verdict, rid = await stage.bus.ingest(
+    verdict, rid = await stage.bus.admit(
         stage.epoch, entry.entry_id, rid=rid, prompts=[pack_ids([1, 2, 3])], seed=1, job=job
     )
     assert verdict == "new"

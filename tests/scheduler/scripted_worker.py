@@ -94,7 +94,7 @@ class ScriptedWorker:
 
     async def drain(self) -> None:
         self.state = "draining"
-        await self.bus.pulse(self.wid, self.gen, "draining")
+        await self.bus.heartbeat(self.wid, self.gen, "draining")
 
     async def _work(self) -> None:
         after = "0-0"
@@ -115,7 +115,7 @@ class ScriptedWorker:
                     self.seats.clear()
                     self.epoch = plan.epoch + 1
             await self.running.wait()
-            await self.bus.pulse(self.wid, self.gen)
+            await self.bus.heartbeat(self.wid, self.gen)
 
     async def _execute(self, plan: Plan, plan_id: str) -> None:
         for seat in plan.frees:

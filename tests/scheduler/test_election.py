@@ -71,7 +71,7 @@ async def test_a_silent_leader_is_replaced_and_finds_itself_fenced(bus: Bus) -> 
     assert await lead(bus, "a") == 1
     assert await lead(bus, "b") == 2
     with pytest.raises(Fenced, match="epoch"):
-        await bus.beat(1, "a")
+        await bus.renew_lead(1, "a")
 
 
 async def test_a_beating_leader_stays_and_of_two_standbys_one_follows(bus: Bus) -> None:

@@ -31,7 +31,7 @@ def error_of(frames: list[Frame]) -> tuple[str | None, str, str | None]:
 # ------------------------------------------------------------------ what runs
 
 
-async def test_a_text_is_ingested_planned_and_ends(stage: Stage, raw: redis.Redis) -> None:
+async def test_a_text_is_admitted_planned_and_ends(stage: Stage, raw: redis.Redis) -> None:
     stage.scheduler()
     stage.worker()
     rid = await stage.accept("hello", max_tokens=5)
@@ -93,11 +93,11 @@ async def test_requests_wait_for_a_worker(stage: Stage) -> None:
     stage.scheduler()
     rid = await stage.accept("early", max_tokens=2)
 
-    async def ingested() -> bool:
+    async def admitted() -> bool:
         record = await stage.bus.read_request(rid)
         return record is not None and bool(record.prompts)
 
-    await stage.until(ingested)
+    await stage.until(admitted)
     stage.worker()
     assert await stage.tokens(rid) == expected_tokens(list(b"early"), 7, 0, 2)
 
@@ -277,7 +277,7 @@ async def test_a_foreign_type_under_our_key_stops_nothing(stage: Stage, raw: red
     raw.delete(stage.bus.keys.request(rid))
 
 
-async def test_cancel_before_ingest(stage: Stage) -> None:
+async def test_cancel_before_admission(stage: Stage) -> None:
     rid = await stage.accept("never", max_tokens=5, n=2)
     assert await stage.bus.cancel(rid, "default")
     stage.scheduler()
@@ -291,11 +291,11 @@ async def test_cancel_while_it_waits(stage: Stage) -> None:
     stage.scheduler()
     rid = await stage.accept("waits", max_tokens=5)
 
-    async def ingested() -> bool:
+    async def admitted() -> bool:
         record = await stage.bus.read_request(rid)
         return record is not None and bool(record.prompts)
 
-    await stage.until(ingested)
+    await stage.until(admitted)
     assert await stage.bus.cancel(rid, "default")
     assert [(f.token, f.finish) for f in await stage.frames(rid)] == [(None, "abort")]
     await stage.at_rest()
@@ -323,7 +323,7 @@ async def test_cancel_while_it_runs(stage: Stage) -> None:
     await stage.at_rest()
 
 
-async def test_deadline_while_it_waits_and_before_it_is_ingested(stage: Stage) -> None:
+async def test_deadline_while_it_waits_and_before_it_is_admitted(stage: Stage) -> None:
     early = await stage.accept("early", job={"timeout_s": 0.001})
     await asyncio.sleep(0.01)
     stage.scheduler()

@@ -134,7 +134,7 @@ async def test_jobs_that_a_dead_leader_had_read_are_claimed(stage: Stage) -> Non
 
 
 async def test_a_new_leader_finds_waiting_cancelled_and_half_ended_requests(stage: Stage) -> None:
-    """What no worker ever saw, what was cancelled between the reigns, and a request one choice of which has ended."""
+    """What no worker ever saw, what was cancelled between the terms, and a request one choice of which has ended."""
     first, stop = stage.scheduler()
     worker = stage.worker(step_s=0.01)
     half = new_rid()
@@ -249,7 +249,7 @@ async def test_a_worker_that_drains_alone_finishes_its_sequences(stage: Stage) -
     await undisturbed(stage, PROMPTS, rids)
 
 
-async def test_a_worker_that_drained_before_the_reign_is_let_go(stage: Stage) -> None:
+async def test_a_worker_that_drained_before_the_term_is_let_go(stage: Stage) -> None:
     worker = stage.worker(state="draining")
     stage.scheduler()
     await asyncio.wait_for(worker.task, PATIENCE_S)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from scheduler.core.blocks import BlockManager
-from scheduler.core.lifecycle import Ledger
+from scheduler.core.lifecycle import Lifecycle
 from tests.scheduler.simulation import SimScheduler, simulate
 
 SEEDS = 150
@@ -45,14 +45,14 @@ def test_it_sees_a_cached_block_handed_out_with_its_name(monkeypatch: pytest.Mon
 
 
 def test_it_sees_a_sequence_moved_before_its_last_hint(monkeypatch: pytest.MonkeyPatch):
-    leave = Ledger.leave
+    leave = Lifecycle.leave
 
-    def leave_at_once(self: Ledger, sequence, *, lost_track=False):
+    def leave_at_once(self: Lifecycle, sequence, *, lost_track=False):
         leave(self, sequence, lost_track=lost_track)
-        if sequence.lane is not None and sequence in sequence.lane.departing:
+        if sequence.worker is not None and sequence in sequence.worker.departing:
             self.settle(sequence)
 
-    monkeypatch.setattr(Ledger, "leave", leave_at_once)
+    monkeypatch.setattr(Lifecycle, "leave", leave_at_once)
     assert fails()
 
 

@@ -1,4 +1,4 @@
-"""A scheduler that does what a test tells it: leads, ingests, plans and reads hints through the real bus."""
+"""A scheduler that does what a test tells it: leads, admits, plans and reads hints through the real bus."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ScriptedScheduler:
         assert epoch is not None
         self.epoch = epoch
         self.step = 0
-        self._after = await self.bus.last_event_id()  # hints of an earlier reign are not ours
+        self._after = await self.bus.last_event_id()  # hints of an earlier term are not ours
 
     async def adopt(self, wid: str, beyond: int = 0) -> WorkerRecord:
         """Wait for ``wid`` to serve under a gen above ``beyond``; plans go to it from now on."""
@@ -57,14 +57,14 @@ class ScriptedScheduler:
         return worker
 
     async def admit(self, prompt: bytes = b"prompt", seed: int = 1, **fields: object) -> str:
-        """A request through accept and ingest; ``fields`` of its sampling, and results/reply_to of its job."""
+        """A request through accept and admit; ``fields`` of its sampling, and results/reply_to of its job."""
         ours = {k: fields.pop(k) for k in ("results", "reply_to") if k in fields}
         rid = new_rid()
         job = Job(prompt=list(prompt), sampling=SamplingParams(**{"max_tokens": 100, **fields}), **ours)
         await self.bus.accept(job, rid=rid)
         (entry,) = await self.bus.read_jobs(self.owner, 10, 1000)
         ids = pack_ids(list(prompt))
-        verdict, _ = await self.bus.ingest(self.epoch, entry.entry_id, rid=rid, prompts=[ids], seed=seed)
+        verdict, _ = await self.bus.admit(self.epoch, entry.entry_id, rid=rid, prompts=[ids], seed=seed)
         assert verdict == "new"
         return rid
 

@@ -24,8 +24,7 @@ from protocol.errors import Fenced, StartError
 from protocol.messages import Plan, Terminal, choice_seed, decode_frames, encode, unpack_ids
 from tests.conftest import MODEL
 from tests.workers.scripted import ScriptedScheduler, until
-from workers import interruption, service
-from workers import session as incarnation
+from workers import interruption, service, session
 from workers.engine_thread import Ticket
 from workers.engines.base import Engine, Sampled
 from workers.engines.simulated import GOLDEN, SimulatedConfig, SimulatedEngine, _mix
@@ -356,7 +355,7 @@ async def test_steps_under_way_at_a_change_of_leaders_are_dropped(
     await heir.lead()
     heir.wid, heir.gen = "w0", scheduler.gen
     await heir.plan(new=[await heir.seat(0, rid, placement=2)])
-    engine.allow(1)  # of the old reign: committed under the old epoch, refused
+    engine.allow(1)  # of the old term: committed under the old epoch, refused
     await heir.decode(0, steps=4)
     engine.allow(100)
     await until(lambda: _ended(heir, rid), "the sequence ends")
@@ -370,9 +369,9 @@ async def test_a_result_that_crossed_with_a_fence_is_dropped(running: Running, s
     rid = await scheduler.admit(seed=1, max_tokens=2)
     plan = await scheduler.plan(new=[await scheduler.seat(0, rid)])
     await scheduler.done()
-    held: Any = worker._incarnation
+    held: Any = worker._session
     late = Sampled(np.array([0], np.int32), np.array([65], np.int32), {})
-    worker._deliver(Ticket(held.reign - 1, "0-1", plan), late, 0)
+    worker._deliver(Ticket(held.engine_run - 1, "0-1", plan), late, 0)
     await scheduler.decode(0)
     await scheduler.done()
     assert [f.token for f in await scheduler.frames(rid)] == expected(1, b"prompt", 2)
@@ -416,7 +415,7 @@ async def beat_of(scheduler: ScriptedScheduler) -> int:
 async def test_a_hung_step_stops_the_beats_and_they_come_back_with_it(
     running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(incarnation, "PULSE_S", 0.02)
+    monkeypatch.setattr(session, "HEARTBEAT_S", 0.02)
     engine = Gated()
     worker = await running.start(engine=engine)
     await scheduler.adopt("w0")
@@ -449,7 +448,7 @@ async def _beyond(scheduler: ScriptedScheduler, beat: int) -> bool:
 async def test_a_step_that_hangs_for_too_long_ends_the_process(
     running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(incarnation, "PULSE_S", 0.02)
+    monkeypatch.setattr(session, "HEARTBEAT_S", 0.02)
     await running.start(engine=Gated(), stall_timeout=0.1)
     await scheduler.adopt("w0")
     rid = await scheduler.admit()
@@ -461,7 +460,7 @@ async def test_a_worker_whose_step_hangs_is_not_offered_again(
     running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Retired while its device hangs, it registers anew only once the step has come to its end."""
-    monkeypatch.setattr(incarnation, "PULSE_S", 0.02)
+    monkeypatch.setattr(session, "HEARTBEAT_S", 0.02)
     engine = Gated()
     worker = await running.start(engine=engine)
     first = await scheduler.adopt("w0")
@@ -530,7 +529,7 @@ async def test_a_load_that_fails_says_why(running: Running) -> None:
 async def test_a_worker_retired_while_it_loads_registers_anew(
     running: Running, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(incarnation, "PULSE_S", 0.02)
+    monkeypatch.setattr(session, "HEARTBEAT_S", 0.02)
     loaded = threading.Event()
 
     class Slow(SimulatedEngine):

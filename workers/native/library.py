@@ -198,7 +198,7 @@ class Kernels:
         return out
 
     def rotary(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """x [T, H, rot] turned by the halves form; cosine and sine [T, rot] with one row stride."""
+        """x [T, H, rot] rotated by the halves form; cosine and sine [T, rot] with one row stride."""
         self._rotary(
             x.data_ptr(), x.stride(0), x.stride(1), cosine.data_ptr(), sine.data_ptr(), cosine.stride(0),
             out.data_ptr(), out.stride(0), out.stride(1), x.shape[0], x.shape[1], x.shape[2],

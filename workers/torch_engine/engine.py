@@ -27,7 +27,7 @@ from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.cpu.attention import NativeAttention
 from workers.torch_engine.cpu.layers import fuse_layers
 from workers.torch_engine.cpu.modules import fuse
-from workers.torch_engine.cpu.whole_pass import Shortcut, shortcut_of
+from workers.torch_engine.cpu.whole_pass import WholePass, whole_pass_of
 from workers.torch_engine.inputs import Seats, StepInputs
 from workers.torch_engine.kv_pool import KVPool, block_bytes, blocks_within
 from workers.torch_engine.memory import default_threads, kv_budget
@@ -53,7 +53,7 @@ class TorchEngine:
         self.overlaps = self.device.type != "cpu"
         self.attention = PagedAttention(TorchAttention())
         self.kernels: Kernels | None = None
-        self.shortcut: Shortcut | None = None
+        self.whole_pass: WholePass | None = None
         self._best: torch.Tensor | None = None  # int64 [k] beside the logits of the last pass, where it is known
 
     # ------------------------------------------------------------------ load
@@ -110,7 +110,7 @@ class TorchEngine:
 
     def _load_model(self, model_config: Any, kernels: Kernels | None, progress: Progress) -> None:
         """Load the weights, put the kernels in, and check that what comes out is what the model itself says."""
-        self.kernels, self.shortcut = kernels, None
+        self.kernels, self.whole_pass = kernels, None
         self.model = loader.load_model(self.config, model_config, self.device, progress)
         self.attention = PagedAttention(TorchAttention())
         self._keeps_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -133,20 +133,20 @@ class TorchEngine:
         if kernels is not None:
             text = torch.arange(verify.LENGTH, device=self.device)
             fuse_layers(self.model, kernels, self.attention, lambda: self._paged_logits([text]), report)
-            self._take_shortcut(text, report)
+            self._take_whole_pass(text, report)
             log.info("native CPU kernels (%s): %s", kernels.instruction_set, report)
         verify.compare(self.model, self._paged_logits, own, self.device)
 
-    def _take_shortcut(self, text: torch.Tensor, report: FuseReport) -> None:
+    def _take_whole_pass(self, text: torch.Tensor, report: FuseReport) -> None:
         """Leave the model's own code out of its passes if the same comes out."""
         (own,) = self._paged_logits([text])
-        self.shortcut = shortcut_of(self.model, max(self.max_model_len, verify.LENGTH))
-        if self.shortcut is None:
+        self.whole_pass = whole_pass_of(self.model, max(self.max_model_len, verify.LENGTH))
+        if self.whole_pass is None:
             return
         if agrees(self._paged_logits([text])[0], own):
             report.fused["pass"] += 1
         else:
-            self.shortcut = None
+            self.whole_pass = None
             report.kept["pass"] += 1
 
     def _make_pool_within(self, budget: int) -> None:
@@ -165,7 +165,7 @@ class TorchEngine:
                 )
             self.max_model_len = tokens
             loader.fix_rotary(self.model, tokens)
-            self.shortcut = self.shortcut and shortcut_of(self.model, tokens)  # its angles may be others
+            self.whole_pass = self.whole_pass and whole_pass_of(self.model, tokens)  # its angles may be others
         self._make_pool(tokens, self.max_model_len)
         if self.kernels is not None:
             self.pool.touch(self.kernels)
@@ -261,8 +261,8 @@ class TorchEngine:
     def _forward(self, step: StepInputs) -> torch.Tensor:
         """Logits [k, vocabulary] of the rows that are wanted."""
         self.attention.begin(step)
-        if self.shortcut is not None:
-            logits, self._best = self.shortcut.logits(step)
+        if self.whole_pass is not None:
+            logits, self._best = self.whole_pass.logits(step)
             self.attention.end()
             return logits
         kept = {"logits_to_keep": step.logit_rows} if self._keeps_rows else {}

@@ -100,11 +100,11 @@ class Sampler:
         """
         fields = self._fields[seats]
         random, lp_rows = np.flatnonzero(fields["temperature"] > 0), np.flatnonzero(fields["logprobs"] >= 0)
-        if not len(random) and not len(lp_rows) and not self._steered:
+        if not len(random) and not len(lp_rows) and not self._has_processors:
             return Drawn(logits.argmax(dim=-1) if best is None else best)  # 16-bit logits order as if widened
         logits = logits.float()
         logprobs = torch.log_softmax(logits[self._index(lp_rows)], dim=-1) if len(lp_rows) else None
-        logits = self._steer(logits, seats, positions)
+        logits = self._process_logits(logits, seats, positions)
         tokens = self._choose(logits, fields, positions, random)
         self.penalties.count(seats, tokens)
         if logprobs is None:
@@ -118,7 +118,7 @@ class Sampler:
     def _choose(
         self, logits: torch.Tensor, fields: np.ndarray, positions: np.ndarray, random: np.ndarray
     ) -> torch.Tensor:
-        """int64 [k] from the steered logits; ``random``: the rows that are not greedy."""
+        """int64 [k] from the processed logits; ``random``: the rows that are not greedy."""
         if self.kernels is not None:
             draws = np.empty(len(fields), DRAW)
             for name in ("temperature", "top_p", "min_p", "top_k"):
@@ -135,10 +135,10 @@ class Sampler:
         """How many alternatives each seat asked for; -1: no logprobs at all."""
         return np.asarray(self._fields["logprobs"][seats])
 
-    def _steer(self, logits: torch.Tensor, seats: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+    def _process_logits(self, logits: torch.Tensor, seats: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Penalties, then logit_bias, then min_tokens. Copies before it changes anything."""
-        rows = {int(seat): row for row, seat in enumerate(seats)} if self._steered else {}
-        steered = self.penalties.apply(logits, rows)
+        rows = {int(seat): row for row, seat in enumerate(seats)} if self._has_processors else {}
+        processed = self.penalties.apply(logits, rows)
         biased = [(row, *self.bias[seat]) for seat, row in rows.items() if seat in self.bias]
         banned = [
             (row, ids)
@@ -146,22 +146,22 @@ class Sampler:
             for until, ids in (self.banned.get(seat, _NEVER),)
             if positions[row] < until
         ]
-        if (biased or banned) and steered is logits:
-            steered = logits.clone()
+        if (biased or banned) and processed is logits:
+            processed = logits.clone()
         if biased:
             at = [self._index(np.repeat([b[0] for b in biased], [len(b[1]) for b in biased]))]
             at.append(self._index(np.concatenate([b[1] for b in biased])))
-            steered.index_put_(
+            processed.index_put_(
                 tuple(at), to_device(np.concatenate([b[2] for b in biased]), self.device), accumulate=True
             )
         if banned:
             at = [self._index(np.repeat([b[0] for b in banned], [len(b[1]) for b in banned]))]
             at.append(self._index(np.concatenate([b[1] for b in banned])))
-            steered.index_put_(tuple(at), torch.full((), -torch.inf, device=self.device))  # torch.tensor() would wait
-        return steered
+            processed.index_put_(tuple(at), torch.full((), -torch.inf, device=self.device))  # torch.tensor() would wait
+        return processed
 
     @property
-    def _steered(self) -> bool:
+    def _has_processors(self) -> bool:
         return bool(self.penalties.slots or self.bias or self.banned)
 
     def _index(self, array: np.ndarray) -> torch.Tensor:

@@ -28,7 +28,7 @@ FAULT_RATES = {
     "commit": 0.1,
     "plan": 0.03,
     "finish": 0.05,
-    "ingest": 0.03,
+    "admit": 0.03,
     "accept": 0.05,
     "retire": 0.1,
     "register": 0.1,

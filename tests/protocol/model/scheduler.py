@@ -71,7 +71,7 @@ class Scheduler:
             for _ in range(16):
                 await Turn()
         self.world.epochs.append(self.epoch)
-        self.world.stats["reigns"] += 1
+        self.world.stats["terms"] += 1
 
     async def recover(self) -> None:
         """Lead first, read after: nothing of an earlier epoch lands any more."""
@@ -81,7 +81,7 @@ class Scheduler:
         await self.look_at_workers()
 
     async def adopt(self, rid: str) -> None:
-        """Take up a request from what is stored of it. One that was never ingested is still in the inbox."""
+        """Take up a request from what is stored of it. One that was never admitted is still in the inbox."""
         record = await self.bus.read_request(rid)
         if record is None or not record.prompts:
             return
@@ -91,12 +91,12 @@ class Scheduler:
                 sequence.lost, sequence.cancel = True, record.cancel
                 self.sequences[rid, choice] = sequence
 
-    async def reign(self) -> None:
+    async def term(self) -> None:
         world, rng = self.world, self.rng
         await self.wait_for_the_lead()
         await self.recover()
         while True:
-            await self.bus.beat(self.epoch, self.owner)
+            await self.bus.renew_lead(self.epoch, self.owner)
             await self.take_in()
             await self.hear()
             await self.look_at_workers()
@@ -120,20 +120,20 @@ class Scheduler:
         for entry in [*await self.bus.read_jobs(self.owner, 4, 0), *await self.bus.claim_jobs(self.owner, 4)]:
             if entry.rid is not None:
                 record = await self.bus.read_request(entry.rid)
-                await self.ingest(entry.entry_id, entry.rid, record.job if record else None)
+                await self.admit(entry.entry_id, entry.rid, record.job if record else None)
                 continue
             try:
                 job = decode_job(entry.payload or b"")
             except HeadraceError:
                 await self.bus.reject(self.epoch, entry.entry_id, payload_hash="h", error={"code": "invalid_request"})
                 continue
-            await self.ingest(entry.entry_id, f"{self.rng.getrandbits(128):032x}", job, push=True)
+            await self.admit(entry.entry_id, f"{self.rng.getrandbits(128):032x}", job, push=True)
 
-    async def ingest(self, entry_id: str, rid: str, job: Job | None, push: bool = False) -> None:
-        verdict, rid = await self.bus.ingest(
+    async def admit(self, entry_id: str, rid: str, job: Job | None, push: bool = False) -> None:
+        verdict, rid = await self.bus.admit(
             self.epoch, entry_id, rid=rid, prompts=[pack_ids([1, FIRST])], seed=1, job=job if push else None
         )
-        self.world.stats[f"ingest {verdict}"] += 1
+        self.world.stats[f"admit {verdict}"] += 1
         if verdict in ("new", "repeat"):
             await self.adopt(rid)
         elif verdict == "cancelled" and job is not None:
@@ -305,4 +305,4 @@ class Scheduler:
 
 
 async def scheduler(world: World, name: str) -> None:
-    await Scheduler(world, name).reign()
+    await Scheduler(world, name).term()

@@ -52,7 +52,7 @@ class Worker:
             if self.pending and self.rng.random() < 0.4:
                 await self.commit()
             elif self.rng.random() < 0.5:
-                await self.bus.pulse(self.wid, self.gen)
+                await self.bus.heartbeat(self.wid, self.gen)
             for _ in range(self.rng.randrange(12)):
                 await Turn()
             await self.world.maybe_pause(0.004)

@@ -178,7 +178,7 @@ class World:
         if leaked_keys(self.plain, MODEL):
             self.wrong["leaked keys"] += 1
         if self.epochs != sorted(set(self.epochs)):
-            self.wrong["an epoch reigned twice"] += 1
+            self.wrong["an epoch led twice"] += 1
 
     def _judge_journal(self, journal: bytes, end: str) -> None:
         """One terminal frame, the last; the chain of tokens unbroken; the record agrees."""

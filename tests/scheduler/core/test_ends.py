@@ -149,7 +149,7 @@ def test_a_repeated_hint_changes_nothing():
     c.apply(hint(first), 0.0)
     c.apply(hint(second), 0.0)
     c.apply(hint(first), 0.0)
-    assert len(c._ledger.requests["r"].sequences[0].output) == 2
+    assert len(c._lifecycle.requests["r"].sequences[0].output) == 2
 
 
 def test_one_hint_may_speak_for_several_steps():
@@ -157,7 +157,7 @@ def test_one_hint_may_speak_for_several_steps():
     c.apply(arrive("r", 6, max_tokens=50), 0.0)
     _, second = plans(c.plan(0.0))
     assert c.apply(hint(second, {0: [5, 6]}), 0.0) == []
-    sequence = c._ledger.requests["r"].sequences[0]
+    sequence = c._lifecycle.requests["r"].sequences[0]
     assert (list(sequence.output), sequence.state) == ([5, 6], State.RUNNING)
 
 

@@ -259,7 +259,7 @@ def test_a_preempted_sequence_starts_again_only_after_its_last_hint():
         sent += plans(c.plan(0.0))
         if not c.stats().counters.preemptions:
             c.apply(hint(sent.pop(0)), 0.0)
-    b = c._ledger.requests["b"].sequences[0]
+    b = c._lifecycle.requests["b"].sequences[0]
     assert b.state is State.LEAVING
     assert b.blocks == []
     mentions = [plan for plan in sent if b.seat in rows(plan)]

@@ -10,7 +10,7 @@ import pytest
 from protocol.messages import HintRow
 from scheduler.core.events import SendPlan, StepDone
 from scheduler.core.scheduler import Core, CoreConfig
-from scheduler.core.step_time import Pace
+from scheduler.core.step_time import StepTimeModel
 from tests.factories import arrive, capacity, rows, serving
 
 PROMPT = 20
@@ -87,34 +87,34 @@ def test_a_depth_grown_in_bad_times_shrinks_again():
 
 
 def test_step_times_are_told_apart_by_rows_and_prefill_tokens():
-    pace = Pace()
+    step_time = StepTimeModel()
     for _ in range(50):
-        pace.learn(8, 0, 0.010)
-        pace.learn(64, 0, 0.030)
-        pace.learn(8, 100, 0.110)
-    assert pace.step_s(8, 0) == pytest.approx(0.010, rel=0.05)
-    assert pace.step_s(64, 50) == pytest.approx(0.080, rel=0.05)
-    assert pace.step_s(100, 0) == pytest.approx(0.030, rel=0.05), "the nearest that is known"
+        step_time.learn(8, 0, 0.010)
+        step_time.learn(64, 0, 0.030)
+        step_time.learn(8, 100, 0.110)
+    assert step_time.step_s(8, 0) == pytest.approx(0.010, rel=0.05)
+    assert step_time.step_s(64, 50) == pytest.approx(0.080, rel=0.05)
+    assert step_time.step_s(100, 0) == pytest.approx(0.030, rel=0.05), "the nearest that is known"
 
 
 def test_mixed_steps_alone_are_enough_to_keep_decodes_going():
     """Under steady load no step may ever be of one kind: chunks must be bounded all the same."""
-    pace = Pace()
-    pace.learn(0, 512, 0.512)
+    step_time = StepTimeModel()
+    step_time.learn(0, 512, 0.512)
     for rows_now in (4, 8, 16, 32, 32, 32, 32, 32):
-        pace.learn(rows_now, 256, 0.256 + 0.005 + rows_now * 0.001)
-    assert pace.step_s(32, 256) == pytest.approx(0.293, rel=0.1)
-    assert 8 <= pace.chunk(32, 10_000, 1) < 256
+        step_time.learn(rows_now, 256, 0.256 + 0.005 + rows_now * 0.001)
+    assert step_time.step_s(32, 256) == pytest.approx(0.293, rel=0.1)
+    assert 8 <= step_time.chunk(32, 10_000, 1) < 256
 
 
 def test_what_a_prefill_token_costs_beside_few_rows_is_learned_from_there():
     """Two seconds for a long chunk alone, and twice as much a token beside eight rows: the chunk follows the latter."""
-    pace = Pace()
-    pace.learn(0, 1000, 2.0)
-    pace.learn(8, 0, 0.100)
+    step_time = StepTimeModel()
+    step_time.learn(0, 1000, 2.0)
+    step_time.learn(8, 0, 0.100)
     for _ in range(40):
-        count = pace.chunk(8, 10_000, 1)
-        pace.learn(8, count, 0.100 + 0.004 * count)
-    assert 0.160 < 0.100 + 0.004 * pace.chunk(8, 10_000, 1) < 0.190
-    assert pace.decode_s(8) == pytest.approx(0.100, rel=0.1)
-    assert pace.step_s(0, 1000) == pytest.approx(2.0), "a chunk of its own costs what it did"
+        count = step_time.chunk(8, 10_000, 1)
+        step_time.learn(8, count, 0.100 + 0.004 * count)
+    assert 0.160 < 0.100 + 0.004 * step_time.chunk(8, 10_000, 1) < 0.190
+    assert step_time.decode_s(8) == pytest.approx(0.100, rel=0.1)
+    assert step_time.step_s(0, 1000) == pytest.approx(2.0), "a chunk of its own costs what it did"

@@ -74,7 +74,7 @@ class SimWorker:
             self.clear()
             self.epoch = server.epoch
         elif server.workers[self.wid].retired or server.workers[self.wid].gen != self.gen:
-            self.start()  # its pulse is fenced
+            self.start()  # its heartbeat is fenced
 
     def next_plan(self) -> Plan | None:
         for plan in self.world.server.workers[self.wid].plans:

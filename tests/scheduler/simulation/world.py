@@ -74,7 +74,7 @@ class World:
 
     def done(self, scheduler: SimScheduler, effect: RequestDone) -> None:
         if scheduler.epoch < self.server.epoch:
-            return  # deposed, it may take a newer reign's hints for its own: nothing that it writes will land
+            return  # deposed, it may take a newer term's hints for its own: nothing that it writes will land
         record = self.server.records[effect.rid]
         if any(choice.finish is None for choice in record.choices):
             raise Violation(f"{effect.rid}: done before its choices ended")

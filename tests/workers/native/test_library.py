@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from workers.native import library as native
 from workers.native.library import (
     Kernels,
     KernelsUnavailable,
@@ -24,7 +25,6 @@ from workers.native.library import (
     load_kernels,
     make_step,
 )
-from workers.native import library as native
 
 try:
     load_kernels()

@@ -184,9 +184,9 @@ def test_penalties_follow_their_definitions():
         expected[token] = expected[token] / 1.7 if expected[token] > 0 else expected[token] * 1.7
     for token, times in ((4, 2), (5, 1)):
         expected[token] -= 0.3 * times + 0.9
-    steered = made._steer(logits, np.arange(2), np.array([6, 6]))
-    torch.testing.assert_close(steered[0], expected)
-    assert torch.equal(steered[1], logits[1])
+    processed = made._process_logits(logits, np.arange(2), np.array([6, 6]))
+    torch.testing.assert_close(processed[0], expected)
+    assert torch.equal(processed[1], logits[1])
 
 
 def test_replayed_outputs_count_like_drawn_ones():
@@ -229,8 +229,8 @@ def test_min_tokens_bans_every_end_until_reached():
 
 def test_logprobs_are_the_models_own():
     logits = logits_of(rows=3)
-    steered = SamplingParams(temperature=0, logprobs=3, logit_bias={11: 100.0}, repetition_penalty=2.0)
-    drawn = sample(make(GREEDY, steered, SamplingParams(temperature=0, logprobs=0)), logits)
+    processed = SamplingParams(temperature=0, logprobs=3, logit_bias={11: 100.0}, repetition_penalty=2.0)
+    drawn = sample(make(GREEDY, processed, SamplingParams(temperature=0, logprobs=0)), logits)
     own = torch.log_softmax(logits, -1)
     assert drawn.lp_rows.tolist() == [1, 2]
     torch.testing.assert_close(drawn.lp_drawn, torch.stack([own[1, 11], own[2].max()]))

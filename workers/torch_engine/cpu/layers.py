@@ -190,7 +190,7 @@ class NativeLayers(nn.Module):
 
 
 def native_layer(kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen, rot: int) -> NativeLayers:
-    """A layer by itself. ``rot``: how much of each head is turned."""
+    """A layer by itself. ``rot``: how much of each head is rotated."""
     layer = Layer(
         parts.qkv.linear, parts.o.linear, parts.gate_up.linear, parts.down.linear,
         rule=native_rule(seen.rule, seen.sinks), heads=seen.heads, act=parts.act, rot=rot,

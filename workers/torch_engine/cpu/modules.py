@@ -229,7 +229,7 @@ ROTARY = "apply_rotary_pos_emb"
 
 
 def _native_rotary(kernels: Kernels, original: Callable[..., Any]) -> Callable[..., Any]:
-    def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         out = torch.empty(x.shape[2], x.shape[1], x.shape[3])
         kernels.rotary(x[0].transpose(0, 1), cos[0], sin[0], out)
         return out.transpose(0, 1)[None]
@@ -237,7 +237,7 @@ def _native_rotary(kernels: Kernels, original: Callable[..., Any]) -> Callable[.
     def apply_rotary(q, k, cos, sin, *args, **kwargs):  # type: ignore[no-untyped-def]
         plain = not args and not kwargs and q.shape[0] == 1 and cos.dim() == 3 and q.shape[-1] == cos.shape[-1]
         if plain and q.stride(-1) == 1 and k.stride(-1) == 1 and cos.stride() == sin.stride() and cos.stride(-1) == 1:
-            return turn(q, cos, sin), turn(k, cos, sin)
+            return rotate(q, cos, sin), rotate(k, cos, sin)
         return original(q, k, cos, sin, *args, **kwargs)
 
     return apply_rotary

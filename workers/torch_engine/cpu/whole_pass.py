@@ -41,7 +41,7 @@ _HEAD_NAMES = frozenset(
 )
 
 
-class Shortcut:
+class WholePass:
     """The parts of a pass; ``angles``: cosine and sine [positions, rot]."""
 
     def __init__(
@@ -92,8 +92,8 @@ def _angles(rotary: nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor]
     return (cosine, sine) if same and cosine.dtype == sine.dtype == torch.float32 else None
 
 
-def shortcut_of(model: Any, length: int) -> Shortcut | None:
-    """The shortcut through ``model`` for contexts of up to ``length`` tokens, if it is of the usual build and all its
+def whole_pass_of(model: Any, length: int) -> WholePass | None:
+    """The whole pass through ``model`` for contexts of up to ``length`` tokens, if it is of the usual build and all its
     layers are one call."""
     inner: Any = getattr(model, "model", None)
     parts: list[Any] = [getattr(inner, name, None) for name in ("embed_tokens", "rotary_emb", "layers", "norm")]
@@ -109,4 +109,4 @@ def shortcut_of(model: Any, length: int) -> Shortcut | None:
     if not isinstance(norm, NativeRMSNorm) or not isinstance(head, PackedLinear):
         return None
     angles = _angles(rotary, length)
-    return Shortcut(embed, angles, first, norm, head) if angles else None
+    return WholePass(embed, angles, first, norm, head) if angles else None

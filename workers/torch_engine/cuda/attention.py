@@ -2,7 +2,7 @@
 
 A model's attention calls `apply_rotary_pos_emb` and then, with the very tensors that it returned, the attention
 function. So rotary can be put off: it returns its arguments as they are and leaves word, and the attention function
-turns them where it reads them anyway. Where the tensors that arrive are not those that were left, the probe notices,
+rotates them where it reads them anyway. Where the tensors that arrive are not those that were left, the probe notices,
 and that module's rotary is computed at once, as the model wrote it.
 """
 
@@ -18,12 +18,12 @@ from protocol.errors import EngineFailed
 from workers.torch_engine.attention import AttentionRule, PagedAttention
 from workers.torch_engine.cuda.step_tables import StepTables
 from workers.torch_engine.cuda.triton_attention import TritonAttention
-from workers.torch_engine.cuda.triton_kernels import store_kv, turn_and_store_kv
+from workers.torch_engine.cuda.triton_kernels import rotate_and_store_kv, store_kv
 
 
 @dataclass
 class Rotation:
-    """Queries and keys [1, heads, T, size] that are to be turned by the tables ``cos`` and ``sin`` [1, T, size]."""
+    """Queries and keys [1, heads, T, size] that are to be rotated by the tables ``cos`` and ``sin`` [1, T, size]."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -39,7 +39,7 @@ class TableAttention(PagedAttention):
         super().__init__(self.kernels)  # type: ignore[arg-type]  # it reads tables, and writes together with rotary
         self.groups: list[int] = []
         self._left: Rotation | None = None
-        self._puts_off = True  # until the probe finds an attention that does not hand on what it turned
+        self._puts_off = True  # until the probe finds an attention that does not hand on what it rotated
         self._at = 0  # layer of the next call
 
     def begin(self, step: Any, layer: int = 0) -> None:
@@ -81,7 +81,7 @@ class TableAttention(PagedAttention):
         left, self._left = self._left, None
         if left is not None and (left.query is not query or left.key is not key):
             if not self._probing:
-                raise EngineFailed(f"{type(module).__name__} changes its queries after they were turned")
+                raise EngineFailed(f"{type(module).__name__} changes its queries after they were rotated")
             self._puts_off = False
         if self.pool is None:
             self.groups.append(query.shape[1] // key.shape[1])
@@ -93,7 +93,7 @@ class TableAttention(PagedAttention):
         self._at += 1
         q, k, v = (_adjacent(states[0].transpose(0, 1)) for states in (query, key, value))
         if left is not None:
-            q = turn_and_store_kv(k, v, keys, values, step.slots, q, _adjacent(left.cos[0]), _adjacent(left.sin[0]))
+            q = rotate_and_store_kv(k, v, keys, values, step.slots, q, _adjacent(left.cos[0]), _adjacent(left.sin[0]))
         else:
             store_kv(k, v, keys, values, step.slots)
         return self.kernels.attend(q, keys, values, step.work, step.block_size, rule, sinks)[None]

@@ -6,7 +6,7 @@ to torch where it differs, said in the report. What is replaced:
 - q, k and v as one product, gate and up as one product with a gate kernel behind it;
 - RMSNorm; and where a decoder layer is the common one (norm, attention, add, norm, MLP, add), each addition together
   with the norm that follows it, the next layer's first norm included;
-- `apply_rotary_pos_emb` together with the write of keys and values, where the attention hands on what it turned.
+- `apply_rotary_pos_emb` together with the write of keys and values, where the attention hands on what it rotated.
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ def _fuse_rotary(model: nn.Module, attention: TableAttention, report: FuseReport
 
 
 def _rotary_agrees(original: Callable[..., Any], draw: _Draw) -> bool:
-    """Whether the kernel turns as ``original`` does."""
+    """Whether the kernel rotates as ``original`` does."""
     q, k = draw(1, 4, 5, 16), draw(1, 2, 5, 16)
     angles = draw(1, 5, 8, dtype=torch.float32).repeat(1, 1, 2)
     cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
@@ -329,5 +329,5 @@ def _rotary_agrees(original: Callable[..., Any], draw: _Draw) -> bool:
     except (TypeError, RuntimeError, IndexError, ValueError):  # another signature or shape: not the one we know
         return False
     query, key = q[0].transpose(0, 1), k[0].transpose(0, 1)
-    turned = kernels.turn_and_store_kv(key, key, keys, values, slots, query, cos[0], sin[0])
-    return _equal(turned, theirs_q[0].transpose(0, 1)) and _equal(keys[:5], theirs_k[0].transpose(0, 1))
+    rotated = kernels.rotate_and_store_kv(key, key, keys, values, slots, query, cos[0], sin[0])
+    return _equal(rotated, theirs_q[0].transpose(0, 1)) and _equal(keys[:5], theirs_k[0].transpose(0, 1))

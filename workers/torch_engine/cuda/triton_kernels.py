@@ -85,13 +85,13 @@ def _turn_heads(
 
 
 @triton.jit
-def turn_and_store(
-    query, key, value, turned, keys, values, slots, cos, sin,
+def rotate_and_store(
+    query, key, value, rotated, keys, values, slots, cos, sin,
     q_token, q_head, k_token, k_head, v_token, v_head, angle_row, pool_k_slot, pool_k_head, pool_v_slot, pool_v_head,
     HEADS: tl.constexpr, HEADS_P2: tl.constexpr, KV_HEADS: tl.constexpr, KV_HEADS_P2: tl.constexpr,
     DK: tl.constexpr, DK_P2: tl.constexpr, DV: tl.constexpr, DV_P2: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, 2 or 3): values to the pool; keys to the pool, turned where ROTATE; then queries, turned.
+    """Grid (tokens, 2 or 3): values to the pool; keys to the pool, rotated where ROTATE; then queries, rotated.
 
     Keys and values of slot -1 are padding and go nowhere.
     """
@@ -99,7 +99,7 @@ def turn_and_store(
     part = tl.program_id(1)
     slot = tl.load(slots + token)
     if part == 2:
-        source, target = query + token * q_token, turned + token * HEADS * DK
+        source, target = query + token * q_token, rotated + token * HEADS * DK
         angles = token * angle_row
         _turn_heads(source, q_head, target, DK, cos + angles, sin + angles, HEADS, DK // 2, DK_P2 // 2, HEADS_P2)
     elif slot >= 0:
@@ -166,7 +166,7 @@ def store_kv(
     _store(key, value, keys, values, slots, key, key, slots, slots, rotate=False)
 
 
-def turn_and_store_kv(
+def rotate_and_store_kv(
     key: torch.Tensor,
     value: torch.Tensor,
     keys: torch.Tensor,
@@ -176,20 +176,20 @@ def turn_and_store_kv(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> torch.Tensor:
-    """The same, keys turned on their way by the tables ``cos`` and ``sin`` [T, key_size]; gives ``query``
-    [T, heads, key_size] turned."""
-    turned = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    _store(key, value, keys, values, slots, query, turned, cos, sin, rotate=True)
-    return turned
+    """The same, keys rotated on their way by the tables ``cos`` and ``sin`` [T, key_size]; gives ``query``
+    [T, heads, key_size] rotated."""
+    rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    _store(key, value, keys, values, slots, query, rotated, cos, sin, rotate=True)
+    return rotated
 
 
 def _store(
     key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
-    query: torch.Tensor, turned: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate: bool,
+    query: torch.Tensor, rotated: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate: bool,
 ) -> None:  # fmt: skip
     heads, kv_heads, key_size, value_size = query.shape[1], key.shape[1], key.shape[2], value.shape[2]
-    turn_and_store[(key.shape[0], 3 if rotate else 2)](
-        query, key, value, turned, keys, values, slots, cos, sin,
+    rotate_and_store[(key.shape[0], 3 if rotate else 2)](
+        query, key, value, rotated, keys, values, slots, cos, sin,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1), cos.stride(0),
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         HEADS=heads, HEADS_P2=triton.next_power_of_2(heads),

@@ -40,13 +40,13 @@ def test_layers_of_the_usual_build_become_one_call(tmp_path_factory, name):
 
 
 @pytest.mark.parametrize("name", [name for name in SERVED if name != "phi3_longrope"])
-def test_a_model_with_nothing_around_its_layers_takes_the_shortcut(tmp_path_factory, name):
+def test_a_model_with_nothing_around_its_layers_takes_the_whole_pass(tmp_path_factory, name):
     """That what comes out is the model's own is what test_parity asks of the same engines."""
-    assert (make_engine(tiny_model(tmp_path_factory, name)).shortcut is not None) == (name in WHOLE - CAPPED)
+    assert (make_engine(tiny_model(tmp_path_factory, name)).whole_pass is not None) == (name in WHOLE - CAPPED)
 
 
 @pytest.mark.parametrize("where", ["LlamaModel", "LlamaForCausalLM"])
-def test_a_model_that_mentions_more_takes_no_shortcut(tmp_path_factory, monkeypatch, where):
+def test_a_model_that_mentions_more_takes_no_whole_pass(tmp_path_factory, monkeypatch, where):
     from transformers.models.llama import modeling_llama
 
     model = getattr(modeling_llama, where)
@@ -57,10 +57,10 @@ def test_a_model_that_mentions_more_takes_no_shortcut(tmp_path_factory, monkeypa
         return original(self, *args, position_ids=position_ids, **kwargs)
 
     monkeypatch.setattr(model, "forward", forward)
-    assert make_engine(tiny_model(tmp_path_factory, "llama")).shortcut is None
+    assert make_engine(tiny_model(tmp_path_factory, "llama")).whole_pass is None
 
 
-def test_a_shortcut_that_gives_something_else_is_not_taken(tmp_path_factory, monkeypatch):
+def test_a_whole_pass_that_gives_something_else_is_not_taken(tmp_path_factory, monkeypatch):
     """No name tells that this head is scaled."""
     from transformers.models.llama import modeling_llama
 
@@ -73,7 +73,7 @@ def test_a_shortcut_that_gives_something_else_is_not_taken(tmp_path_factory, mon
 
     assert forward.__code__.co_names == ()
     monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", forward)
-    assert make_engine(tiny_model(tmp_path_factory, "llama")).shortcut is None
+    assert make_engine(tiny_model(tmp_path_factory, "llama")).whole_pass is None
 
 
 def test_layers_with_angles_of_their_own_are_not_joined(tmp_path_factory):

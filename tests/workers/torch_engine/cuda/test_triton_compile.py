@@ -61,7 +61,7 @@ def small(capability, kind):
         compile_for(capability, kernels.gate_rows, types, dict(SIZE=1536, BLOCK=1024, ACT=act), num_warps=4)
     for rotate in (False, True):
         sizes = dict(HEADS=14, HEADS_P2=16, KV_HEADS=2, KV_HEADS_P2=2, DK=80, DK_P2=128, DV=64, DV_P2=64, ROTATE=rotate)
-        compile_for(capability, kernels.turn_and_store, types, sizes, num_warps=4)
+        compile_for(capability, kernels.rotate_and_store, types, sizes, num_warps=4)
 
 
 def sampling(capability):

@@ -53,7 +53,7 @@ def test_gates(dtype, size):
     close(kernels.gated(gate, up, kernels.GELU_TANH), F.gelu(gate.float(), approximate="tanh") * up.float())
 
 
-def turn(x, cos, sin):
+def rotate(x, cos, sin):
     low, high = x.float().chunk(2, -1)
     return x.float() * cos[:, None].float() + torch.cat([-high, low], -1) * sin[:, None].float()
 
@@ -68,10 +68,10 @@ def test_rotary_and_store_in_one(dtype, heads, kv_heads, size):
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     keys, values = (torch.zeros(32, kv_heads, size, dtype=dtype, device=DEVICE) for _ in range(2))
     slots = torch.tensor([9, 3, -1, 30, -1], device=DEVICE)
-    turned = kernels.turn_and_store_kv(key, value, keys, values, slots, query, cos, sin)
-    close(turned, turn(query, cos, sin))
+    rotated = kernels.rotate_and_store_kv(key, value, keys, values, slots, query, cos, sin)
+    close(rotated, rotate(query, cos, sin))
     real = slots >= 0
-    close(keys[slots[real]], turn(key, cos, sin)[real])
+    close(keys[slots[real]], rotate(key, cos, sin)[real])
     assert torch.equal(values[slots[real]], value[real])
     assert (keys.abs().sum((1, 2)) > 0).sum() == (values.abs().sum((1, 2)) > 0).sum() == 3  # nothing from padding
 
