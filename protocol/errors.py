@@ -3,6 +3,8 @@
     HeadraceError
     ├── RequestError                    the sender's fault: never retried as it stands
     │   ├── InvalidRequest        400   invalid_request
+    │   │   └── StructureNotSupported 400 structure_not_supported (a schema, grammar or tokenizer that cannot be served)
+    │   ├── NoTokenLeft           400   no_token_left (its own parameters rule out every token)
     │   ├── ContextLengthExceeded 400   context_length_exceeded
     │   ├── Unauthorized          401   invalid_api_key
     │   ├── NotFound              404   not_found (model_not_found)
@@ -13,6 +15,7 @@
     ├── ServiceError                    ours, or the surroundings': may be tried again
     │   ├── Overloaded            429   overloaded (carries retry_after, seconds)
     │   ├── EngineFailed          500   engine_failed
+    │   ├── GrammarFailed         500   grammar_failed (a grammar that could not be followed to its end)
     │   ├── StoreFailed           500   store_failed (the server refused an operation: a key of a wrong type)
     │   ├── Unavailable           503   unavailable
     │   └── DeadlineExceeded      504   deadline_exceeded
@@ -48,6 +51,14 @@ class RequestError(HeadraceError):
 
 class InvalidRequest(RequestError):
     pass
+
+
+class StructureNotSupported(InvalidRequest):
+    code = "structure_not_supported"
+
+
+class NoTokenLeft(RequestError):
+    code = "no_token_left"
 
 
 class ContextLengthExceeded(RequestError):
@@ -99,6 +110,10 @@ class Overloaded(ServiceError):
 
 class EngineFailed(ServiceError):
     status, code = 500, "engine_failed"
+
+
+class GrammarFailed(ServiceError):
+    status, code = 500, "grammar_failed"
 
 
 class StoreFailed(ServiceError):

@@ -20,6 +20,7 @@ from protocol.sampling import INT64_MAX
 
 JOB_VERSION = 1
 MAX_NESTING = 32
+MAX_SCHEMA_NESTING = 64  # an object within an object takes two levels of its schema
 MAX_TIMEOUT_S = 86_400.0
 MAX_SALT_CHARS = 256
 INT32_MAX = 2**31 - 1
@@ -94,6 +95,9 @@ def check_job(job: Job, *, vocab_size: int | None = None) -> None:
         raise InvalidRequest(f"timeout_s must lie in (0, {MAX_TIMEOUT_S:.0f}]", param="timeout_s")
     if job.cache_salt is not None and not 1 <= len(job.cache_salt) <= MAX_SALT_CHARS:
         raise InvalidRequest(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters", param="cache_salt")
+    structure = job.sampling.structure
+    if structure is not None:  # before it is looked into
+        _check_tree([structure.json, structure.structural_tag], structure.field, MAX_SCHEMA_NESTING)
     job.sampling.check(vocab_size)
     for stop in job.sampling.stop:
         _check_text(stop, "stop")
@@ -201,10 +205,10 @@ def _check_template_arguments(job: Job) -> None:
     _check_tree(arguments, "chat_template_kwargs")
 
 
-def _check_tree(tree: Any, field: str) -> None:
-    """Free-form values: finite numbers, whole Unicode, text keys, at most MAX_NESTING deep (counted from the body)."""
+def _check_tree(tree: Any, field: str, deepest: int = MAX_NESTING) -> None:
+    """Free-form values: finite numbers, whole Unicode, text keys, at most ``deepest`` deep (counted from the body)."""
     level: list[Any] = [tree]
-    for _ in range(MAX_NESTING):
+    for _ in range(deepest):
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):
@@ -218,7 +222,7 @@ def _check_tree(tree: Any, field: str) -> None:
         level = [value for value in below if isinstance(value, dict | list)]
         if not level:
             return
-    raise InvalidRequest(f"{field} is nested more than {MAX_NESTING} deep", param=field)
+    raise InvalidRequest(f"{field} is nested more than {deepest} deep", param=field)
 
 
 def _check_leaves(values: Iterable[Any], field: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import InvalidRequest
+from protocol.structure import Structure
 
 MAX_CHOICES = 8
 MAX_STOPS = 4
@@ -42,6 +43,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    structure: Structure | None = None  # what the text must look like
 
     @property
     def greedy(self) -> bool:
@@ -84,6 +86,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             for token, bias in self.logit_bias.items():
                 _range("logit_bias", token, 0, top)
                 _range("logit_bias", bias, -100.0, 100.0)
+        if self.structure is not None:
+            self.structure.check(vocab_size)
 
 
 def _range(field: str, value: Any, low: float, high: float, open_low: bool = False) -> None:

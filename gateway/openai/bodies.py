@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.openai.structured import structure_of
 from gateway.openai.view import View
 from protocol.errors import ContextLengthExceeded, InvalidRequest, NotFound
 from protocol.keys import check_name
@@ -71,9 +72,14 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prediction: Any = None
-    # accepted only where they say nothing
+    # structure of the answer (structured.py)
     response_format: Any = None
     structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    # accepted only where they say nothing
     prompt_logprobs: Any = None
 
     @property
@@ -134,8 +140,6 @@ class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
 
 # The values, besides null, that leave an unsupported field without meaning.
 NO_OP: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "prompt_logprobs": (),
     "suffix": ("",),
     "tools": ([],),
@@ -226,14 +230,14 @@ def _sampling(body: GenerationBody, card: ModelCard, max_tokens: int | None, log
     given: dict[str, Any] = {
         name: value
         for name in SamplingParams.__struct_fields__
-        if name not in ("logprobs", "stop") and (value := getattr(body, name)) is not None
+        if name not in ("logprobs", "stop", "structure") and (value := getattr(body, name)) is not None
     }
     given.setdefault("max_tokens", max_tokens)
     if body.stop is not None:
         given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
     if body.top_k == -1:
         given["top_k"] = 0
-    sampling = SamplingParams(logprobs=logprobs, **given)
+    sampling = SamplingParams(logprobs=logprobs, structure=structure_of(body), **given)
     sampling.check(card.vocab_size)
     return sampling
 

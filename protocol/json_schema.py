@@ -1,0 +1,113 @@
+"""JSON schemas as far as they can be kept by a grammar: a fixed list of keywords that cannot, named with their path.
+
+A schema is compiled to a grammar that admits what it allows (protocol/grammar.py). What would need the whole value
+before it can be judged (`not`, `uniqueItems`, `if`, ...) is refused here, without the library, so that the answer is
+the same at every door. Such a keyword with a value that says nothing (``uniqueItems: false``) is left out instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from protocol.errors import InvalidRequest, StructureNotSupported
+
+# Keyword -> values that constrain nothing.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "not": (False,),
+    "if": (),
+    "then": (),
+    "else": (),
+    "uniqueItems": (False,),
+    "contains": (),
+    "minContains": (),
+    "maxContains": (),
+    "propertyNames": (True, {}, {"type": "string"}),
+    "dependencies": ({},),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "unevaluatedItems": (True, {}),
+    "unevaluatedProperties": (True, {}),
+    "$dynamicRef": (),
+    "$dynamicAnchor": (),
+    "$recursiveRef": (),
+    "$recursiveAnchor": (False,),
+}
+FORMATS = frozenset(
+    ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"]
+)
+# Notes for programs and forms (OpenAPI's, and those of well-known model libraries), no promise about the text.
+ANNOTATION_FORMATS = frozenset(
+    ["password", "binary", "byte", "int32", "int64", "float", "double", "path", "file-path", "directory-path"]
+)
+MAX_DEPTH = 64
+_ONE = ("additionalProperties", "additionalItems", "items", "contains", "not", "if", "then", "else", "propertyNames")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+Path = tuple[str, ...]
+
+
+def subschemas(schema: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every subschema that is an object, with the path to it, parents first. What is no schema (the value of `enum`,
+    `const`, `default`, the names under `properties`) is not looked into."""
+    waiting: list[tuple[Path, Any]] = [((), schema)]
+    while waiting:
+        path, one = waiting.pop()
+        if not isinstance(one, dict):
+            continue
+        yield path, one
+        below = [((*path, key), one[key]) for key in _ONE if key in one]
+        for key in _LISTS:
+            if isinstance(one.get(key), list):
+                below.extend(((*path, key, str(at)), part) for at, part in enumerate(one[key]))
+        for key in _MAPS:
+            if isinstance(one.get(key), dict):
+                below.extend(((*path, key, name), part) for name, part in one[key].items())
+        waiting.extend(reversed(below))
+
+
+def pointer(path: Path) -> str:
+    """The JSON pointer (RFC 6901) of ``path``; "/" for the root, so that a message shows something."""
+    return "/" + "/".join(step.replace("~", "~0").replace("/", "~1") for step in path)
+
+
+def check_schema(schema: Any, at: str) -> None:
+    """Raise InvalidRequest, ``at`` its param, for the first keyword that cannot be served."""
+    if not isinstance(schema, dict | bool):
+        raise InvalidRequest(f"{at} must be an object or a boolean", param=at)
+    for path, one in subschemas(schema):
+        if len(path) > MAX_DEPTH:
+            raise InvalidRequest(f"{at} is nested more than {MAX_DEPTH} deep", param=at)
+        for keyword in REFUSED:
+            if keyword in one and one[keyword] not in REFUSED[keyword]:
+                raise cannot_serve(keyword, path, at)
+        form = one.get("format")
+        if isinstance(form, str) and form not in FORMATS and form not in ANNOTATION_FORMATS:
+            raise cannot_serve("format", path, at, f": the known ones are {', '.join(sorted(FORMATS))}")
+
+
+def cannot_serve(keyword: str, path: Path, at: str, why: str = "") -> StructureNotSupported:
+    """The one way in which a schema is refused: keyword, path, reason."""
+    return StructureNotSupported(f"{at}: the keyword {keyword} at {pointer(path)[:200]} cannot be served{why}", param=at)
+
+
+def served_schema(schema: Any) -> Any:
+    """A copy of a checked schema without what constrains nothing and without options of the library's own."""
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        return schema
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "x-guidance" or key in REFUSED or (key == "format" and value in ANNOTATION_FORMATS):
+            continue
+        if key in _MAPS and isinstance(value, dict):
+            kept[key] = {name: served_schema(part) for name, part in value.items()}
+        elif key in _LISTS and isinstance(value, list):
+            kept[key] = [served_schema(part) for part in value]
+        elif key in _ONE:
+            kept[key] = served_schema(value)
+        else:
+            kept[key] = value
+    return kept
