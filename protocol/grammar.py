@@ -22,7 +22,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
-from protocol.errors import InvalidRequest, StructureNotSupported
+from protocol.errors import StructureNotSupported
 from protocol.json_schema import Path, cannot_serve, served_schema, subschemas
 from protocol.structural_tag import tag_grammar
 from protocol.structure import Structure
@@ -50,8 +50,10 @@ class Grammars:
     """Compiled grammars. Safe to use from several threads."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_ids: Iterable[int]) -> None:
-        """``tokenizer``: the text of a tokenizer.json, or a TokenVocabulary. StructureNotSupported if the library cannot
-        take it: what a request for structure is then answered with."""
+        """``tokenizer``: the text of a tokenizer.json, or a TokenVocabulary.
+
+        StructureNotSupported if the library cannot take it: what a request for structure is then answered with.
+        """
         self.vocab_size = vocab_size
         self.end_ids = sorted(set(end_ids))
         if not self.end_ids:
@@ -134,7 +136,9 @@ class Grammars:
         try:
             return LLMatcher.grammar_from_lark(any_to_lark(source))
         except RecursionError:
-            raise StructureNotSupported(f"{structure.field} is nested too deep", param=structure.field) from None
+            raise StructureNotSupported(
+                f"{structure.field} cannot be served: it is nested too deep", param=structure.field
+            ) from None
         except Exception as error:  # the converter raises what it likes; it names line and column
             raise StructureNotSupported(_reason(structure.field, str(error)), param=structure.field) from None
 

@@ -89,7 +89,9 @@ def check_schema(schema: Any, at: str) -> None:
 
 def cannot_serve(keyword: str, path: Path, at: str, why: str = "") -> StructureNotSupported:
     """The one way in which a schema is refused: keyword, path, reason."""
-    return StructureNotSupported(f"{at}: the keyword {keyword} at {pointer(path)[:200]} cannot be served{why}", param=at)
+    return StructureNotSupported(
+        f"{at}: the keyword {keyword} at {pointer(path)[:200]} cannot be served{why}", param=at
+    )
 
 
 def served_schema(schema: Any) -> Any:

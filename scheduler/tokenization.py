@@ -9,11 +9,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from array import array
 from pathlib import Path
 from typing import Any
 
-from protocol.errors import ContextLengthExceeded, InvalidRequest, ModelRefused, StartError
+from protocol.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelRefused,
+    StartError,
+    StructureNotSupported,
+)
+from protocol.grammar import Grammars
 from protocol.jobs import check_job
 from protocol.messages import Job, ModelCard
 
@@ -46,6 +54,8 @@ class Prompts:
         if self._backend is not None:
             self._backend.no_padding()
             self._backend.no_truncation()
+        self._grammars: Grammars | StructureNotSupported | None = None  # made for the first request for structure
+        self._making_grammars = threading.Lock()
 
     @classmethod
     def load(cls, model: str, max_model_len: int | None = None) -> Prompts:
@@ -94,7 +104,28 @@ class Prompts:
             raise InvalidRequest(f"{field} must hold at least one token", param=field)
         for prompt in prompts:
             self._check_fit(len(prompt), job)
+        if job.sampling.structure is not None and job.sampling.structure.constrains:
+            self.grammars().check(job.sampling.structure)
         return prompts
+
+    def grammars(self) -> Grammars:
+        """Compiled grammars over this tokenizer. StructureNotSupported if there can be none: no end token, or a
+        tokenizer that the library cannot take."""
+        with self._making_grammars:
+            if self._grammars is None:
+                try:
+                    self._grammars = self._make_grammars()
+                except StructureNotSupported as reason:
+                    self._grammars = reason
+        if isinstance(self._grammars, StructureNotSupported):
+            raise StructureNotSupported(self._grammars.message, param="structure")
+        return self._grammars
+
+    def _make_grammars(self) -> Grammars:
+        text = self.tokenizer_json()
+        if text is None:
+            raise StructureNotSupported("this model's tokenizer has no tokenizer.json", param="structure")
+        return Grammars(text.decode(), self.vocab_size, self.eos_token_ids)
 
     def _prompt(self, prompt: str | list[int]) -> array[int]:
         """Ids are used as they are; a text gets what the tokenizer adds by default (a bos, often)."""

@@ -38,7 +38,7 @@ def _response_format(given: Any) -> Structure | None:
         raise InvalidRequest(f"{at}.type must be one of {', '.join(_FORMATS)}", param=f"{at}.type")
     allowed = {"type", "json_schema"} if kind == "json_schema" else {"type"}
     if kind != "structural_tag" and (unknown := sorted(set(given) - allowed)):
-        raise InvalidRequest(f"unknown parameter: {at}.{unknown[0][:64]}", param=f"{at}.{unknown[0][:64]}")
+        raise _unknown(at, unknown[0])
     if kind == "text":
         return None
     if kind == "json_object":
@@ -53,7 +53,7 @@ def _json_schema(given: Any, at: str) -> Structure:
     if not isinstance(given, dict):
         raise InvalidRequest(f"{at} must be an object with name and schema", param=at)
     if unknown := sorted(set(given) - set(_SCHEMA_FIELDS)):
-        raise InvalidRequest(f"unknown parameter: {at}.{unknown[0][:64]}", param=f"{at}.{unknown[0][:64]}")
+        raise _unknown(at, unknown[0])
     if not isinstance(given.get("strict"), bool | None):
         raise InvalidRequest(f"{at}.strict must be a boolean", param=f"{at}.strict")
     schema = given.get("schema")
@@ -70,9 +70,14 @@ def _structured_outputs(given: Any) -> Structure:
         raise InvalidRequest(f"{at} must be an object", param=at)
     fields = {name: value for name, value in given.items() if value is not None}
     if unknown := sorted(set(fields) - set(KINDS)):
-        raise InvalidRequest(f"unknown parameter: {at}.{unknown[0][:64]}", param=f"{at}.{unknown[0][:64]}")
+        raise _unknown(at, unknown[0])
     kind = next(iter(fields), None)
     return _structure(fields, at if len(fields) != 1 else f"{at}.{kind}")
+
+
+def _unknown(at: str, name: str) -> InvalidRequest:
+    at = f"{at}.{name[:64]}"
+    return InvalidRequest(f"unknown parameter: {at}", param=at, code="unknown_parameter")
 
 
 _TYPES: dict[str, Any] = {"json": dict | bool | str, "json_object": bool, "choice": list, "structural_tag": dict | str}

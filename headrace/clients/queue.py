@@ -33,6 +33,7 @@ from protocol.errors import (
 )
 from protocol.messages import DEFAULT_TENANT, Frame, Job, Priority, Row, decode_frames, new_rid
 from protocol.sampling import SamplingParams
+from protocol.structure import Structure
 
 CHECK_S = 1.0  # a silent stream is compared with its journal this often
 
@@ -125,12 +126,15 @@ class Client:
         results: str | None = None,
         **sampling: Any,
     ) -> str:
-        """Make a request durable; returns its request id. ``sampling`` takes the fields of SamplingParams.
+        """Make a request durable; returns its request id. ``sampling`` takes the fields of SamplingParams, of which
+        ``structure`` may be a dict of the fields of Structure.
 
         ``id`` makes it idempotent: the same id and content again give the same request, never a second run.
         Raises InvalidRequest, Conflict (same id, other content), Overloaded, Unavailable.
         """
         try:
+            if isinstance(structure := sampling.get("structure"), dict):
+                sampling["structure"] = Structure(**structure)
             job = Job(
                 id=id, prompt=prompt, messages=messages, sampling=SamplingParams(**sampling), tenant=self.tenant,
                 priority=priority, timeout_s=timeout_s, results=results,

@@ -25,6 +25,11 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": SECRET}]}
 JSON = {"Content-Type": "application/json"}
 HUGE = 2**63
 
+
+def schema_format(json_schema: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
+
+
 # (fields, status, param, code)
 ANY_ENDPOINT: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": None}, 404, "model", "model_not_found"),
@@ -77,11 +82,26 @@ ANY_ENDPOINT: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"timeout_s": -5}, 400, "timeout_s", "invalid_request"),
     ({"request_id": "no spaces"}, 400, "request_id", "invalid_request"),
     ({"cache_salt": ""}, 400, "cache_salt", "invalid_request"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
-    ({"structured_outputs": {"regex": "a"}}, 400, "structured_outputs", "unsupported_parameter"),
+    ({"response_format": {"type": "xml"}}, 400, "response_format.type", "invalid_request"),
+    ({"response_format": "json"}, 400, "response_format.type", "invalid_request"),
+    ({"response_format": {"type": "json_object", "a": 1}}, 400, "response_format.a", "unknown_parameter"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema", "invalid_request"),
+    (schema_format({"schema": 3}), 400, "response_format.json_schema.schema", "invalid_request"),
+    (schema_format({"schema": {}, "strict": 1}), 400, "response_format.json_schema.strict", "invalid_request"),
+    (schema_format({"schema": {}, "x": 1}), 400, "response_format.json_schema.x", "unknown_parameter"),
+    (schema_format({"schema": {"not": {}}}), 400, "response_format.json_schema.schema", "structure_not_supported"),
+    ({"structured_outputs": {"regexp": "a"}}, 400, "structured_outputs.regexp", "unknown_parameter"),
+    ({"structured_outputs": {}}, 400, "structured_outputs", "invalid_request"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, 400, "structured_outputs", "invalid_request"),
+    ({"structured_outputs": {"regex": 3}}, 400, "structured_outputs.regex", "invalid_request"),
+    ({"structured_outputs": {"regex": "a" * 65537}}, 400, "structured_outputs.regex", "invalid_request"),
+    ({"structured_outputs": {"choice": []}}, 400, "structured_outputs.choice", "invalid_request"),
+    ({"structured_outputs": {"choice": [1]}}, 400, "structured_outputs.choice", "invalid_request"),
+    ({"guided_json": {"uniqueItems": True}}, 400, "guided_json", "structure_not_supported"),
+    ({"guided_json": "{"}, 400, "guided_json", "invalid_request"),
+    ({"guided_regex": "a", "guided_choice": ["a"]}, 400, "guided_choice", "invalid_request"),
     ({"prompt_logprobs": 1}, 400, "prompt_logprobs", "unsupported_parameter"),
     ({"frequency": 1}, 400, "frequency", "unknown_parameter"),
-    ({"guided_json": {}}, 400, "guided_json", "unknown_parameter"),
 ]
 
 OF_COMPLETIONS: list[tuple[dict[str, Any], int, str | None, str]] = [

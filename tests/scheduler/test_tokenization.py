@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 
-from protocol.errors import ContextLengthExceeded, HeadraceError, InvalidRequest, ModelRefused, StartError
+from protocol.errors import (
+    ContextLengthExceeded,
+    HeadraceError,
+    InvalidRequest,
+    ModelRefused,
+    StartError,
+    StructureNotSupported,
+)
 from protocol.messages import Job
 from protocol.sampling import SamplingParams
+from protocol.structure import Structure
 from scheduler.tokenization import Prompts
 from tests.models import BOS, CONFIGS, EOS, VOCAB, byte_tokenizer
 
@@ -204,3 +212,19 @@ def test_a_directory_that_holds_no_model_is_a_clear_start_error(tmp_path: Path, 
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(StartError, match=str(tmp_path)):
         Prompts.load(str(tmp_path))
+
+
+def test_structure_that_cannot_be_served_is_refused_where_the_prompt_is_tokenized(prompts: Prompts) -> None:
+    schema = {"properties": {"a": {"oneOf": [{"type": "number"}, {"type": "integer"}]}}}
+    with pytest.raises(StructureNotSupported, match="the keyword oneOf at /properties/a") as caught:
+        ids(prompts, prompt="a", sampling={"structure": Structure(json=schema, field="response_format")})
+    assert caught.value.param == "response_format"
+    assert ids(prompts, prompt="a", sampling={"structure": Structure(json_object=True)}) == [[97]]
+
+
+def test_a_tokenizer_that_grammars_cannot_use_is_named_and_serves_plain_text(prompts: Prompts) -> None:
+    other = Prompts(prompts.tokenizer, VOCAB, 512, [])
+    for _ in range(2):
+        with pytest.raises(StructureNotSupported, match="needs a model with an end token"):
+            ids(other, prompt="a", sampling={"structure": Structure(json_object=True)})
+    assert ids(other, prompt="a") == [[97]]
