@@ -28,8 +28,8 @@ import uvloop
 
 from benchmarks.stack import cpu_seconds, resident_bytes
 from headrace.serve.embedded import FAST, EmbeddedServer
-from protocol.bus import Bus
 from protocol.messages import Capacity, Frame, ModelCard, PoolCapacity, encode, pack_ids, row_edges
+from tests.bus import Bus
 
 MODEL = "bench/gateway"
 MEASURED = 32  # streams whose tokens are timed one by one, spread evenly over all

@@ -20,9 +20,9 @@ from typing import Any
 
 from benchmarks.stack import Stack, Unavailable, end_on_sigterm
 from headrace.options import demo_model
-from protocol.bus import Bus
 from protocol.messages import Job, new_rid
 from protocol.sampling import SamplingParams
+from tests.bus import Bus
 
 SEQUENCES = 256  # on each worker
 STEP_US = 10_000

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from headrace.options import demo_model
 from headrace.serve.embedded import DURABLE, FAST, EmbeddedServer
-from protocol.bus import Bus
 from protocol.messages import Job, new_rid
 from protocol.sampling import SamplingParams
+from tests.bus import Bus
 
 MODEL = "bench"
 

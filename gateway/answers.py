@@ -20,7 +20,6 @@ from gateway.openai.render import Chunks, EventId, Tally, whole_answer
 from gateway.openai.view import View
 from gateway.sse import EventReader, ReaderStalled
 from gateway.streams import Collector, Follower
-from protocol.bus import Accepted, Limits
 from protocol.errors import (
     HeadraceError,
     NotFound,
@@ -31,6 +30,7 @@ from protocol.errors import (
     http_status,
 )
 from protocol.messages import Job, body_hash, encode, new_rid
+from protocol.records import Accepted, Limits
 
 log = logging.getLogger("headrace.gateway")
 request_log = logging.getLogger("headrace.gateway.requests")

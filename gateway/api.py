@@ -18,10 +18,10 @@ from gateway.models import Model, Models
 from gateway.openai import bodies
 from gateway.openai.render import EventId, whole_answer
 from gateway.openai.view import View, rid_of
-from protocol.bus import RequestRecord
 from protocol.errors import Expired, InvalidRequest, NotFound
 from protocol.keys import NAME
-from protocol.messages import Job, ModelCard
+from protocol.messages import ID_BYTES, Job, ModelCard
+from protocol.records import RequestRecord
 
 MAX_GRACE_S = 86400.0
 MAX_DETOKENIZE = 1 << 17  # ids in one request
@@ -247,7 +247,7 @@ async def _shown(model: Model, record: RequestRecord) -> dict[str, Any]:
     if record.open:
         return body
     journals = await model.bus.read_journals([(rid, choice) for choice in range(job.choices)])
-    prompt_tokens = sum(len(prompt) // 4 for prompt in record.prompts)
+    prompt_tokens = sum(len(prompt) // ID_BYTES for prompt in record.prompts)
     echoed = await model.prompt_texts(job) if view.echo else None
     answer, tally = whole_answer(
         rid, model.name, view, job.sampling.n, [raw or b"" for raw in journals], prompt_tokens, echoed

@@ -20,8 +20,8 @@ from gateway.auth import Caller, KeyRing
 from gateway.edge import Server, error_answer
 from gateway.metrics import CONTENT_TYPE, exposition
 from gateway.models import Models
-from protocol.bus import Limits
 from protocol.errors import HeadraceError, NotFound, StartError
+from protocol.records import Limits
 
 log = logging.getLogger("headrace.gateway")
 

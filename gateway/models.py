@@ -14,9 +14,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gateway.streams import Outlet
-from protocol.bus import Bus, RequestRecord
+from protocol.bus import GatewayBus
 from protocol.errors import HeadraceError, InvalidRequest, NotFound, ServiceError, StartError, Unavailable
 from protocol.messages import Job, ModelCard
+from protocol.records import RequestRecord
 
 log = logging.getLogger("headrace.gateway")
 
@@ -33,7 +34,7 @@ class Model:
 
     def __init__(self, url: str, card: ModelCard, name: str) -> None:
         self.card = card
-        self.bus = Bus(url, card.model, patience=PATIENCE_S)
+        self.bus = GatewayBus(url, card.model, patience=PATIENCE_S)
         self.outlet = Outlet(self.bus, name)
         self.accepting = asyncio.Semaphore(ACCEPTS_AT_ONCE)
         self.workers = 0  # serving now
@@ -181,7 +182,7 @@ class Models:
             if time.monotonic() - self._read_at < older_than_s:
                 return
             try:
-                self.cards = await Bus.models(self.url, patience=PATIENCE_S)
+                self.cards = await GatewayBus.models(self.url, patience=PATIENCE_S)
                 self.reachable = True
             except ServiceError:
                 self.reachable = False

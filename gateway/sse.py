@@ -17,7 +17,7 @@ from gateway.edge import encode_json
 from gateway.metrics import DROPPED, INTER_TOKEN, TTFT
 from gateway.openai.render import Chunks, EventId, split_frames
 from gateway.streams import Follower
-from protocol.bus import Bus
+from protocol.bus import GatewayBus
 
 SOCKET_BYTES = 256 * 1024  # most that waits in a reader's socket
 HEADERS = {
@@ -131,7 +131,7 @@ class EventReader(Follower):
         self.flush()
         return answer
 
-    async def run(self, bus: Bus, stall_s: float) -> None:
+    async def run(self, bus: GatewayBus, stall_s: float) -> None:
         """Keep the stream going until its last event is in the socket. ReaderStalled drops the reader."""
         while not (self.closed or self.failed):
             await self.news.wait()

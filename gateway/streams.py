@@ -17,9 +17,10 @@ import msgspec
 
 from gateway.metrics import RESYNCS
 from gateway.openai.render import Tally, split_frames
-from protocol.bus import Bus, RequestRecord
+from protocol.bus import GatewayBus
 from protocol.errors import Expired, HeadraceError, ServiceError, StoreFailed, StreamDiverged, Unavailable
-from protocol.messages import Admitted, Row
+from protocol.messages import ID_BYTES, Admitted, Row
+from protocol.records import RequestRecord
 
 log = logging.getLogger("headrace.gateway")
 
@@ -99,7 +100,7 @@ class Follower:
             self.failed = error
         self.news.set()
 
-    async def catch_up(self, bus: Bus) -> None:
+    async def catch_up(self, bus: GatewayBus) -> None:
         """Read what was missed from the journals. A lost connection leaves it behind, to be tried again."""
         self.behind = False
         try:
@@ -132,7 +133,7 @@ class Follower:
             if self.accepted:
                 self.fail(Expired("the request is not there any more"))
         elif record.prompts or record.open == 0:
-            self.admit(sum(len(prompt) // 4 for prompt in record.prompts))
+            self.admit(sum(len(prompt) // ID_BYTES for prompt in record.prompts))
 
 
 class Collector(Follower):
@@ -153,7 +154,7 @@ class Collector(Follower):
 class Outlet:
     """The rows of one model, for every follower of this process."""
 
-    def __init__(self, bus: Bus, name: str) -> None:
+    def __init__(self, bus: GatewayBus, name: str) -> None:
         self.bus = bus
         self.name = name
         self.attached: dict[str, int] = {}  # rid -> attach count seen here, while somebody here follows it

@@ -33,6 +33,9 @@ def new_rid() -> str:
     return secrets.token_hex(16)
 
 
+ID_BYTES = 4  # of one packed token or block id
+
+
 def pack_ids(ids: Iterable[int]) -> bytes:
     """Token or block ids as little-endian int32 bytes."""
     packed = array("i", ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -38,6 +39,6 @@ def from_source(name: str, text: str) -> Script:
     return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest().encode())
 
 
-def load(*, sharded: bool = False) -> dict[str, Script]:
-    """All scripts by name."""
-    return {name: complete(name, read_source(name), sharded=sharded) for name in NAMES}
+def load(names: Iterable[str] = NAMES, *, sharded: bool = False) -> dict[str, Script]:
+    """The scripts of these names."""
+    return {name: complete(name, read_source(name), sharded=sharded) for name in names}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from protocol.bus import Bus
+from protocol.bus import LeaderBus
 
 log = logging.getLogger("headrace.scheduler")
 
@@ -73,7 +73,7 @@ class ServerClock:
         return int((time.monotonic() - self._offset) * 1000)
 
 
-async def stand_by(bus: Bus, owner: str, timing: Timing, looked: Callable[[], None]) -> int:
+async def stand_by(bus: LeaderBus, owner: str, timing: Timing, looked: Callable[[], None]) -> int:
     """Wait until the lead is ours; returns the new epoch. ``looked`` is called at every read.
 
     A record that was never written, or was released in order, is taken at once.
@@ -94,7 +94,7 @@ async def stand_by(bus: Bus, owner: str, timing: Timing, looked: Callable[[], No
 
 
 async def keep_lead(
-    bus: Bus, epoch: int, owner: str, timing: Timing, clock: ServerClock, looked: Callable[[], None]
+    bus: LeaderBus, epoch: int, owner: str, timing: Timing, clock: ServerClock, looked: Callable[[], None]
 ) -> None:
     """Beat until cancelled. Raises Fenced("epoch") once another scheduler leads."""
     while True:

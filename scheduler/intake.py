@@ -13,11 +13,12 @@ from typing import Any
 
 import msgspec
 
-from protocol.bus import Bus, InboxEntry, RequestRecord
+from protocol.bus import LeaderBus
 from protocol.errors import DeadlineExceeded, EngineFailed, Fenced, RequestError, ServiceError
 from protocol.jobs import decode_job
 from protocol.keys import NAME
 from protocol.messages import DEFAULT_TENANT, Job, body_hash, new_rid, pack_ids
+from protocol.records import InboxEntry, RequestRecord
 from scheduler.core.events import Arrive
 from scheduler.election import ServerClock
 from scheduler.metrics import Metrics
@@ -38,7 +39,7 @@ class Intake:
 
     def __init__(
         self,
-        bus: Bus,
+        bus: LeaderBus,
         prompts: Prompts,
         epoch: int,
         clock: ServerClock,

@@ -12,9 +12,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from protocol import bus as wire
-from protocol.bus import Bus, InboxEntry
+from protocol import records as wire
+from protocol.bus import LeaderBus
 from protocol.messages import LANDED, body_hash, encode
+from protocol.records import InboxEntry
 from scheduler.core.events import (
     Arrive,
     Cancel,
@@ -53,7 +54,7 @@ class Term:
 
     def __init__(
         self,
-        bus: Bus,
+        bus: LeaderBus,
         epoch: int,
         prompts: Prompts,
         metrics: Metrics,

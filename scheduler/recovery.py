@@ -12,9 +12,10 @@ from collections.abc import Iterable
 
 import msgspec
 
-from protocol.bus import Bus, CommitRow, RequestRecord
+from protocol.bus import LeaderBus
 from protocol.errors import StoreFailed
-from protocol.messages import Frame, Terminal, decode_frames, encode, unpack_ids
+from protocol.messages import ID_BYTES, Frame, Terminal, decode_frames, encode, unpack_ids
+from protocol.records import CommitRow, RequestRecord
 from scheduler.core.events import Arrive, ChoiceState
 from scheduler.election import ServerClock
 
@@ -53,7 +54,7 @@ def arrive(record: RequestRecord, clock: ServerClock, choices: list[ChoiceState]
     )
 
 
-async def read_choices(bus: Bus, record: RequestRecord) -> list[ChoiceState]:
+async def read_choices(bus: LeaderBus, record: RequestRecord) -> list[ChoiceState]:
     """The states of all choices of ``record``. A choice that has ended is not read: its end is all that matters."""
 
     async def read(choice: int) -> ChoiceState:
@@ -65,7 +66,7 @@ async def read_choices(bus: Bus, record: RequestRecord) -> list[ChoiceState]:
     return list(await asyncio.gather(*(read(i) for i in range(len(record.placements)))))
 
 
-async def read_state(bus: Bus, rid: str, choice: int) -> ChoiceState:
+async def read_state(bus: LeaderBus, rid: str, choice: int) -> ChoiceState:
     """Where a choice really stands. One whose request is gone, or whose keys hold something foreign, has ended."""
     try:
         record = await bus.read_request(rid)
@@ -78,7 +79,7 @@ async def read_state(bus: Bus, rid: str, choice: int) -> ChoiceState:
         return ChoiceState(finish="error")
 
 
-async def read_sequences(bus: Bus, sequences: Iterable[tuple[str, int]]) -> dict[tuple[str, int], ChoiceState]:
+async def read_sequences(bus: LeaderBus, sequences: Iterable[tuple[str, int]]) -> dict[tuple[str, int], ChoiceState]:
     """How far each (rid, choice) really came."""
     gate = asyncio.Semaphore(ABREAST)
 
@@ -120,7 +121,7 @@ def _terminal(
         choice=choice,
         finish_reason=reason,
         text="".join(f.text for f in frames) + held,
-        prompt_tokens=len(prompts[choice // record.job.sampling.n]) // 4 if prompts else 0,
+        prompt_tokens=len(prompts[choice // record.job.sampling.n]) // ID_BYTES if prompts else 0,
         completion_tokens=sum(f.token is not None for f in frames),
         cached_tokens=(frames[0].extra or {}).get("cached", 0) if frames else 0,
         error=error,

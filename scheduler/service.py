@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from aiohttp.web import AppRunner
 
-from protocol.bus import Bus
+from protocol.bus import LeaderBus
 from protocol.errors import Fenced
 from protocol.keys import check_name
 from scheduler.election import ServerClock, Timing, keep_lead, stand_by
@@ -81,7 +81,7 @@ class _Life:
         name = check_name(config.name, "name") if config.name else socket.gethostname()
         # a name of this session alone: a restarted scheduler must not pass for its former self
         self.owner = f"{name}.{secrets.token_hex(4)}"
-        self.bus = Bus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
+        self.bus = LeaderBus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
         self.threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenization")
         self.metrics, self.vitals = Metrics(config.served_model_name), Vitals()
         self.status: AppRunner | None = None

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from protocol.bus import Bus, WorkerRecord
+from protocol.bus import LeaderBus
 from protocol.errors import Fenced
 from protocol.messages import WIRE, Capacity, Plan
+from protocol.records import WorkerRecord
 from scheduler.core.events import Event, ReleaseWorker, WorkerDraining, WorkerLost, WorkerServing
 from scheduler.core.scheduler import Core
 from scheduler.election import Timing, Watch
@@ -47,7 +48,7 @@ class WorkerRegistry:
     """``apply`` hands an event to the core. ``changed`` wakes the watch before its second is over."""
 
     def __init__(
-        self, bus: Bus, epoch: int, core: Core, timing: Timing, metrics: Metrics, group: asyncio.TaskGroup,
+        self, bus: LeaderBus, epoch: int, core: Core, timing: Timing, metrics: Metrics, group: asyncio.TaskGroup,
         apply: Callable[[Event], None],
     ) -> None:  # fmt: skip
         self._bus = bus

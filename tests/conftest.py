@@ -12,8 +12,8 @@ import pytest
 import redis
 
 from headrace.serve.embedded import FAST, EmbeddedServer
-from protocol.bus import Bus
 from protocol.keys import REGISTRY
+from tests.bus import Bus
 
 MODEL = "test/model"
 

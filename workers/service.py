@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from protocol.bus import Bus
+from protocol.bus import WorkerBus
 from protocol.errors import Fenced, HeadraceError, StartError
 from protocol.keys import check_name
 from protocol.messages import Capacity
@@ -74,7 +74,7 @@ async def run_worker(
     configured one. ``signals``: this process is the worker's alone (its signals, its interpreter's settings).
     """
     check_name(config.name, "name")
-    bus = Bus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
+    bus = WorkerBus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
     await bus.connect()
     worker = Worker(config, bus, engine or make_engine(config), progress or _silent)
     loop = asyncio.get_running_loop()
@@ -141,7 +141,7 @@ def _silent(stage: str, fraction: float) -> None:
 class Worker:
     """One worker process: loads once, then serves one session (gen) after another."""
 
-    def __init__(self, config: WorkerConfig, bus: Bus, engine: Engine, progress: Progress) -> None:
+    def __init__(self, config: WorkerConfig, bus: WorkerBus, engine: Engine, progress: Progress) -> None:
         self.config = config
         self.bus = bus
         self.engine = engine

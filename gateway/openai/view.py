@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from protocol.bus import RequestRecord
 from protocol.messages import Job
+from protocol.records import RequestRecord
 
 
 class View(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):

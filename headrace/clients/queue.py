@@ -21,7 +21,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from protocol.bus import Bus
+from protocol.bus import GatewayBus
 from protocol.errors import (
     EngineFailed,
     Expired,
@@ -80,7 +80,7 @@ class Client:
         self.model = model
         self.tenant = tenant
         self._channel = f"client-{secrets.token_hex(8)}"
-        self._bus: Bus | None = None
+        self._bus: GatewayBus | None = None
         self._listener: asyncio.Task[None] | None = None
         self._readers: dict[str, set[asyncio.Queue[Row | None]]] = {}  # by rid; None: look into the journal
 
@@ -93,11 +93,11 @@ class Client:
 
     async def connect(self) -> None:
         """Find the model and subscribe. StartError or Unavailable if there is no server."""
-        served = sorted(await Bus.models(self.redis_url))
+        served = sorted(await GatewayBus.models(self.redis_url))
         if self.model is None and len(served) != 1:
             raise InvalidRequest(f"name the model, one of: {', '.join(served) or 'none is served here'}", param="model")
         self.model = self.model or served[0]
-        self._bus = Bus(self.redis_url, self.model, patience=30.0)
+        self._bus = GatewayBus(self.redis_url, self.model, patience=30.0)
         await self._bus.connect()
         self._subscription = self._bus.subscribe(self._channel)
         await self._subscription.start()
@@ -178,7 +178,7 @@ class Client:
     # -------------------------------------------------------------- parts
 
     @property
-    def _open_bus(self) -> Bus:
+    def _open_bus(self) -> GatewayBus:
         if self._bus is None:
             raise RuntimeError("the client is not connected: use `async with Client(...)`")
         return self._bus

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from protocol.bus import Bus
+from protocol.bus import GatewayBus
 from protocol.durability import HIDDEN
 from protocol.errors import StartError, StoreFailed
 
@@ -18,7 +18,7 @@ async def check_durability(
     url: str, strict: bool, tell: Callable[[str], object], *, patience: float | None = PATIENCE_S
 ) -> None:
     """Tell of each setting by which the server could lose what it acknowledged; StartError if ``strict``."""
-    found = await Bus.durability(url, patience=patience)
+    found = await GatewayBus.durability(url, patience=patience)
     if found and strict:
         raise StartError("--strict-durability: this server could lose what it acknowledged: " + "; ".join(found))
     for weakness in found:

@@ -28,7 +28,7 @@ from headrace.option_table import OPTIONS, options_of
 from headrace.serve import embedded, progress
 from headrace.serve.durability import check_durability
 from headrace.serve.supervisor import EX_CONFIG, Child, GaveUp, Program, Supervisor
-from protocol.bus import Bus
+from protocol.bus import GatewayBus
 from protocol.errors import StartError
 from protocol.keys import MODEL_NAME
 
@@ -265,7 +265,7 @@ class Stack:
 
     async def _check_server(self, url: str) -> None:
         """StartError if the server cannot be reached or is too old; a foreign one is told where it is weaker."""
-        bus = Bus(url, self.layout.values["served_model_name"], patience=5.0)
+        bus = GatewayBus(url, self.layout.values["served_model_name"], patience=5.0)
         try:
             await bus.connect()
         finally:

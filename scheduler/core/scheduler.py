@@ -19,12 +19,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from protocol.errors import EngineFailed
-from protocol.messages import CLOSED, LANDED, PRIORITIES
+from protocol.messages import CLOSED, ID_BYTES, LANDED, PRIORITIES
 from scheduler.core import events
 from scheduler.core.batch import BatchBuilder
 from scheduler.core.events import ChoiceState, Effect, Event
 from scheduler.core.lifecycle import Counters, Lifecycle
-from scheduler.core.sequence import ID_BYTES, Request, Sequence, State, append_ids
+from scheduler.core.sequence import Request, Sequence, State, append_ids
 from scheduler.core.waiting import WaitingQueue
 from scheduler.core.worker import InFlightBatch, WorkerState
 

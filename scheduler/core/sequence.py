@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from scheduler.core.worker import WorkerState
 
 
-ID_BYTES = 4  # of one packed id
-
-
 def _append_swapped(ids: array[int], raw: bytes) -> None:
     ids.extend(unpack_ids(raw))
 

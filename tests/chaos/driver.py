@@ -29,7 +29,7 @@ from pathlib import Path
 import redis.asyncio
 
 from headrace.serve.embedded import server_command
-from protocol.bus import Bus
+from tests.bus import Bus
 from tests.chaos.history import History, leftovers
 from tests.chaos.load import Load
 from tests.chaos.proxy import Proxy

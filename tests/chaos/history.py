@@ -10,8 +10,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.bus import Bus
 from protocol.messages import Frame, Terminal, decode_frames
+from tests.bus import Bus
 
 
 @dataclass

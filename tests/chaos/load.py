@@ -18,8 +18,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from protocol.bus import Bus
 from protocol.errors import Unavailable
+from tests.bus import Bus
 from tests.chaos.history import History, View
 
 Broken = (aiohttp.ClientError, ConnectionError, TimeoutError, asyncio.IncompleteReadError)

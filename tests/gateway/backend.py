@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from protocol.bus import Bus, CommitRow, RequestRecord
 from protocol.messages import (
     Capacity,
     Frame,
@@ -26,6 +25,8 @@ from protocol.messages import (
     new_rid,
     pack_ids,
 )
+from protocol.records import CommitRow, RequestRecord
+from tests.bus import Bus
 
 MODEL = "test/model"
 VOCAB = 512

@@ -10,8 +10,8 @@ import aiohttp
 import openai
 import pytest
 
-from protocol.bus import CommitRow
 from protocol.messages import Frame, Hint, encode
+from protocol.records import CommitRow
 from tests.gateway.backend import MODEL, Backend, word
 from tests.gateway.conftest import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of
 

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 
 from headrace.serve.embedded import server_url
-from protocol.bus import Bus
 from scheduler.election import Timing, stand_by
+from tests.bus import Bus
 from tests.headrace.readers import Reader, attempt, eventually
 from tests.stack import Stack
 

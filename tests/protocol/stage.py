@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import redis
 
 from protocol import messages
-from protocol.bus import Bus, CommitRow
 from protocol.messages import Capacity, Frame, Hint, HintRow, Job, NewSequence, Plan, PoolCapacity, Terminal, pack_ids
+from protocol.records import CommitRow
 from protocol.sampling import SamplingParams
+from tests.bus import Bus
 
 MODEL = "test/model"
 CAPACITY = Capacity(MODEL, 256, 8, 512, [PoolCapacity("full", 16, 64)], 1000)

@@ -7,10 +7,11 @@ import asyncio
 import pytest
 
 from protocol import messages
-from protocol.bus import Bus, CommitRow, Limits
 from protocol.errors import Conflict, Fenced, NotFound, Overloaded
 from protocol.messages import Capacity, Frame, Hint, HintRow, Job, NewSequence, Plan, PoolCapacity, Terminal, pack_ids
+from protocol.records import CommitRow, Limits
 from protocol.sampling import SamplingParams
+from tests.bus import Bus
 from tests.conftest import leaked_keys
 
 CAPACITY = Capacity("test/model", 256, 8, 512, [PoolCapacity("full", 16, 64)], 1000)

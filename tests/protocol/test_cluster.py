@@ -19,10 +19,11 @@ import redis
 from redis.crc import key_slot
 
 from headrace.serve.embedded import FAST, EmbeddedServer, find_server
-from protocol.bus import Bus, CommitRow
 from protocol.errors import StartError, Unavailable
 from protocol.keys import REGISTRY, Keys
 from protocol.messages import Job, ModelCard, new_rid
+from protocol.records import CommitRow
+from tests.bus import Bus
 from tests.conftest import MODEL
 from tests.models import tiny_model
 from tests.protocol.stage import CAPACITY, Stage, frame, terminal

@@ -15,10 +15,10 @@ import redis
 
 from headrace.serve.embedded import EmbeddedServer
 from protocol import messages
-from protocol.bus import Bus
 from protocol.connection import Link
 from protocol.errors import StartError, Unavailable
 from protocol.messages import Job
+from tests.bus import Bus
 from tests.protocol.stage import MODEL, Stage, frame
 from tests.protocol.test_scripts import row, until
 

@@ -14,8 +14,8 @@ import pytest
 import redis
 
 from headrace.serve.embedded import EmbeddedServer
-from protocol.bus import Bus
 from protocol.errors import StartError
+from tests.bus import Bus
 from tests.conftest import MODEL
 from tests.protocol.stage import Stage
 

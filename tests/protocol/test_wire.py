@@ -12,7 +12,6 @@ import msgspec
 import pytest
 
 from protocol import messages
-from protocol.bus import Bus, CommitRow
 from protocol.jobs import decode_job
 from protocol.messages import (
     Admitted,
@@ -29,7 +28,9 @@ from protocol.messages import (
     pack_ids,
     unpack_ids,
 )
+from protocol.records import CommitRow
 from protocol.sampling import SamplingParams
+from tests.bus import Bus
 from tests.protocol.stage import Stage, frame, terminal
 
 PREFIX = "headrace:{test/model}:"

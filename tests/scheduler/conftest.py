@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from protocol.bus import Bus
 from protocol.messages import Frame, Job, decode_frames, new_rid
 from protocol.sampling import SamplingParams
 from scheduler.election import Timing
 from scheduler.service import SchedulerConfig, run_scheduler
+from tests.bus import Bus
 from tests.conftest import MODEL
 from tests.models import CONFIGS, EOS, VOCAB, byte_tokenizer
 from tests.scheduler.scripted_worker import ScriptedWorker

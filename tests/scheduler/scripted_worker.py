@@ -10,7 +10,6 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.bus import Bus, CommitRow
 from protocol.errors import Fenced
 from protocol.messages import (
     STALE,
@@ -27,6 +26,8 @@ from protocol.messages import (
     pack_ids,
     unpack_ids,
 )
+from protocol.records import CommitRow
+from tests.bus import Bus
 
 VOCAB = 264
 

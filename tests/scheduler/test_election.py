@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from protocol.bus import Bus
 from protocol.errors import Fenced
 from scheduler.election import ServerClock, Timing, Watch, keep_lead, stand_by
+from tests.bus import Bus
 
 PROMISED = Timing()
 QUICK = Timing(beat_s=0.01, apart_s=0.02, slow_s=60.0, reads=3)

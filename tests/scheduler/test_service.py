@@ -13,9 +13,9 @@ import msgpack
 import pytest
 import redis
 
-from protocol.bus import Bus
 from protocol.messages import Admitted, Frame, Job, Row, decode_frames, encode, new_rid
 from scheduler.tokenization import Prompts
+from tests.bus import Bus
 from tests.conftest import leaked_keys
 from tests.models import BOS, byte_tokenizer
 from tests.scheduler.conftest import Stage

@@ -7,14 +7,15 @@ import asyncio
 import pytest
 import redis
 
-from protocol.bus import Bus, RequestRecord
 from protocol.errors import Fenced, StartError
 from protocol.messages import Frame, Job, Plan, Terminal, decode_frames, encode, pack_ids
+from protocol.records import RequestRecord
 from protocol.sampling import SamplingParams
 from scheduler.election import ServerClock
 from scheduler.leader import TokenRate
 from scheduler.metrics import Metrics, Vitals, serve_status
 from scheduler.recovery import arrive, choice_state, read_state, terminal_row
+from tests.bus import Bus
 from tests.scheduler.conftest import PATIENCE_S, Stage
 
 JOURNAL = b"".join(

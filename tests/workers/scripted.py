@@ -7,9 +7,10 @@ from array import array
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from protocol.bus import Bus, Event, RequestRecord, WorkerRecord
 from protocol.messages import Frame, Job, NewSequence, Plan, decode_frames, new_rid, pack_ids, unpack_ids
+from protocol.records import Event, RequestRecord, WorkerRecord
 from protocol.sampling import SamplingParams
+from tests.bus import Bus
 
 T = TypeVar("T")
 DEADLINE_S = 60.0  # a loaded machine is slow; nothing waits this long on a good day

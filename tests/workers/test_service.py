@@ -19,9 +19,9 @@ import redis
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from protocol.bus import Bus
 from protocol.errors import Fenced, StartError
 from protocol.messages import Plan, Terminal, choice_seed, decode_frames, encode, unpack_ids
+from tests.bus import Bus
 from tests.conftest import MODEL
 from tests.workers.scripted import ScriptedScheduler, until
 from workers import interruption, service, session

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from protocol.bus import Bus
+from tests.bus import Bus
 from tests.conftest import MODEL
 from tests.models import tiny_model
 from tests.workers.scripted import ScriptedScheduler

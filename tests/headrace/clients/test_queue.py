@@ -7,9 +7,9 @@ from collections.abc import AsyncIterable, AsyncIterator
 import pytest
 
 from headrace.clients.queue import Client, SyncClient
-from protocol.bus import Bus
 from protocol.errors import Conflict, InvalidRequest, NotFound, RequestError
 from protocol.messages import Row, decode_frames
+from tests.bus import Bus
 
 
 async def test_a_stream_has_every_token_once(queue_url: str) -> None:

@@ -16,9 +16,9 @@ import redis
 
 from headrace.serve.durability import with_check
 from headrace.serve.embedded import EmbeddedServer
-from protocol.bus import Bus
 from protocol.durability import HIDDEN
 from protocol.errors import StartError, Unavailable
+from tests.bus import Bus
 from tests.stack import START_S, free_port
 
 WEAKER = {

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol import bus as bus_module
+from protocol.bus import leader as bus_module
 from tests.protocol.model.clients import client, operator, producer, reader
 from tests.protocol.model.link import MUTATIONS
 from tests.protocol.model.scheduler import scheduler

@@ -7,11 +7,11 @@ import random
 from typing import Any
 
 from protocol import messages
-from protocol.bus import Bus
 from protocol.connection import OutOfMemory
 from protocol.errors import NotFound, Overloaded
 from protocol.messages import Job
 from protocol.sampling import SamplingParams
+from tests.bus import Bus
 from tests.protocol.model.link import Crash, Turn
 from tests.protocol.model.world import World
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from protocol import messages
-from protocol.bus import CommitRow
 from protocol.errors import Fenced
 from protocol.messages import Frame, Hint, HintRow, Plan, Terminal, pack_ids, unpack_ids
+from protocol.records import CommitRow
 from tests.protocol.model.link import Turn
 from tests.protocol.model.world import World, next_token
 

@@ -10,9 +10,9 @@ from typing import Any
 import redis
 
 from protocol import messages
-from protocol.bus import Bus
 from protocol.errors import Fenced
 from protocol.messages import Job, Terminal, decode_frames
+from tests.bus import Bus
 from tests.conftest import leaked_keys
 from tests.protocol.model.link import FAULT_RATES, FAULTS, OTHER_FAULT_RATE, Crash, ModelLink, Turn, load_scripts
 

@@ -1,0 +1,107 @@
+"""What a gateway, or a client that works as one, may do: accept, follow, attach and cancel requests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import msgspec
+
+from protocol import records
+from protocol.bus.base import RequestReads, job_fingerprint
+from protocol.bus.producer import ProducerBus
+from protocol.connection import Link
+from protocol.errors import Conflict, NotFound, Overloaded
+from protocol.keys import REGISTRY, check_name
+from protocol.messages import Job, ModelCard, encode
+from protocol.records import Accepted, Limits, RequestRecord
+
+_card_decoder = msgspec.msgpack.Decoder(ModelCard)
+
+
+class GatewayBus(RequestReads, ProducerBus):
+    """The calls of a gateway."""
+
+    SCRIPTS = ("accept", "attach", "cancel")
+
+    async def accept(
+        self,
+        job: Job,
+        *,
+        rid: str,
+        idempotency: str | None = None,
+        reply_to: str | None = None,
+        limits: Limits = Limits(),  # noqa: B008 (immutable)
+        prompt_tokens: int = 0,
+        fingerprint: str | None = None,
+    ) -> Accepted:
+        """Make ``job`` durable. Raises Overloaded (with retry_after), Conflict (same key, other body), Unavailable.
+
+        Safe to repeat with the same ``rid``. ``fingerprint`` tells whether two bodies under one idempotency key are
+        the same; by default it is the hash of the job without its view and reply channel.
+        """
+        channel = reply_to or job.reply_to or ""
+        idem = self._idempotency(job.tenant, idempotency) if idempotency else ""
+        bounds = (limits.requests, limits.tokens, limits.tenant_requests, limits.tenant_tokens)
+        reply = await self._run(
+            "accept",
+            *(rid, job.choices, job.tenant, encode(job), fingerprint or job_fingerprint(job)),
+            *(int((job.timeout_s or 0) * 1000), channel, job.results or "", job.id or "", idem, prompt_tokens),
+            *("" if bound is None else bound for bound in bounds),
+            key=self.keys.live,
+        )
+        match reply:
+            case [b"ok", _]:
+                return Accepted(rid, joined=False)
+            case [b"joined", owner, attached]:
+                return Accepted(owner.decode(), joined=True, attached=attached)
+            case [b"conflict"]:
+                raise Conflict("this idempotency key was used with another body", param="Idempotency-Key")
+            case [b"full"]:
+                raise Overloaded("this request has as many readers as it may", retry_after=1.0)
+            case [b"busy", waiting, rate]:
+                raise Overloaded("too much work is waiting", retry_after=_retry_after(float(waiting), float(rate)))
+        raise AssertionError(f"accept replied {reply!r}")
+
+    async def cancel(self, rid: str, tenant: str, *, reason: str = "abort", attached: int | None = None) -> bool:
+        """Mark for ending + hint. With ``attached``: void if the attach count has grown. False: nothing to cancel.
+        NotFound if there is no such request of this tenant."""
+        seen = "" if attached is None else attached
+        marked = await self._run("cancel", rid, tenant, reason, seen, key=self.keys.live)
+        if marked < 0:
+            raise NotFound("no such request", param="id")
+        return bool(marked)
+
+    async def attach(self, rid: str, tenant: str, name: str) -> RequestRecord:
+        """Add reply channel ``name`` (an ended request needs none). NotFound, or Overloaded at the fifth channel that
+        somebody listens to."""
+        reply = await self._run("attach", rid, tenant, check_name(name, "reply_to"), key=self.keys.live)
+        if reply == b"full":
+            raise Overloaded("this request has as many readers as it may", retry_after=1.0)
+        record = records.request_record(rid, reply) if isinstance(reply, list) else None
+        if record is None:
+            raise NotFound("no such request", param="id")
+        return record
+
+    async def journal_lengths(self, journals: Sequence[tuple[str, int]]) -> list[int]:
+        return await self._link.pipeline([("STRLEN", self.keys.journal(*j)) for j in journals])
+
+    @staticmethod
+    async def models(url: str, *, patience: float | None = 5.0) -> dict[str, ModelCard]:
+        """The registry."""
+        link = Link(url, patience, REGISTRY)
+        try:
+            found = records.fields_of(await link.command("HGETALL", REGISTRY))
+        finally:
+            await link.close()
+        return {name.decode(): _card_decoder.decode(card) for name, card in found.items()}
+
+    async def read_tokenizer(self) -> bytes | None:
+        raw: bytes | None = await self._link.command("GET", self.keys.tokenizer)
+        return raw
+
+
+def _retry_after(waiting_tokens: float, rate: float) -> float:
+    """Seconds until a busy service may have room: waiting tokens over measured rate, 1 to 60, jittered by a tenth."""
+    seconds = waiting_tokens / rate if rate > 0 else 1.0
+    return min(60.0, max(1.0, seconds * random.uniform(0.9, 1.1)))

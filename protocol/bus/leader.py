@@ -1,0 +1,228 @@
+"""What the scheduler may do: lead, take in jobs, plan for workers, end requests, retire workers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from protocol import records
+from protocol.bus.base import RequestReads, commit_arguments, job_fingerprint, stream_entries
+from protocol.connection import Argument, Link, OutOfMemory
+from protocol.errors import StoreFailed
+from protocol.keys import GROUP, REGISTRY
+from protocol.messages import ID_BYTES, WIRE, Admitted, Frame, Job, ModelCard, Plan, Row, Terminal, encode
+from protocol.records import CommitRow, Event, InboxEntry, LeaderRecord
+
+STRANDED_MS = 60_000  # an entry read this long ago and not handed out has been lost on its way
+
+
+class LeaderBus(RequestReads):
+    """The calls of a scheduler, standing by or leading."""
+
+    SCRIPTS = ("admit", "depth", "finish", "lead", "plan", "reject", "release", "renew_lead", "retire", "trim")
+
+    def __init__(self, url: str, model: str, *, patience: float | None = None, retention_s: float = 600.0) -> None:
+        super().__init__(url, model, patience=patience, retention_s=retention_s)
+        self._handed_out: set[str] = set()  # inbox entries given to the scheduler and not yet answered
+        self._missed_jobs = True  # a read of the inbox may have been lost on its way to us
+
+    async def lead(self, owner: str, seen: LeaderRecord) -> int | None:
+        """Take the lead if (epoch, beat) are still as ``seen``. The new epoch, or None. ``owner`` names this process
+        alone (two that share it would both believe)."""
+        return await self._run("lead", seen.epoch, seen.beat, owner, WIRE) or None
+
+    async def renew_lead(self, epoch: int, owner: str) -> int:
+        """Renew the lead; returns server TIME in ms. Fenced("epoch")."""
+        return int(await self._run("renew_lead", epoch, owner))
+
+    async def release(self, epoch: int, owner: str) -> bool:
+        """Hand the lead over: ``read_leader`` then shows no owner and a standby leads at once. False: not ours."""
+        return bool(await self._run("release", epoch, owner))
+
+    async def write_depth(self, epoch: int, depth: dict[str, int | float]) -> None:
+        """Replace `depth`. Fields: requests, tokens, requests:<tenant>, tokens:<tenant>, rate (tokens per second)."""
+        await self._run("depth", epoch, *(part for field in depth.items() for part in field))
+
+    async def publish_card(self, card: ModelCard, tokenizer_json: bytes | None) -> None:
+        """Enter the model into the registry. Out of memory leaves what was there."""
+        registry = Link(self.url, self._link.patience, REGISTRY)
+        try:
+            with contextlib.suppress(OutOfMemory):
+                await registry.command("HSET", REGISTRY, card.model, encode(card))
+                if tokenizer_json is not None:
+                    await self._link.command("SET", self.keys.tokenizer, tokenizer_json)
+        finally:
+            await registry.close()
+
+    async def read_jobs(self, consumer: str, count: int, block_ms: int) -> list[InboxEntry]:
+        """New entries; also those of an earlier read whose reply was lost. ``consumer`` names this term alone."""
+        read = ("XREADGROUP", "GROUP", GROUP, consumer, "COUNT", count)
+        if self._missed_jobs:
+            reply = await self._link.command(*read, "STREAMS", self.keys.jobs, "0")
+            entries = [e for e in stream_entries(reply) if e[0].decode() not in self._handed_out]
+            self._missed_jobs = len(entries) >= count
+            if entries:
+                return self._hand_out(entries)
+        lost = self._link.losses
+        self._missed_jobs = True  # until this read has come through: a cancelled one may have taken entries
+        block = ("BLOCK", block_ms) if block_ms > 0 else ()
+        reply = await self._link.command(*read, *block, "STREAMS", self.keys.jobs, ">", block_s=block_ms / 1000)
+        self._missed_jobs = self._link.losses != lost
+        return self._hand_out(stream_entries(reply))
+
+    async def claim_jobs(self, consumer: str, count: int) -> list[InboxEntry]:
+        """Entries that another consumer (an earlier leader, or a deposed one that woke) read and did not finish with,
+        and our own whose reply was lost so late that `read_jobs` did not notice. Each is given once, so this may be
+        called again and again; once a second or so is right."""
+        jobs, start, me = self.keys.jobs, "-", consumer.encode()
+        while True:
+            pending = await self._link.command("XPENDING", jobs, GROUP, start, "+", count)
+            stranded = [
+                entry
+                for entry, owner, idle, _ in pending
+                if owner != me or (idle >= STRANDED_MS and entry.decode() not in self._handed_out)
+            ]
+            if stranded:
+                claimed = await self._link.command("XCLAIM", jobs, GROUP, consumer, 0, *stranded)
+                present = [entry for entry in claimed if entry and entry[1]]
+                gone = set(stranded) - {entry_id for entry_id, _ in present}
+                if gone:
+                    await self._link.command("XACK", jobs, GROUP, *gone)
+                if present:
+                    return self._hand_out(present)
+            if len(pending) < count:
+                return []
+            start = "(" + pending[-1][0].decode()
+
+    def _hand_out(self, entries: list[tuple[bytes, list[bytes]]]) -> list[InboxEntry]:
+        out = [records.inbox_entry(entry_id, flat) for entry_id, flat in entries]
+        self._handed_out.update(entry.entry_id for entry in out)
+        return out
+
+    async def inbox_length(self) -> int:
+        length: int = await self._link.command("XLEN", self.keys.jobs)
+        return length
+
+    async def admit(
+        self,
+        epoch: int,
+        entry_id: str,
+        *,
+        rid: str,
+        prompts: list[bytes],
+        seed: int,
+        job: Job | None = None,
+        producer_id: str | None = None,
+    ) -> tuple[str, str]:
+        """(verdict, rid). verdict: "new"; "repeat" (admitted before: read the record); "cancelled" (marked before it
+        was admitted: to be finished); "gone" (no such request, or it has ended). ``job`` is given for a producer's
+        push, which becomes a request here (deadline from timeout_s and the time of the push); its id may name an
+        earlier request: ("duplicate", that rid). ``producer_id``: the id of an accepted job, repeated in the notice
+        of admission."""
+        args: list[Argument] = []
+        if job is not None:
+            if job.id is None:
+                job = msgspec.structs.replace(job, id=entry_id)
+            producer_id = job.id
+            self._idempotency(job.tenant, job.id)  # both must be names
+            args = [job.tenant, job.id or "", encode(job), job_fingerprint(job), job.choices]
+            args += [int((job.timeout_s or 0) * 1000), job.reply_to or "", job.results or ""]
+        admitted = encode(Admitted(sum(len(p) for p in prompts) // ID_BYTES))
+        row = encode(Row(rid, -1, 0, admitted, producer_id))
+        verdict, owner = await self._run("admit", epoch, entry_id, rid, seed, row, len(prompts), *prompts, *args)
+        if verdict != b"cancelled":
+            self._handed_out.discard(entry_id)
+        return verdict.decode(), owner.decode()
+
+    async def reject(
+        self,
+        epoch: int,
+        entry_id: str,
+        *,
+        payload_hash: str,
+        error: dict[str, Any],
+        reply_to: str | None = None,
+        results: str | None = None,
+        tenant: str | None = None,
+        id: str | None = None,
+    ) -> None:
+        """End a push that can be no request: dead letter, and where ``tenant`` is known one error result under ``id``
+        (default: the entry id). ``error``: code, message, param."""
+        producer_id = id or entry_id
+        frames = encode(Frame(None, "", "error", error))
+        row = encode(Row("", 0, 0, frames, producer_id))
+        result = encode(Terminal(rid="", id=producer_id, finish_reason="error", error=error))
+        dead = {"entry": entry_id, "hash": payload_hash, "code": str(error.get("code", "")), "id": id or ""}
+        args: list[Argument] = [tenant or "", producer_id, payload_hash, reply_to or "", row, results or "", result]
+        await self._run(
+            "reject", epoch, entry_id, self._retention_ms, *args, *(part for field in dead.items() for part in field)
+        )
+        self._handed_out.discard(entry_id)
+
+    async def plan(self, epoch: int, wid: str, gen: int, *plans: Plan) -> None:
+        """Fence; record the placement of each of plan.new; XADD. Fenced("epoch") or Fenced("gen"). A worker's plans are
+        sent one after another, several in one round trip where they are at hand: a step that is not above the last one
+        sent counts as a repeat. A sequence whose journal is not as long as its cursor says is not placed: its rows
+        will come back STALE."""
+        calls: list[list[Argument]] = []
+        for plan in plans:
+            call: list[Argument] = [self.keys.prefix, epoch, wid, gen, plan.step, encode(plan)]
+            for sequence in plan.new:
+                call += (sequence.rid, sequence.choice, sequence.placement, sequence.cursor)
+            calls.append(call)
+        await self._link.script_each(self._scripts["plan"], self.keys.leader, calls)
+
+    async def finish(
+        self,
+        epoch: int,
+        rows: Sequence[CommitRow],
+        *,
+        entry_id: str | None = None,
+        dead: dict[str, str] | None = None,
+    ) -> str:
+        """End choices that no worker runs (row.finish set; one terminal frame). Verdicts as commit. ``entry_id``: an
+        inbox entry that this answers; ``dead``: fields of a dead letter."""
+        letter = [part for field in (dead or {}).items() for part in field]
+        args: list[Argument] = [epoch, self._retention_ms, entry_id or "", len(letter), *letter]
+        verdicts = await self._run("finish", *args, *commit_arguments(rows))
+        if entry_id:
+            self._handed_out.discard(entry_id)
+        return str(verdicts, "ascii")
+
+    async def retire(self, epoch: int, wid: str, gen: int, attempts: Sequence[str] = ()) -> None:
+        """Fence worker session ``gen`` for ever, drop its plans, raise `attempts` of these rids."""
+        await self._run("retire", epoch, wid, gen, *attempts)
+
+    async def read_events(self, after: str, count: int, block_ms: int) -> list[Event]:
+        """Events after stream id ``after``, in order."""
+        entries = await self._read_stream(self.keys.events, after, count, block_ms)
+        found = [records.event(entry_id, flat) for entry_id, flat in entries]
+        return [e for e in found if e is not None]
+
+    async def last_event_id(self) -> str:
+        try:
+            reply = records.fields_of(await self._link.command("XINFO", "STREAM", self.keys.events))
+        except StoreFailed:  # no such key
+            return "0-0"
+        return reply[b"last-generated-id"].decode()
+
+    async def trim_events(self, upto: str, *, epoch: int | None = None) -> None:
+        """Forget events up to ``upto``. With ``epoch`` fenced: a deposed leader may not trim what another needs."""
+        first = records.next_id(upto)
+        if epoch is None:
+            await self._link.command("XTRIM", self.keys.events, "MINID", first)
+        else:
+            await self._run("trim", epoch, first)
+
+    async def scan_live(self) -> dict[str, list[str]]:
+        """rid -> reply channels, of every unfinished request."""
+        live: dict[str, list[str]] = {}
+        cursor = b"0"
+        while True:
+            cursor, flat = await self._link.command("HSCAN", self.keys.live, cursor, "COUNT", 1000)
+            live.update((rid.decode(), names.decode().split()) for rid, names in records.fields_of(flat).items())
+            if cursor == b"0":
+                return live
