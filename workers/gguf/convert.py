@@ -56,7 +56,7 @@ def convert(source: Path, directory: Path, progress: Progress) -> None:
     file = GgufFile(source)
     config = config_of(file)
     config.dtype = precision(file)
-    config.architectures = [_model_class_name(config)]
+    config.architectures = [model_class(config).__name__]
     tokenizer_of(file).save_pretrained(directory)
     config.save_pretrained(directory)
     ends = end_ids(file)
@@ -79,7 +79,7 @@ def weights(file: GgufFile, config: Any) -> Iterator[tuple[str, torch.Tensor, in
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     arch = architecture(file)
-    restore = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config.to_dict())
+    restore: Any = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config.to_dict())
     # its walk over submodules, for models other than these, builds all names once for each of hundreds
     top = SimpleNamespace(config=config, state_dict=lambda: shapes, named_children=list)
     names = get_gguf_hf_weights_map(top, restore)
@@ -101,8 +101,9 @@ def weights(file: GgufFile, config: Any) -> Iterator[tuple[str, torch.Tensor, in
         raise file.broken(f"{len(missing)} weights are missing, {min(missing)} among them")
 
 
-def _model_class_name(config: Any) -> str:
-    return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)
+def model_class(config: Any) -> Any:
+    """The class of transformers that AutoModelForCausalLM would make."""
+    return AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def _write(directory: Path, found: Iterator[tuple[str, torch.Tensor, int]], progress: Progress, total: int) -> None:
