@@ -10,19 +10,13 @@ import sys
 from pathlib import Path
 
 from protocol.errors import StartError
+from workers.gguf.once import convert_once
 
 EX_CONFIG = 78
 
 
 def main(source: str, directory: str) -> int:
     try:
-        try:
-            from workers.gguf.convert import convert_once
-        except ImportError as error:
-            raise StartError(
-                f"{source}: reading GGUF needs packages that are not installed ({error.name or error}); "
-                "install them with pip install 'headrace[gguf]'"
-            ) from None
         convert_once(Path(source), Path(directory), _report)
     except StartError as error:
         print(error, file=sys.stderr, flush=True)

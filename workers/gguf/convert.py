@@ -2,15 +2,13 @@
 
 Weights are read one tensor at a time and written in shards, so memory holds a shard and a tensor. Nothing is left
 over in silence: a tensor of the file without a place in the model, a weight of the model that the file lacks and a
-wrong shape each end the conversion by name. The directory appears whole or not at all.
+wrong shape each end the conversion by name.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,33 +20,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from protocol.errors import StartError
+from workers.engines.base import Progress
 from workers.gguf.file import GgufFile
 from workers.gguf.model import ROPE_FACTORS, architecture, config_of, end_ids, tokenizer_of
 
 SHARD_BYTES = 2 << 30
-Progress = Callable[[str, float], None]  # (stage, fraction 0..1)
-
-
-def convert_once(source: Path, directory: Path, progress: Progress) -> None:
-    """Make ``directory`` from the GGUF file ``source`` unless it is there. Of several processes one converts, the
-    others wait. StartError says what is wrong with the file, or that there is no room."""
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with (directory.parent / f".{directory.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if directory.is_dir():
-                return
-            unfinished = directory.parent / f".{directory.name}.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-            unfinished.mkdir()
-            try:
-                convert(source, unfinished, progress)
-                unfinished.rename(directory)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise StartError(f"cannot write {directory} ({error.strerror}); choose another --cache-dir") from None
 
 
 def convert(source: Path, directory: Path, progress: Progress) -> None:
@@ -59,8 +35,8 @@ def convert(source: Path, directory: Path, progress: Progress) -> None:
     config.architectures = [model_class(config).__name__]
     tokenizer_of(file).save_pretrained(directory)
     config.save_pretrained(directory)
-    ends = end_ids(file)
-    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=ends or None).save_pretrained(directory)
+    generation: Any = GenerationConfig
+    generation(bos_token_id=config.bos_token_id, eos_token_id=end_ids(file) or None).save_pretrained(directory)
     _write(directory, weights(file, config), progress, sum(t.size for t in file.tensors))
 
 
@@ -75,14 +51,16 @@ def precision(file: GgufFile) -> torch.dtype:
 def weights(file: GgufFile, config: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
     """(name in the model, weight, bytes of the file read for it), in the file's order."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model: Any = model_class(config)(config)
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     arch = architecture(file)
-    restore: Any = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config.to_dict())
+    processors: Any = TENSOR_PROCESSORS
+    restore = processors.get(arch, TensorProcessor)(config=config.to_dict())
     # its walk over submodules, for models other than these, builds all names once for each of hundreds
-    top = SimpleNamespace(config=config, state_dict=lambda: shapes, named_children=list)
-    names = get_gguf_hf_weights_map(top, restore)
+    top: Any = SimpleNamespace(config=config, state_dict=lambda: shapes, named_children=list)
+    map_names: Any = get_gguf_hf_weights_map
+    names: dict[str, str] = map_names(top, restore)
     missing = shapes.keys() - tied
     for tensor in file.tensors:
         if tensor.name == ROPE_FACTORS:

@@ -27,7 +27,7 @@ ALIGNMENT = 32  # of the tensors' data, unless general.alignment says otherwise
 MAX_DIMENSIONS = 4
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-PLAIN = {
+PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype("<f4"),
     GGMLQuantizationType.F16: np.dtype("<f2"),
     GGMLQuantizationType.F64: np.dtype("<f8"),
@@ -73,7 +73,8 @@ class GgufFile:
         """float32 of ``tensor.shape``; quantized blocks are dequantized. A copy, not a view of the file."""
         raw = np.frombuffer(self._map, np.uint8, tensor.size, tensor.start)
         if tensor.kind in PLAIN:
-            return raw.view(PLAIN[tensor.kind]).astype(np.float32).reshape(tensor.shape)
+            numbers: np.ndarray = raw.view(PLAIN[tensor.kind]).astype(np.float32)
+            return numbers.reshape(tensor.shape)
         try:
             rows = raw.reshape(*tensor.shape[:-1], -1)
             return np.array(dequantize(rows, tensor.kind), np.float32).reshape(tensor.shape)

@@ -14,8 +14,11 @@ import numpy as np
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+    GGUF_PRE_TOKENIZER_SPLITS,
+    convert_gguf_tokenizer,
+    get_gguf_tokenizer,
+)
 
 from workers.gguf.file import GgufFile
 
@@ -82,7 +85,8 @@ def config_of(file: GgufFile) -> Any:
     """The model's config. StartError names a key that is missing or not understood."""
     arch = architecture(file)
     stated = {key.removeprefix(arch + "."): v for key, v in file.metadata.items() if key.startswith(arch + ".")}
-    table = {k: f for k, f in GGUF_CONFIG_MAPPING[arch].items() if f} | MORE_FIELDS.get(arch, {})
+    known: dict[str, str | None] = GGUF_CONFIG_MAPPING[arch]  # type: ignore[assignment]
+    table = {k: f for k, f in known.items() if f} | MORE_FIELDS.get(arch, {})
     fields = {field: stated[key] for key, field in table.items() if key in stated and key not in ROPE}
     for key in ("block_count", "context_length", "embedding_length", "attention.head_count", "feed_forward_length"):
         if not isinstance(stated.get(key), int) or stated[key] < 1:
@@ -152,7 +156,7 @@ def _llama3_rope(file: GgufFile, factors: np.ndarray, theta: float, head: int) -
 # ------------------------------------------------------------------ tokenizer
 
 
-def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
+def tokenizer_of(file: GgufFile) -> Any:
     """The tokenizer with its chat template, as one that needs nothing but tokenizer.json."""
     kind = file.metadata.get("tokenizer.ggml.model")
     cut = file.metadata.get("tokenizer.ggml.pre")
@@ -170,7 +174,7 @@ def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     special = {name: settings[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token") if settings[name]}
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         add_bos_token=bool(settings.get("add_bos_token", False)),
         add_eos_token=bool(settings.get("add_eos_token", False)),
