@@ -7,6 +7,7 @@ sends its 200 at admission. And whatever goes wrong with one job ends that job a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -24,6 +25,8 @@ from protocol.errors import (
 from protocol.grammar import Grammars
 from protocol.jobs import check_job
 from protocol.messages import Job, ModelCard
+
+log = logging.getLogger("headrace.scheduler")
 
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 
@@ -79,7 +82,20 @@ class Prompts:
         natural = next((n for f in CONTEXT_FIELDS if isinstance(n := getattr(text, f, None), int) and n > 0), None)
         if max_model_len is None and natural is None:
             raise StartError(f"{model}: its configuration names no context length; give --max-model-len")
-        return cls(tokenizer, int(text.vocab_size), max_model_len or natural or 0, _eos_ids(model, text, tokenizer))
+        prompts = cls(tokenizer, int(text.vocab_size), max_model_len or natural or 0, _eos_ids(model, text, tokenizer))
+        if beyond := prompts.ids_beyond_model():
+            log.warning(
+                "%s: its tokenizer is larger than the model: %d of its tokens have ids from %d on, for which there are "
+                "no embeddings. Text that holds one of them is refused (400).",
+                model, beyond, prompts.vocab_size,
+            )  # fmt: skip
+        return prompts
+
+    def ids_beyond_model(self) -> int:
+        """How many tokens of the tokenizer have an id that the model has no embedding for: common where tokens were
+        added without the model's being resized."""
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        return sum(token_id >= self.vocab_size for token_id in vocabulary.values())
 
     def card(self, name: str, created: int) -> ModelCard:
         """What the registry will say of this model under the served ``name``."""
@@ -99,11 +115,17 @@ class Prompts:
             prompts = [self._encode(self._render(job), special=False)]
         else:
             prompts = [self._prompt(p) for p in job.prompts()]
+        field = "prompt" if job.messages is None else "messages"
         if not prompts or not all(prompts):
-            field = "prompt" if job.messages is None else "messages"
             raise InvalidRequest(f"{field} must hold at least one token", param=field)
         for prompt in prompts:
             self._check_fit(len(prompt), job)
+            if max(prompt) >= self.vocab_size:
+                raise InvalidRequest(
+                    f"{field} holds the text of an added token that the model has no embedding for: its ids end at "
+                    f"{self.vocab_size - 1}",
+                    param=field,
+                )
         if job.sampling.structure is not None and job.sampling.structure.constrains:
             self.grammars().check(job.sampling.structure)
         return prompts
@@ -134,8 +156,10 @@ class Prompts:
         return array("i", prompt)
 
     def _encode(self, text: str, special: bool) -> array[int]:
+        """Unlike ``encode``, ``encode_batch`` releases the interpreter's lock; the fast one keeps no offsets."""
         if self._backend is not None:
-            return array("i", self._backend.encode(text, add_special_tokens=special).ids)
+            (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
+            return array("i", encoded.ids)
         return array("i", self.tokenizer.encode(text, add_special_tokens=special))
 
     def _render(self, job: Job) -> str:

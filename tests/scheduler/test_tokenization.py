@@ -154,6 +154,28 @@ def test_refused(prompts: Prompts, fields: dict[str, Any], error: type[HeadraceE
     assert caught.value.param == param  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("kind", ["prompt", "messages"])
+def test_text_that_becomes_an_id_beyond_the_models_embeddings_is_refused(
+    model_dir: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """Common in fine-tunes: tokens were added and the model was not resized. Such an id would end the worker."""
+    larger = byte_tokenizer()
+    larger.add_tokens(["<|added|>"])
+    larger.save_pretrained(model_dir.with_name("larger"))
+    config = (model_dir / "config.json").read_bytes()
+    (model_dir.with_name("larger") / "config.json").write_bytes(config)
+    prompts = Prompts.load(str(model_dir.with_name("larger")))
+    assert prompts.ids_beyond_model() == 1
+    assert "tokenizer is larger than the model" in caplog.text
+    text = "a<|added|>b"
+    fields: dict[str, Any] = {"prompt": text} if kind == "prompt" else {"messages": [{"role": "user", "content": text}]}
+    with pytest.raises(InvalidRequest, match=f"its ids end at {VOCAB - 1}") as caught:
+        ids(prompts, **fields)
+    assert caught.value.param == kind
+    assert "<|added|>" not in str(caught.value)
+    assert ids(prompts, prompt="ab") == [[97, 98]]
+
+
 def test_the_whole_context_may_be_used(prompts: Prompts) -> None:
     assert len(ids(prompts, prompt=[7] * 500, sampling={"max_tokens": 12})[0]) == 500
 
