@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := workers/native/.built
+KERNEL_SOURCES := setup.py $(wildcard workers/native/*.cpp workers/native/*.inc)
 PYTEST ?= $(BIN)/python -m pytest
 ARGS ?=
 
@@ -16,15 +18,23 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
+	@! ls workers/native/_kernels*.so >/dev/null 2>&1 || touch $(KERNELS)
+
+# Built anew when their sources change. What they are required for says so: then a failure to build is one.
+$(KERNELS): $(KERNEL_SOURCES) | $(STAMP)
+	@test -z "$$(find $(KERNEL_SOURCES) -newer $@ 2>&1)" || { $(BIN)/python setup.py -q build_ext --inplace \
+	  && { ! ls workers/native/_kernels*.so >/dev/null 2>&1 || touch $@; }; }
+
+test: export HEADRACE_REQUIRE_KERNELS := 1
 
 venv: $(STAMP) ## make and fill .venv
 
 # On a terminal, `set -m` gives it to serve alone: Ctrl-C is serve's to answer, and make ends with its exit code.
-serve: $(STAMP) ## serve the demo model (ARGS='--model ... --port ...')
+serve: $(KERNELS) ## serve the demo model (ARGS='--model ... --port ...')
 	@bash -c '[ -t 0 ] && set -m && { $(BIN)/headrace serve "$$@"; exit $$?; }; exec $(BIN)/headrace serve "$$@"' serve $(ARGS)
 
 # Several at once, file by file: most of them wait for processes of their own rather than compute.
-test: $(STAMP) ## run the tests (ARGS='tests/headrace -k cli')
+test: $(KERNELS) ## run the tests (ARGS='tests/headrace -k cli')
 	$(PYTEST) -m "not sweep" -n 3 --dist loadfile $(ARGS)
 
 check: lint test ## everything that a change must pass: format, lint, types, import rules, tests

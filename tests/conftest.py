@@ -14,6 +14,9 @@ import redis
 from headrace.serve.embedded import FAST, EmbeddedServer
 from protocol.keys import REGISTRY
 from tests.bus import Bus
+from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
+
+__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]  # hooks
 
 MODEL = "test/model"
 

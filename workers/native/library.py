@@ -1,12 +1,14 @@
 """The CPU kernels and their door: plain C functions reached by ctypes, no torch headers.
 
 The library is built with the package where there is a C++ compiler (setup.py) and is optional: without it
-`load_kernels` says why and the engine keeps to torch. Its threads are its own (team.inc).
+`load_kernels` says why and the engine keeps to torch; HEADRACE_REQUIRE_KERNELS=1 makes that a failure. Its threads are
+its own (team.inc).
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from protocol.errors import StartError
+
+REQUIRE = "HEADRACE_REQUIRE_KERNELS"
 PANEL = 16  # outputs in a panel of packed weights, tokens in a panel of the pool
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = ("silu", "gelu by tanh")
@@ -299,7 +304,17 @@ class Packed:
 
 @cache
 def load_kernels() -> Kernels:
-    """The kernels for this processor. KernelsUnavailable with the reason where there are none."""
+    """The kernels for this processor. KernelsUnavailable with the reason where there are none; StartError where the
+    environment requires them."""
+    try:
+        return _loaded()
+    except KernelsUnavailable as reason:
+        if os.environ.get(REQUIRE, "0") not in ("", "0"):
+            raise StartError(f"{REQUIRE} is set, and there are no native CPU kernels: {reason}") from reason
+        raise
+
+
+def _loaded() -> Kernels:
     folder = Path(__file__).parent
     built = [p for suffix in machinery.EXTENSION_SUFFIXES for p in folder.glob(f"_kernels{suffix}")]
     if not built:
@@ -308,5 +323,5 @@ def load_kernels() -> Kernels:
         library = ctypes.CDLL(str(built[0]))
         chosen = next(i for i in instruction_sets() if hasattr(library, f"headrace_linear_{i}"))
         return Kernels(library, chosen)
-    except OSError as error:
+    except (OSError, AttributeError, StopIteration) as error:
         raise KernelsUnavailable(f"cannot be loaded: {error}") from error
