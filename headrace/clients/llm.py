@@ -1,98 +1,152 @@
-"""Offline use: a model for one program, without a server to be looked after.
+"""LLM: offline use, a model for one program without a server to be looked after.
 
-    with LLM("examples/demo-model") as llm:
-        for result in llm.generate(["def add(a, b):", "import os"], max_tokens=32, temperature=0):
-            print(result.text)
+    llm = LLM("examples/demo-model")
+    for result in llm.generate(["def add(a, b):", "import os"], SamplingParams(max_tokens=32, temperature=0)):
+        print(result.outputs[0].text)
+    llm.close()
 
-It is a whole `headrace serve` underneath, in a directory of its own that is gone afterwards: the same scheduling, the
-same tokens, one code path. All prompts are in the queue at once, so they are batched as well as they can be.
+It is a whole `headrace serve` underneath (serve/own.py): the same scheduling, the same tokens, one code path. Arguments
+and results have the names of vLLM's class of the same name.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from headrace.clients.queue import Result, SyncClient
+from headrace.clients.queue import AsyncClient, Result, sampling_of
+from headrace.clients.sync import Client
 from headrace.option_table import options_of
-from headrace.options import argv_of
-from headrace.serve.embedded import server_url
-from headrace.serve.service import choose_ports
-from protocol.errors import StartError
+from headrace.serve.own import DECIDED, OwnServe
+from protocol.errors import InvalidRequest
+from protocol.messages import Job
+from protocol.sampling import SamplingParams
 
-OWN = {"run_dir", "data_dir", "port", "redis_url"}  # decided here
-POLL_S = 0.1
-STOP_S = 90.0
+DEFAULT_NUM_SEQS = 256  # of a worker, where max_num_seqs is not given
+# An argument of vLLM's LLM that is no option here -> the one value it may have, and what to use instead.
+FIXED: dict[str, tuple[Any, str]] = {
+    "tensor_parallel_size": (1, "a model is on one device; workers=N makes N copies of it on N GPUs"),
+    "pipeline_parallel_size": (1, "a model is on one device; workers=N makes N copies of it on N GPUs"),
+    "gpu_memory_utilization": (None, "give kv_cache_memory, the bytes of the KV cache (an int or '2GiB')"),
+    "trust_remote_code": (False, "code of a checkpoint is never run"),
+}
+
+Prompt: TypeAlias = str | list[int] | Mapping[str, Any]
+Messages: TypeAlias = list[dict[str, Any]]
+Sampling: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
-    """``options`` are those of ``headrace serve``, such as ``dtype="float32"`` or ``max_model_len=512``.
+    """A running model. Starts at construction; StartError says why that failed.
 
-    StartError says why a start failed.
+    ``options`` are those of ``headrace serve``, such as ``dtype="float32"``, ``max_model_len=512``, ``max_num_seqs``,
+    ``max_num_batched_tokens``. TypeError for one that does not exist, ValueError for a value that is not supported.
+    Ends at ``close()``, at the end of a ``with`` block, or with the program, however that ends.
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        known = {option.dest for option in options_of("serve")} - OWN
-        if unknown := options.keys() - known:
-            raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
-        self._place = tempfile.TemporaryDirectory(prefix="headrace-llm-")
-        place = Path(self._place.name)
-        (self._port,) = choose_ports("127.0.0.1", 0, 1, "port")
-        own = {"run_dir": place / "run", "data_dir": place / "data", "port": self._port}
-        self._argv = argv_of(options_of("serve"), {"model": model, **options, **own})
-        self._data_dir = place / "data"
-        self._log = place / "serve.log"
+        options = serve_options(options)
+        workers, seqs = options.get("workers") or 1, options.get("max_num_seqs") or DEFAULT_NUM_SEQS
+        self._window = 2 * int(workers) * int(seqs)  # requests at once: as many again as run, so that none is short
+        self._serve = OwnServe({"model": model, "drain_timeout": 0.0, **options})
+        try:
+            self._client = Client(self._serve.redis_url)
+        except BaseException:
+            self._serve.stop()
+            raise
 
     def __enter__(self) -> LLM:
-        with self._log.open("wb") as log:
-            command = [sys.executable, "-m", "headrace", "serve", *self._argv]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            self._wait_ready()
-            self._client = SyncClient(server_url(self._data_dir))
-            self._client.__enter__()
-        except BaseException:
-            self._stop()
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.__exit__()
-        self._stop()
+        self.close()
 
-    def generate(self, prompts: Sequence[str | list[int]], **sampling: Any) -> list[Result]:
-        """Continue each prompt; results in the order of the prompts. ``sampling``: fields of SamplingParams."""
-        return self._results([self._client.submit(prompt, **sampling) for prompt in prompts])
-
-    def chat(self, conversations: Sequence[list[dict[str, Any]]], **sampling: Any) -> list[Result]:
-        """The next message of each conversation (a list of messages as OpenAI's)."""
-        return self._results([self._client.submit(messages=messages, **sampling) for messages in conversations])
-
-    def _results(self, requests: list[str]) -> list[Result]:
-        return [self._client.result(request) for request in requests]
-
-    def _wait_ready(self) -> None:
-        while True:
-            if self._process.poll() is not None:
-                raise StartError(self._log.read_text(errors="replace").strip().rpartition("headrace serve: ")[2])
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/ready", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(POLL_S)
-
-    def _stop(self) -> None:
-        self._process.terminate()
+    def close(self) -> None:
+        """End all processes and remove what they wrote. A second call does nothing."""
         try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()  # its children die with it
-            self._process.wait()
-        self._place.cleanup()
+            self._client.close()
+        finally:
+            self._serve.stop()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Sampling = None, **sampling: Any
+    ) -> list[Result]:
+        """Continue each prompt; results in the order of the prompts.
+
+        A prompt is a text, a list of token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``. Sampling is one
+        SamplingParams for all, one for each, or fields of it (``max_tokens=32``). InvalidRequest for what cannot be
+        sent; a request that fails later has its error in ``outputs[0].error``.
+        """
+        single = isinstance(prompts, str | Mapping) or _ids(prompts)
+        many: Sequence[Any] = [prompts] if single else prompts  # type: ignore[assignment]
+        return self._run([{"prompt": _prompt(p)} for p in many], sampling_params, sampling)
+
+    def chat(
+        self, messages: Messages | Sequence[Messages], sampling_params: Sampling = None, **sampling: Any
+    ) -> list[Result]:
+        """The next message of each conversation. A conversation is a list of messages as OpenAI's; one or several."""
+        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        return self._run([{"messages": m} for m in many], sampling_params, sampling)
+
+    def _run(self, contents: list[dict[str, Any]], sampling_params: Sampling, fields: dict[str, Any]) -> list[Result]:
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            each = [sampling_of(sampling_params, fields)] * len(contents)
+        else:
+            each = [sampling_of(params, fields) for params in sampling_params]
+        if len(each) != len(contents):
+            raise InvalidRequest(f"{len(each)} sampling_params for {len(contents)} prompts", param="sampling_params")
+        jobs = [Job(**content, sampling=params) for content, params in zip(contents, each, strict=True)]
+        return self._client.run(_results(self._client.on_loop, jobs, self._window))
+
+
+def serve_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` as options of serve. TypeError or ValueError names what is not to be had, and what to use instead."""
+    known = {option.dest for option in options_of("serve")} - DECIDED
+    options = {name: value for name, value in given.items() if name in known}
+    for name in given.keys() - known:
+        if name not in FIXED:
+            raise TypeError(f"there is no option {name}")
+        only, instead = FIXED[name]
+        if given[name] != only:
+            raise ValueError(f"{name}={given[name]!r} is not supported: {instead}")
+    return options
+
+
+def _ids(prompts: Any) -> bool:
+    return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], int)
+
+
+def _prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, Mapping):
+        if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
+            raise InvalidRequest("a prompt's dict has one key, prompt or prompt_token_ids", param="prompts")
+        (prompt,) = prompt.values()
+    if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(i) is int for i in prompt)):
+        return prompt
+    raise InvalidRequest("a prompt is a text, a list of token ids, or a dict of one of them", param="prompts")
+
+
+async def _results(client: AsyncClient, jobs: list[Job], window: int) -> list[Result]:
+    """Run all jobs, at most ``window`` at once. Whatever is under way when this is cancelled is cancelled too."""
+    results: dict[int, Result] = {}
+    waiting: Iterator[tuple[int, Job]] = iter(enumerate(jobs))
+
+    async def user() -> None:
+        for place, job in waiting:
+            request = await client.submit_when_possible(job)
+            try:
+                results[place] = await client.result(request)
+            except asyncio.CancelledError:
+                await client.cancel(request)
+                raise
+
+    users = [asyncio.create_task(user()) for _ in range(min(window, len(jobs)))]
+    try:
+        await asyncio.gather(*users)
+    finally:
+        for task in users:
+            task.cancel()
+        await asyncio.gather(*users, return_exceptions=True)
+    return [results[place] for place in range(len(jobs))]

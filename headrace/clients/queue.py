@@ -1,6 +1,6 @@
-"""Clients of the queue: submit a request, stream it, get its result, cancel it. No HTTP between.
+"""AsyncClient: submit a request to the queue, stream it, get its result, cancel it. No HTTP in between.
 
-    async with Client("redis://127.0.0.1:6379/0") as client:
+    async with AsyncClient("redis://127.0.0.1:6379/0") as client:
         request = await client.submit(prompt="def add(a, b):", max_tokens=64)
         async for piece in client.stream(request):
             print(piece.text, end="")
@@ -8,7 +8,7 @@
 A submitted request is durable: it goes on without its client, and any client can stream it again by its id for as
 long as its journal is kept. The journal is the stream; what is published live only saves reading it. So a lost
 publication, a restarted server or a client that comes late costs nothing: the reader goes on at its cursor.
-``SyncClient`` has the same methods without ``await``.
+``headrace.Client`` (clients/sync.py) has the same methods without ``await``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import threading
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterator
+import warnings
+from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
+
+import msgspec
 
 from protocol.bus import GatewayBus
 from protocol.errors import (
@@ -27,17 +29,15 @@ from protocol.errors import (
     Expired,
     HeadraceError,
     InvalidRequest,
+    Overloaded,
     RequestError,
     ServiceError,
     http_status,
 )
-from protocol.messages import DEFAULT_TENANT, Frame, Job, Priority, Row, decode_frames, new_rid
+from protocol.messages import DEFAULT_TENANT, Frame, Job, Priority, Row, decode_frames, new_rid, unpack_ids
 from protocol.sampling import SamplingParams
-from protocol.structure import Structure
 
 CHECK_S = 1.0  # a silent stream is compared with its journal this often
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,25 +54,39 @@ class Piece:
 
 @dataclass
 class Choice:
+    """One ended sequence. ``index`` counts the choices of its request from 0."""
+
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     error: HeadraceError | None = None
+    index: int = 0
 
 
 @dataclass(frozen=True)
 class Result:
-    """An ended request. ``text`` is that of the first choice."""
+    """An ended request. ``text`` is that of the first choice.
+
+    ``outputs`` is ``choices`` under the name that vLLM's RequestOutput gives it. ``prompt_token_ids`` are the ids as
+    the scheduler stored them, chat template and special tokens included; None where the request was refused before it
+    had any, or has expired in the meantime. For a job of several prompts: those of the first.
+    """
 
     request_id: str
     choices: list[Choice]
+    prompt: str | None = None
+    prompt_token_ids: list[int] | None = None
+
+    @property
+    def outputs(self) -> list[Choice]:
+        return self.choices
 
     @property
     def text(self) -> str:
         return self.choices[0].text
 
 
-class Client:
+class AsyncClient:
     """One connection to the queue of one model. ``model`` may be left out where only one is served."""
 
     def __init__(self, redis_url: str, model: str | None = None, *, tenant: str = DEFAULT_TENANT) -> None:
@@ -84,7 +98,7 @@ class Client:
         self._listener: asyncio.Task[None] | None = None
         self._readers: dict[str, set[asyncio.Queue[Row | None]]] = {}  # by rid; None: look into the journal
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> AsyncClient:
         await self.connect()
         return self
 
@@ -124,23 +138,19 @@ class Client:
         priority: Priority = "standard",
         timeout_s: float | None = None,
         results: str | None = None,
+        sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> str:
-        """Make a request durable; returns its request id. ``sampling`` takes the fields of SamplingParams, of which
+        """Make a request durable; returns its request id. Sampling is given whole, or by field (``max_tokens=64``);
         ``structure`` may be a dict of the fields of Structure.
 
         ``id`` makes it idempotent: the same id and content again give the same request, never a second run.
         Raises InvalidRequest, Conflict (same id, other content), Overloaded, Unavailable.
         """
-        try:
-            if isinstance(structure := sampling.get("structure"), dict):
-                sampling["structure"] = Structure(**structure)
-            job = Job(
-                id=id, prompt=prompt, messages=messages, sampling=SamplingParams(**sampling), tenant=self.tenant,
-                priority=priority, timeout_s=timeout_s, results=results,
-            )  # fmt: skip
-        except TypeError as error:
-            raise InvalidRequest(str(error)) from None
+        job = Job(
+            id=id, prompt=prompt, messages=messages, sampling=sampling_of(sampling_params, sampling),
+            tenant=self.tenant, priority=priority, timeout_s=timeout_s, results=results,
+        )  # fmt: skip
         return await self.submit_job(job)
 
     async def submit_job(self, job: Job) -> str:
@@ -150,6 +160,14 @@ class Client:
         job.sampling.check()
         accepted = await self._open_bus.accept(job, rid=new_rid(), idempotency=job.id, reply_to=self._channel)
         return accepted.rid
+
+    async def submit_when_possible(self, job: Job) -> str:
+        """``submit_job``, again and again while the service has too much waiting."""
+        while True:
+            try:
+                return await self.submit_job(job)
+            except Overloaded as error:
+                await asyncio.sleep(error.retry_after or 1.0)
 
     async def stream(self, request_id: str) -> AsyncIterator[Piece]:
         """Every piece of a request from its beginning, in order within each choice, to the end of all choices.
@@ -164,12 +182,15 @@ class Client:
         """Wait for the end; returns all choices. An error is in its choice, not raised."""
         choices: dict[int, Choice] = {}
         async for piece in self.stream(request_id):
-            choice = choices.setdefault(piece.choice, Choice())
+            choice = choices.setdefault(piece.choice, Choice(index=piece.choice))
             choice.text += piece.text
             if piece.token_id is not None:
                 choice.token_ids.append(piece.token_id)
             choice.finish_reason, choice.error = piece.finish_reason, piece.error
-        return Result(request_id, [choices[i] for i in sorted(choices)])
+        record = await self._open_bus.read_request(request_id)
+        ids = list(unpack_ids(record.prompts[0])) if record and record.prompts else None
+        prompt = record.job.prompt if record and isinstance(record.job.prompt, str) else None
+        return Result(request_id, [choices[i] for i in sorted(choices)], prompt, ids)
 
     async def cancel(self, request_id: str) -> bool:
         """End a request. False if it had ended already; NotFound if there is none."""
@@ -180,7 +201,7 @@ class Client:
     @property
     def _open_bus(self) -> GatewayBus:
         if self._bus is None:
-            raise RuntimeError("the client is not connected: use `async with Client(...)`")
+            raise RuntimeError("the client is not connected: use `async with AsyncClient(...)`")
         return self._bus
 
     async def _listen(self, publications: AsyncIterable[list[Row]]) -> None:
@@ -245,6 +266,19 @@ class Client:
         return found
 
 
+def sampling_of(whole: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
+    """Sampling given as a whole or by field, types and ranges checked. InvalidRequest names the field."""
+    if whole is not None and fields:
+        raise InvalidRequest(f"give either sampling_params or {', '.join(fields)}", param="sampling_params")
+    try:
+        given = fields if whole is None else msgspec.to_builtins(whole)
+        params = msgspec.convert(given, SamplingParams, strict=True, str_keys=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(str(error)) from None
+    params.check()
+    return params
+
+
 def _error_of(frame: Frame) -> HeadraceError:
     told = frame.extra or {}
     code, message = str(told.get("code", "engine_failed")), str(told.get("message", "the request failed"))
@@ -253,58 +287,13 @@ def _error_of(frame: Frame) -> HeadraceError:
     return EngineFailed(f"{code}: {message}")
 
 
-class SyncClient:
-    """The same without ``await``: a Client on an event loop in a thread of its own. Use it in a ``with`` block."""
+def __getattr__(name: str) -> Any:
+    """The names of release 0.1, for one release: ``Client`` was the client to be awaited."""
+    if name not in ("Client", "SyncClient"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from headrace.clients.sync import Client as Synchronous
 
-    def __init__(self, redis_url: str, model: str | None = None, *, tenant: str = DEFAULT_TENANT) -> None:
-        self._client = Client(redis_url, model, tenant=tenant)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="headrace client", daemon=True)
-
-    def __enter__(self) -> SyncClient:
-        self._thread.start()
-        try:
-            self._run(self._client.connect())
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self._run(self._client.close())
-        finally:
-            self._end()
-
-    def submit(self, prompt: str | list[int] | None = None, **options: Any) -> str:
-        return self._run(self._client.submit(prompt, **options))
-
-    def result(self, request_id: str) -> Result:
-        return self._run(self._client.result(request_id))
-
-    def cancel(self, request_id: str) -> bool:
-        return self._run(self._client.cancel(request_id))
-
-    def stream(self, request_id: str) -> Iterator[Piece]:
-        pieces = self._client.stream(request_id)
-        try:
-            while (piece := self._run(_next(pieces))) is not None:
-                yield piece
-        finally:
-            self._run(_close(pieces))
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def _end(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
-async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:
-    return await anext(pieces, None)
-
-
-async def _close(pieces: Any) -> None:
-    await pieces.aclose()
+    found = AsyncClient if name == "Client" else Synchronous
+    new = "headrace.AsyncClient" if name == "Client" else "headrace.Client"
+    warnings.warn(f"{__name__}.{name} is now {new}", DeprecationWarning, stacklevel=2)
+    return found

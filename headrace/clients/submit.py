@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import msgspec
 
-from headrace.clients.queue import Client
-from protocol.errors import InvalidRequest, Overloaded, RequestError, StartError, Unavailable
+from headrace.clients.queue import AsyncClient
+from protocol.errors import InvalidRequest, RequestError, StartError, Unavailable
 from protocol.messages import Job
 
 SAMPLING = ("max_tokens", "temperature", "seed")  # options that fill in what a job leaves open
@@ -35,7 +35,7 @@ def run(values: Mapping[str, Any]) -> int:
 
 async def _run(values: Mapping[str, Any]) -> int:
     try:
-        async with Client(values["redis_url"], values["model"], tenant=values["tenant"]) as client:
+        async with AsyncClient(values["redis_url"], values["model"], tenant=values["tenant"]) as client:
             if values["file"] is not None:
                 return await FileRun(client, values).run()
             return await _one(client, values)
@@ -43,7 +43,7 @@ async def _run(values: Mapping[str, Any]) -> int:
         raise StartError(f"--redis-url: {error}") from None
 
 
-async def _one(client: Client, values: Mapping[str, Any]) -> int:
+async def _one(client: AsyncClient, values: Mapping[str, Any]) -> int:
     """One prompt: the request id with nothing else asked, the text as it comes with --follow, else the whole text."""
     text = sys.stdin.read() if values["prompt"] == "-" else values["prompt"]
     job = job_of({"messages": [{"role": "user", "content": text}]} if values["chat"] else {"prompt": text}, values)
@@ -75,7 +75,7 @@ def job_of(line: dict[str, Any], values: Mapping[str, Any]) -> Job:
 class FileRun:
     """One run over a file of jobs."""
 
-    def __init__(self, client: Client, values: Mapping[str, Any]) -> None:
+    def __init__(self, client: AsyncClient, values: Mapping[str, Any]) -> None:
         self.client = client
         self.values = values
         self.source, self.target = Path(values["file"]), Path(values["out"])
@@ -126,7 +126,7 @@ class FileRun:
         """The results line of one job; what is wrong with it stands there too."""
         try:
             job = msgspec.structs.replace(job_of(_parse(line), self.values), id=name)
-            request = await self._submit(job)
+            request = await self.client.submit_when_possible(job)
             result = await self.client.result(request)
         except RequestError as error:
             self.failed += 1
@@ -139,13 +139,6 @@ class FileRun:
                 entry["error"] = {"message": str(choice.error)}
         self.failed += "error" in entry
         return entry
-
-    async def _submit(self, job: Job) -> str:
-        while True:
-            try:
-                return await self.client.submit_job(job)
-            except Overloaded as error:
-                await asyncio.sleep(error.retry_after or 1.0)
 
     @staticmethod
     def _write(out: IO[str], entry: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from headrace.clients.queue import SyncClient
+from headrace import Client
 from headrace.serve.embedded import DURABLE, EmbeddedServer
 from tests.headrace.test_examples import EXAMPLE
 from tests.stack import START_S, free_port
@@ -111,7 +111,7 @@ def test_every_role_works_as_its_own_user(guarded: Guarded) -> None:
     assert produced.returncode == 0, produced.stderr
     assert "result:" in produced.stdout
 
-    with SyncClient(guarded.user_url("gateway"), MODEL) as client:  # to the queue, a client is a gateway
+    with Client(guarded.user_url("gateway"), MODEL) as client:  # to the queue, a client is a gateway
         assert client.result(client.submit("x", max_tokens=3)).choices[0].finish_reason
 
     denied = [(e["username"], e["context"], e["object"]) for e in guarded.admin.acl_log()]

@@ -17,7 +17,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from headrace.clients.queue import Client
+from headrace.clients.queue import AsyncClient
 from headrace.serve.embedded import server_url
 from protocol.errors import Unavailable
 from tests.headrace.readers import Reader, attempt, eventually
@@ -90,7 +90,7 @@ def starved(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[St
 async def test_out_of_disk(starved: tuple[Stack, SizeLimit | FullDisk, Path]) -> None:
     stack, disk, place = starved
     url = server_url(place / "data")
-    async with aiohttp.ClientSession() as session, Client(url, "org/tiny") as client:
+    async with aiohttp.ClientSession() as session, AsyncClient(url, "org/tiny") as client:
         undisturbed = await Reader(session, stack.url, 100, 5).whole()
         running = Reader(session, stack.url, 1500, 5)
         await running.more()

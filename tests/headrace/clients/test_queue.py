@@ -6,14 +6,14 @@ from collections.abc import AsyncIterable, AsyncIterator
 
 import pytest
 
-from headrace.clients.queue import Client, SyncClient
+from headrace import AsyncClient, Client
 from protocol.errors import Conflict, InvalidRequest, NotFound, RequestError
 from protocol.messages import Row, decode_frames
 from tests.bus import Bus
 
 
 async def test_a_stream_has_every_token_once(queue_url: str) -> None:
-    async with Client(queue_url) as client:  # the only model is found
+    async with AsyncClient(queue_url) as client:  # the only model is found
         assert client.model == "org/tiny"
         request = await client.submit("def add(a, b):", max_tokens=40, ignore_eos=True, n=2, seed=5)
         pieces = [p async for p in client.stream(request)]
@@ -28,7 +28,7 @@ async def test_a_stream_has_every_token_once(queue_url: str) -> None:
         assert again.text == again.choices[0].text
 
 
-class Forgetful(Client):
+class Forgetful(AsyncClient):
     """Loses every second publication on its way."""
 
     lost = 0
@@ -47,7 +47,7 @@ class Forgetful(Client):
 
 
 async def test_another_client_reads_along_and_lost_publications_cost_nothing(queue_url: str) -> None:
-    async with Client(queue_url) as sender, Forgetful(queue_url) as reader:
+    async with AsyncClient(queue_url) as sender, Forgetful(queue_url) as reader:
         request = await sender.submit("x", max_tokens=300, ignore_eos=True)
         read = [p.token_id async for p in reader.stream(request) if p.token_id is not None]
         assert reader.lost > 0
@@ -56,7 +56,7 @@ async def test_another_client_reads_along_and_lost_publications_cost_nothing(que
 
 
 async def test_the_same_id_is_the_same_request(queue_url: str) -> None:
-    async with Client(queue_url) as client:
+    async with AsyncClient(queue_url) as client:
         first = await client.submit("once", id="job-1", max_tokens=5, ignore_eos=True)
         assert await client.submit("once", id="job-1", max_tokens=5, ignore_eos=True) == first
         await client.result(first)
@@ -66,7 +66,7 @@ async def test_the_same_id_is_the_same_request(queue_url: str) -> None:
 
 
 async def test_cancel(queue_url: str) -> None:
-    async with Client(queue_url) as client:
+    async with AsyncClient(queue_url) as client:
         request = await client.submit("x", max_tokens=20_000, ignore_eos=True)
         stream = client.stream(request)
         await anext(stream)
@@ -76,7 +76,7 @@ async def test_cancel(queue_url: str) -> None:
 
 
 async def test_what_is_wrong_is_said(queue_url: str) -> None:
-    async with Client(queue_url, "org/tiny") as client:
+    async with AsyncClient(queue_url, "org/tiny") as client:
         with pytest.raises(InvalidRequest, match="temperature"):
             await client.submit("x", temperature=9.0)
         with pytest.raises(InvalidRequest, match="either prompt or messages"):
@@ -90,13 +90,13 @@ async def test_what_is_wrong_is_said(queue_url: str) -> None:
         assert ended.finish_reason == "error"
         assert isinstance(ended.error, RequestError)
         assert ended.error.wire_code == "context_length_exceeded"
-    async with Client(queue_url, "org/tiny", tenant="other") as stranger:
+    async with AsyncClient(queue_url, "org/tiny", tenant="other") as stranger:
         with pytest.raises(NotFound):
             await stranger.result(too_long)
 
 
 async def test_results_entries_are_written_where_asked(queue_url: str) -> None:
-    async with Client(queue_url, "org/tiny") as client:
+    async with AsyncClient(queue_url, "org/tiny") as client:
         request = await client.submit("x", id="wanted", max_tokens=4, ignore_eos=True, results="mine")
         result = await client.result(request)
     bus = Bus(queue_url, "org/tiny")
@@ -110,7 +110,7 @@ async def test_results_entries_are_written_where_asked(queue_url: str) -> None:
 
 
 def test_without_await(queue_url: str) -> None:
-    with SyncClient(queue_url, "org/tiny") as client:
+    with Client(queue_url, "org/tiny") as client:
         request = client.submit("def f():", max_tokens=12, ignore_eos=True)
         text = "".join(piece.text for piece in client.stream(request))
         assert client.result(request).text == text
@@ -122,5 +122,5 @@ def test_without_await(queue_url: str) -> None:
 def test_no_server_is_said(tmp_path: object) -> None:
     from protocol.errors import HeadraceError
 
-    with pytest.raises(HeadraceError), SyncClient("redis://127.0.0.1:1/0", "m"):
+    with pytest.raises(HeadraceError), Client("redis://127.0.0.1:1/0", "m"):
         pass

@@ -75,7 +75,7 @@ def test_a_killed_process_is_replaced_and_requests_go_on(stack: Stack, role: str
 
 def test_jobs_survive_a_whole_restart(tmp_path: Path, model_dir: Path) -> None:
     """Killed as by a power cut: what was accepted before is answered after."""
-    from headrace.clients.queue import SyncClient
+    from headrace import Client
     from headrace.serve.embedded import server_url
 
     args = ("--model", str(model_dir), "--served-model-name", "org/tiny", "--engine", "simulated")
@@ -83,7 +83,7 @@ def test_jobs_survive_a_whole_restart(tmp_path: Path, model_dir: Path) -> None:
     stack.start()
     stack.wait_ready()
     pids = [int(str(p["pid"])) for p in stack.processes()]
-    with SyncClient(server_url(tmp_path / "s" / "data"), "org/tiny") as client:
+    with Client(server_url(tmp_path / "s" / "data"), "org/tiny") as client:
         request = client.submit("go on", max_tokens=600, seed=1, ignore_eos=True)
         assert stack.process is not None
         stack.process.kill()
