@@ -176,6 +176,7 @@ class BatchBuilder:
         sequence.known = known
         sequence.computed = cached
         sequence.uncached = known - cached
+        sequence.prefix_hits.clear()
         worker.prefilling.append(sequence)
         lifecycle.counters.prefix_queries += known
         lifecycle.counters.prefix_hits += cached

@@ -39,6 +39,7 @@ class BlockManager:
         self._by_hash: dict[bytes, int] = {}
         self._plain = list(range(total - 1, -1, -1))  # free, holding nothing of use; a stack
         self._cached: OrderedDict[int, None] = OrderedDict()  # free, still hashed; least recently used first
+        self.version = 0  # grows whenever the set of known hashes changes: what `match` found holds until then
 
     @property
     def free(self) -> int:
@@ -86,6 +87,7 @@ class BlockManager:
             assert digest is not None
             del self._by_hash[digest]
             self._hash_of[block] = None
+            self.version += 1
         self._owners[block] = 1
         return block
 
@@ -94,6 +96,7 @@ class BlockManager:
         if self._hash_of[block] is None and digest not in self._by_hash:
             self._hash_of[block] = digest
             self._by_hash[digest] = block
+            self.version += 1
 
     def release(self, table: Iterable[int]) -> None:
         """One owner less for each. Later blocks of a prefix are given up first: they serve fewer."""

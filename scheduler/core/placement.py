@@ -9,16 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from scheduler.core.sequence import Sequence
+from scheduler.core.sequence import PrefixHits, Sequence
 from scheduler.core.worker import WorkerState
 
 DECODE_WEIGHT = 16  # what a running sequence counts for, in prompt tokens: rows that it will still take
 
 
 def cached_blocks(sequence: Sequence, worker: WorkerState) -> int:
-    """Leading blocks of ``sequence`` that ``worker`` holds; never all of its tokens: the last must be computed."""
-    hashes = sequence.prefix_hashes(worker.block_size)
-    return worker.blocks.match(hashes[: (sequence.known_tokens - 1) // worker.block_size])
+    """Leading blocks of ``sequence`` that ``worker`` holds; never all of its tokens: the last must be computed.
+
+    Choosing a worker, checking for room and starting all ask; the answer is looked up once, until hashes come or go.
+    """
+    blocks, known = worker.blocks, sequence.known_tokens
+    seen = sequence.prefix_hits.get(worker.wid)
+    if seen is not None and seen.blocks is blocks and (seen.version, seen.known) == (blocks.version, known):
+        return seen.hits
+    hits = blocks.match(sequence.prefix_hashes(worker.block_size)[: (known - 1) // worker.block_size])
+    sequence.prefix_hits[worker.wid] = PrefixHits(blocks, blocks.version, known, hits)
+    return hits
 
 
 def blocks_needed(sequence: Sequence, worker: WorkerState) -> int:

@@ -17,11 +17,11 @@ import enum
 import sys
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from protocol.errors import RequestError, ServiceError
 from protocol.messages import unpack_ids
-from scheduler.core.blocks import chain_hashes
+from scheduler.core.blocks import BlockManager, chain_hashes
 from scheduler.core.events import Arrive, ChoiceState, FinishChoice
 
 if TYPE_CHECKING:
@@ -110,6 +110,15 @@ class Request:
         self.preemptions = 0
 
 
+class PrefixHits(NamedTuple):
+    """How many leading blocks of a waiting sequence a worker held when its pool's hashes were at ``version``."""
+
+    blocks: BlockManager
+    version: int
+    known: int  # tokens of the sequence then
+    hits: int
+
+
 class Sequence:
     """One choice. ``output`` and ``cursor`` say what is journaled; ``computed`` what is planned to have its KV."""
 
@@ -134,6 +143,7 @@ class Sequence:
         "max_tokens",
         "output",
         "placement",
+        "prefix_hits",
         "prompt",
         "request",
         "sampling",
@@ -174,6 +184,7 @@ class Sequence:
 
         self.hashes: list[bytes] = []  # one per full block of the known tokens
         self.hash_size = 0  # block size they were made for
+        self.prefix_hits: dict[str, PrefixHits] = {}  # by worker, while it waits
         self.cached_tokens: int | None = None  # prefix-cache hits at its first placement
         self.served = False  # its prompt has been charged to its tenant
         self.cleared = 0  # attempts of the request at which it ran a step alone unharmed

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from protocol.messages import unpack_ids
+from scheduler.core.blocks import BlockManager
 from scheduler.core.events import (
     ChoiceEnded,
     FinishChoice,
@@ -288,6 +289,23 @@ def test_a_waiting_request_takes_the_place_of_a_lower_class_and_of_no_equal(size
 
 
 # ------------------------------------------------------------------ prefix cache
+
+
+def test_prefix_hits_are_looked_up_once_for_a_placement(monkeypatch: pytest.MonkeyPatch):
+    """Choosing between two workers, checking for room, sizing the chunk and starting: one look at each worker."""
+    looked: list[BlockManager] = []
+    match = BlockManager.match
+
+    def counting(self: BlockManager, hashes: list[bytes]) -> int:
+        looked.append(self)
+        return match(self, hashes)
+
+    monkeypatch.setattr(BlockManager, "match", counting)
+    c = core()
+    c.apply(serving("w1", 2), 0.0)
+    c.apply(arrive("a", 40), 0.0)
+    c.plan(0.0)
+    assert len(looked) == len(set(map(id, looked))) == 2
 
 
 def test_followers_share_prompt_blocks_within_the_very_plan_that_fills_them():
