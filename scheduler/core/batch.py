@@ -143,7 +143,7 @@ class BatchBuilder:
             if chosen is None:
                 return None
             queue.remove(head)
-            head.worker = chosen
+            self._lifecycle.worker_of[head] = chosen
             if head.needs_quarantine:
                 chosen.quarantined = head
             else:
@@ -170,7 +170,7 @@ class BatchBuilder:
         )
         sequence.seat = worker.free_seats.pop()
         worker.seats[sequence.seat] = sequence
-        sequence.worker = worker
+        lifecycle.worker_of[sequence] = worker
         sequence.top_placement += 1
         sequence.placement = sequence.top_placement
         sequence.known = known

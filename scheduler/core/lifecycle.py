@@ -35,6 +35,7 @@ class Lifecycle:
         self.limit = limit  # most tokens of one sequence on any worker; None while that is unknown
         self.requests: dict[str, Request] = {}
         self.parked: dict[Sequence, None] = {}  # fit no worker that is here now, but one that was
+        self.worker_of: dict[Sequence, WorkerState] = {}  # assigned, running, or not yet off its worker
         self.counters = Counters()
         self.effects: list[Effect] = []
         self.now = 0.0
@@ -80,12 +81,12 @@ class Lifecycle:
 
     def withdraw(self, sequence: Sequence) -> None:
         """Take a waiting sequence from wherever it waits."""
-        if sequence.worker is not None:
-            if sequence.worker.quarantined is sequence:
-                sequence.worker.quarantined = None
+        worker = self.worker_of.pop(sequence, None)
+        if worker is not None:
+            if worker.quarantined is sequence:
+                worker.quarantined = None
             else:
-                sequence.worker.assigned.remove(sequence)
-            sequence.worker = None
+                worker.assigned.remove(sequence)
         elif sequence in self.parked:
             del self.parked[sequence]
         else:
@@ -101,11 +102,10 @@ class Lifecycle:
     def leave(self, sequence: Sequence, *, lost_track: bool = False) -> None:
         """No more rows for ``sequence`` on its worker; its blocks are free at once. It goes on elsewhere, or here
         later, when the hint of its last planned step is in."""
-        worker = sequence.worker
-        assert worker is not None
         sequence.lost_track |= lost_track
         if sequence.state is not State.RUNNING:
             return
+        worker = self.worker_of[sequence]
         sequence.move(State.LEAVING)
         self._take_rows(worker, sequence)
         worker.frees.append(sequence.seat)
@@ -124,7 +124,7 @@ class Lifecycle:
         if sequence.state is not State.LEAVING:  # its end should have come by now: some hint was lost
             if sequence.state is State.RUNNING:
                 self.leave(sequence, lost_track=True)
-                if sequence.worker is None:
+                if sequence not in self.worker_of:
                     return
             else:
                 sequence.lost_track = True
@@ -133,12 +133,10 @@ class Lifecycle:
         self.place_again(sequence)
 
     def unseat(self, sequence: Sequence) -> None:
-        worker = sequence.worker
-        assert worker is not None
+        worker = self.worker_of.pop(sequence)
         worker.departing.pop(sequence, None)
         worker.seats[sequence.seat] = None
         sequence.seat = -1
-        sequence.worker = None
 
     def place_again(self, sequence: Sequence) -> None:
         """On no worker and not queued: decide what is next."""
@@ -180,8 +178,7 @@ class Lifecycle:
             self.withdraw(sequence)
             self.finish(sequence, reason)
         elif sequence.state is State.RUNNING:
-            worker = sequence.worker
-            assert worker is not None
+            worker = self.worker_of[sequence]
             sequence.move(State.ENDING)
             self._take_rows(worker, sequence)
             sequence.end_reason = reason
@@ -220,7 +217,7 @@ class Lifecycle:
 
     def ended(self, sequence: Sequence, reason: str) -> None:
         """Its terminal frame is in the journal. From any state; nothing of it is left anywhere."""
-        state, worker = sequence.state, sequence.worker
+        state, worker = sequence.state, self.worker_of.get(sequence)
         if state is State.WAITING and (sequence.entry or worker is not None or sequence in self.parked):
             self.withdraw(sequence)
         elif worker is not None:

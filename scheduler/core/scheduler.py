@@ -183,8 +183,13 @@ class Core:
         if self._checked:
             return
         self._queue.check_integrity()
+        held = {}
         for worker in self._workers.values():
             worker.check_integrity()
+            held.update(dict.fromkeys([*worker.seated(), *worker.assigned], worker))
+            if worker.quarantined is not None:
+                held[worker.quarantined] = worker
+        assert held == self._lifecycle.worker_of, "a sequence is filed under another worker than holds it"
         queued = {id(sequence) for sequence in self._queue}
         for request in self._lifecycle.requests.values():
             live = [s for s in request.sequences if s.state is not State.ENDED]
@@ -193,13 +198,13 @@ class Core:
                 seated = sequence.state in (State.RUNNING, State.LEAVING, State.ENDING)
                 assert seated == (sequence.seat >= 0)
                 assert (sequence.state is State.RUNNING) == bool(sequence.blocks)
-                if sequence.state is State.WAITING and sequence.worker is None:
+                if sequence.state is State.WAITING and sequence not in self._lifecycle.worker_of:
                     assert (id(sequence) in queued) != (sequence in self._lifecycle.parked)
                 else:
                     assert id(sequence) not in queued
         open_sequences = sum(request.open for request in self._lifecycle.requests.values())
-        held = sum(len(worker.seated()) + len(worker.assigned) for worker in self._workers.values())
-        assert held + len(queued) + len(self._lifecycle.parked) <= open_sequences
+        placed = sum(len(worker.seated()) + len(worker.assigned) for worker in self._workers.values())
+        assert placed + len(queued) + len(self._lifecycle.parked) <= open_sequences
         self._checked = True
 
     # ----------------------------------------------------- requests
@@ -316,8 +321,7 @@ class Core:
         """Its worker is gone: go on from its journal's end."""
         if sequence.state is not State.LEAVING:
             sequence.move(State.LEAVING)
-        worker = sequence.worker
-        assert worker is not None
+        worker = self._lifecycle.worker_of[sequence]
         if worker.quarantined is sequence:
             worker.quarantined = None
         sequence.blocks = []

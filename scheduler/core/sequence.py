@@ -17,15 +17,12 @@ import enum
 import sys
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from protocol.errors import RequestError, ServiceError
 from protocol.messages import unpack_ids
 from scheduler.core.blocks import BlockManager, chain_hashes
 from scheduler.core.events import Arrive, ChoiceState, FinishChoice
-
-if TYPE_CHECKING:
-    from scheduler.core.worker import WorkerState
 
 
 def _append_swapped(ids: array[int], raw: bytes) -> None:
@@ -153,7 +150,6 @@ class Sequence:
         "top_placement",
         "uncached",
         "waiting_level",
-        "worker",
     )
 
     def __init__(self, request: Request, choice: int, prompt: array[int], state: ChoiceState) -> None:
@@ -173,7 +169,6 @@ class Sequence:
         self.sampling = request.sampling
         self.max_tokens: int | None = request.sampling.max_tokens
 
-        self.worker: WorkerState | None = None
         self.seat = -1
         self.blocks: list[int] = []
         self.known = 0  # tokens known, or sampled by planned steps; kept while it prefills

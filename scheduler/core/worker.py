@@ -118,7 +118,6 @@ class WorkerState:
         self.blocks.check_integrity([s.blocks for s in seated])
         self.decoding.check_integrity()
         for sequence in seated:
-            assert sequence.worker is self
             assert self.seats[sequence.seat] is sequence, "an orphan seat"
         held = set(self.free_seats)
         assert len(held) == len(self.free_seats)

@@ -49,7 +49,8 @@ def test_it_sees_a_sequence_moved_before_its_last_hint(monkeypatch: pytest.Monke
 
     def leave_at_once(self: Lifecycle, sequence, *, lost_track=False):
         leave(self, sequence, lost_track=lost_track)
-        if sequence.worker is not None and sequence in sequence.worker.departing:
+        worker = self.worker_of.get(sequence)
+        if worker is not None and sequence in worker.departing:
             self.settle(sequence)
 
     monkeypatch.setattr(Lifecycle, "leave", leave_at_once)
