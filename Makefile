@@ -9,7 +9,7 @@ PYTEST ?= $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test check lint format sweep chaos bench bench-peers
+.PHONY: help venv serve test check lint format sweep nightly chaos bench bench-peers
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -35,7 +35,7 @@ serve: $(KERNELS) ## serve the demo model (ARGS='--model ... --port ...')
 
 # Several at once, file by file: most of them wait for processes of their own rather than compute.
 test: $(KERNELS) ## run the tests (ARGS='tests/headrace -k cli')
-	$(PYTEST) -m "not sweep" -n 3 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not sweep and not nightly" -n 3 --dist loadfile $(ARGS)
 
 check: lint test ## everything that a change must pass: format, lint, types, import rules, tests
 
@@ -51,6 +51,10 @@ format: $(STAMP) ## rewrite the code in the project's format
 
 sweep: $(STAMP) ## parity over every causal architecture of the installed transformers
 	$(PYTEST) -m sweep $(ARGS)
+
+nightly: export HEADRACE_REQUIRE_KERNELS := 1
+nightly: $(KERNELS) ## what takes minutes: the image with its downloads
+	$(PYTEST) -m nightly $(ARGS)
 
 chaos: $(STAMP) ## an hour of random faults under load (ARGS='--minutes 5 --seed 1')
 	$(BIN)/python -m tests.chaos.driver $(ARGS)
