@@ -6,6 +6,7 @@
     │   │   └── StructureNotSupported 400 structure_not_supported (a schema, grammar or tokenizer that cannot be served)
     │   ├── NoTokenLeft           400   no_token_left (its own parameters rule out every token)
     │   ├── ContextLengthExceeded 400   context_length_exceeded
+    │   ├── SpecialTokensRefused  400   special_tokens_refused
     │   ├── Unauthorized          401   invalid_api_key
     │   ├── NotFound              404   not_found (model_not_found)
     │   ├── Conflict              409   idempotency_conflict
@@ -63,6 +64,12 @@ class NoTokenLeft(RequestError):
 
 class ContextLengthExceeded(RequestError):
     code = "context_length_exceeded"
+
+
+class SpecialTokensRefused(RequestError):
+    """A text of the request reads as a special token and cannot be told from the chat template's own."""
+
+    code = "special_tokens_refused"
 
 
 class Unauthorized(RequestError):
