@@ -30,7 +30,7 @@ PLAIN_MARKERS = "its chat template marks turns by plain text ({}), which any mes
 _CALL = {"id": "call00001", "type": "function", "function": {"name": "zqcall", "arguments": {"zqkey": "zqvalue"}}}
 _TOOL = {"type": "function", "function": {"name": "zqcall", "description": "zqtext", "parameters": {
     "type": "object", "properties": {"zqkey": {"type": "string", "description": "zqtext"}}, "required": ["zqkey"]}}}  # fmt: skip
-_TURNS: Messages = [
+TURNS: Messages = [
     {"role": "user", "content": "zqfirst"},
     {"role": "assistant", "content": "zqsecond"},
     {"role": "user", "content": "zqthird"},
@@ -56,7 +56,7 @@ class PromptGuard:
     ) -> None:
         self._backend = backend
         self._render = render
-        plain = self._sample(_TURNS, {}) or self._sample(_TURNS, {"tools": [_TOOL]})
+        plain = self._sample(TURNS, {}) or self._sample(TURNS, {"tools": [_TOOL]})
         written = plain + "\0" + self._sample(_CALLED, {"tools": [_TOOL]})
         between = _BETWEEN.search(plain)
         turn = between[2] if between else ""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 
@@ -75,8 +76,6 @@ def gemma_bpe(corpus: list[str], special: list[str], plain: list[str]) -> Tokeni
 
 
 def _byte_fallback(trained: Tokenizer, special: list[str], plain: list[str], *, prepend: bool) -> Tokenizer:
-    import json
-
     model = json.loads(trained.to_str())["model"]
     pieces = ["<unk>", *(token for token in special if token != "<unk>"), *(f"<0x{i:02X}>" for i in range(256))]
     pieces += sorted(model["vocab"], key=model["vocab"].get)
@@ -141,7 +140,7 @@ class Tokenizers:
 
     def __init__(self, templates: dict[str, str]) -> None:
         self.special, self.plain = control_tokens(templates)
-        self._corpus = [TEXT, *(template[:2000] for template in templates.values())]
+        self._corpus = [TEXT, *(template[:1200] for template in templates.values())]
         self._made: dict[str, Tokenizer] = {}
 
     def __getitem__(self, kind: str) -> Tokenizer:
