@@ -74,6 +74,14 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--max-model-len", "serve scheduler worker", "longest prompt + output, in tokens (default: the model's)", count
     ),
+    Option(
+        "--special-tokens-in-content",
+        "serve scheduler",
+        "guard: what reads as a special token in a chat's messages stays text, so that no message can forge a turn; "
+        "allow: it becomes the token",
+        default="guard",
+        choices=("guard", "allow"),
+    ),
     Option("--max-num-seqs", "serve worker", "most sequences that run at once on a worker", count),
     Option("--max-num-batched-tokens", "serve worker", "most tokens that one step computes on a worker", count),
     Option(

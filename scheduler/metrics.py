@@ -16,7 +16,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from protocol.errors import StartError
+from protocol.errors import SpecialTokensRefused, StartError
 from protocol.messages import Plan
 from scheduler.core.events import RequestDone
 from scheduler.core.lifecycle import Counters
@@ -50,6 +50,9 @@ class Metrics:
         self.cache_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self.cache_hits = counter("prefix_cache_hits", "Prompt tokens found there")
         self.refused = counter("requests_refused", "Jobs ended before admission")
+        self.special_tokens_refused = counter(
+            "special_tokens_refused", "Chats refused since special tokens in them could not be told from the template's"
+        )
         self.worker_deaths = counter("worker_deaths", "Workers retired because they died or hung")
         self.queue_time = histogram("request_queue_time_seconds", "Arrival to first plan", SECONDS)
         self.prefill_time = histogram("request_prefill_time_seconds", "First plan to first token", SECONDS)
@@ -133,6 +136,8 @@ class Metrics:
     def request_refused(self, rid: str | None, tenant: str | None, reason: str, code: str | None) -> None:
         """A job that ended before admission: a line without figures; ``code`` where ``reason`` is error."""
         self.refused.inc()
+        if code == SpecialTokensRefused.code:
+            self.special_tokens_refused.inc()
         line = {"id": rid, "model": self._model, "tenant": tenant, "finish_reasons": [reason], "error": code}
         request_log.info("%s", json.dumps(line))
 

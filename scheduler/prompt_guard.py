@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from scheduler.content_marks import Arguments, Marks, Messages, Reading, refusal, walk
-from scheduler.special_tokens import ControlTokens
+from scheduler.special_tokens import ControlTokens, encode
 from scheduler.template_source import TemplateSource
 from scheduler.twin_tokenizer import TwinFailed, TwinTokenizer
 
@@ -28,8 +28,12 @@ NO_BACKEND = "its tokenizer has no Rust backend"
 PLAIN_MARKERS = "its chat template marks turns by plain text ({}), which any message can hold"
 
 _CALL = {"id": "call00001", "type": "function", "function": {"name": "zqcall", "arguments": {"zqkey": "zqvalue"}}}
-_TOOL = {"type": "function", "function": {"name": "zqcall", "description": "zqtext", "parameters": {
-    "type": "object", "properties": {"zqkey": {"type": "string", "description": "zqtext"}}, "required": ["zqkey"]}}}  # fmt: skip
+_PARAMETERS = {
+    "type": "object",
+    "properties": {"zqkey": {"type": "string", "description": "zqtext"}},
+    "required": ["zqkey"],
+}
+_TOOL = {"type": "function", "function": {"name": "zqcall", "description": "zqtext", "parameters": _PARAMETERS}}
 TURNS: Messages = [
     {"role": "user", "content": "zqfirst"},
     {"role": "assistant", "content": "zqsecond"},
@@ -64,6 +68,13 @@ class PromptGuard:
         self.unprotected = self._plain_markers(between.groups() if between else ())
         self._twin: TwinTokenizer | TwinFailed | None = None
         self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, tokenizer: Any, render: Render, end_ids: Iterable[int]) -> PromptGuard:
+        """For a tokenizer of transformers with a Rust backend and a chat template."""
+        always = {*tokenizer.all_special_tokens, *filter(None, map(tokenizer.backend_tokenizer.id_to_token, end_ids))}
+        source = TemplateSource.of(tokenizer.chat_template)
+        return cls(tokenizer.backend_tokenizer, source, render, frozenset(always))
 
     def prepare(self) -> None:
         """Build the twin before the first chat needs it. TwinFailed: chats that need it will be refused."""
@@ -116,8 +127,7 @@ class PromptGuard:
         return marks.read(rendered)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return encode(self._backend, text)
 
     def _encode_by_twin(self, own: Reading) -> list[int]:
         try:

@@ -24,7 +24,7 @@ from protocol.keys import check_name
 from scheduler.election import ServerClock, Timing, keep_lead, stand_by
 from scheduler.leader import Term
 from scheduler.metrics import Metrics, Vitals, serve_status
-from scheduler.tokenization import Prompts, hide_torch
+from scheduler.tokenization import Prompts, SpecialTokensInContent, hide_torch
 
 log = logging.getLogger("headrace.scheduler")
 
@@ -44,6 +44,7 @@ class SchedulerConfig:
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None  # None or 0: no metrics port
     retention_s: float = 600.0  # how long journals stay after a request's end
+    special_tokens_in_content: SpecialTokensInContent = "guard"  # or "allow": those in messages are taken as such
     tenant_weights: dict[str, float] | None = None  # share of served tokens; 1 where not named
     timing: Timing = field(default_factory=Timing)
 
@@ -92,7 +93,7 @@ class _Life:
         if config.metrics_port:
             self.status = await serve_status(self.metrics, self.vitals, config.metrics_host, config.metrics_port)
         loading = asyncio.get_running_loop().run_in_executor(
-            self.threads, Prompts.load, config.model, config.max_model_len
+            self.threads, Prompts.load, config.model, config.max_model_len, config.special_tokens_in_content
         )
         prompts = await loading
         if self.alone:

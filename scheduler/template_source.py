@@ -15,15 +15,17 @@ from jinja2.parser import Parser
 
 # Words of the chat protocol and of JSON Schema, which templates look up or compare.
 PROTOCOL_WORDS = frozenset(
-    "id type function name description parameters properties required items enum strict anyOf arguments text "
-    "string object array number integer boolean null".split()
-)
+    {
+        "id", "type", "function", "name", "description", "parameters", "properties", "required", "items", "enum",
+        "strict", "anyOf", "arguments", "text", "string", "object", "array", "number", "integer", "boolean", "null",
+    }
+)  # fmt: skip
 
 
 class _Generation(Extension):
     """``{% generation %}``, which marks the assistant's own tokens for training: only its body matters."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (the base class has it so)
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)

@@ -13,7 +13,7 @@ import sys
 import threading
 from array import array
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from protocol.errors import (
     ContextLengthExceeded,
@@ -25,8 +25,12 @@ from protocol.errors import (
 from protocol.grammar import Grammars
 from protocol.jobs import check_job
 from protocol.messages import Job, ModelCard
+from scheduler.prompt_guard import NO_BACKEND, PromptGuard
+from scheduler.twin_tokenizer import TwinFailed
 
 log = logging.getLogger("headrace.scheduler")
+
+SpecialTokensInContent = Literal["guard", "allow"]
 
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 
@@ -46,7 +50,14 @@ class Prompts:
     it at every call, which is not safe across threads.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, max_model_len: int, eos_token_ids: list[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        max_model_len: int,
+        eos_token_ids: list[int],
+        special_tokens_in_content: SpecialTokensInContent = "guard",
+    ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len  # the service lowers it to what the workers really offer
@@ -57,12 +68,21 @@ class Prompts:
         if self._backend is not None:
             self._backend.no_padding()
             self._backend.no_truncation()
+        self._guard: PromptGuard | None = None
+        if special_tokens_in_content == "guard" and self.chat and self._backend is not None:
+            self._guard = PromptGuard.of(tokenizer, self._render, eos_token_ids)
         self._grammars: Grammars | StructureNotSupported | None = None  # made for the first request for structure
         self._making_grammars = threading.Lock()
 
     @classmethod
-    def load(cls, model: str, max_model_len: int | None = None) -> Prompts:
-        """``model``: a local directory or a hub id. Raises StartError or ModelRefused, whose text says what to do."""
+    def load(
+        cls,
+        model: str,
+        max_model_len: int | None = None,
+        special_tokens_in_content: SpecialTokensInContent = "guard",
+    ) -> Prompts:
+        """``model``: a local directory or a hub id. Raises StartError or ModelRefused, whose text says what to do.
+        What a message can do to its prompt all the same is told in the log."""
         from transformers import AutoConfig, AutoTokenizer
 
         _refuse_remote_code(model)
@@ -82,7 +102,12 @@ class Prompts:
         natural = next((n for f in CONTEXT_FIELDS if isinstance(n := getattr(text, f, None), int) and n > 0), None)
         if max_model_len is None and natural is None:
             raise StartError(f"{model}: its configuration names no context length; give --max-model-len")
-        prompts = cls(tokenizer, int(text.vocab_size), max_model_len or natural or 0, _eos_ids(model, text, tokenizer))
+        eos_ids = _eos_ids(model, text, tokenizer)
+        prompts = cls(
+            tokenizer, int(text.vocab_size), max_model_len or natural or 0, eos_ids, special_tokens_in_content
+        )
+        if special_tokens_in_content == "guard" and (reason := prompts.unprotected()):
+            log.warning("%s: messages can forge turns of its chats: %s", model, reason)
         if beyond := prompts.ids_beyond_model():
             log.warning(
                 "%s: its tokenizer is larger than the model: %d of its tokens have ids from %d on, for which there are "
@@ -90,6 +115,21 @@ class Prompts:
                 model, beyond, prompts.vocab_size,
             )  # fmt: skip
         return prompts
+
+    def unprotected(self) -> str | None:
+        """Why text in a message can be read as the end of its turn, if it can."""
+        if not self.chat:
+            return None
+        return NO_BACKEND if self._guard is None else self._guard.unprotected
+
+    def prepare(self) -> None:
+        """Build what the first chat with special tokens in its messages would wait for: up to some seconds and
+        100 MiB. Such chats are refused where it cannot be built, which the log says."""
+        try:
+            if self._guard is not None:
+                self._guard.prepare()
+        except TwinFailed as reason:
+            log.warning("chats that hold special tokens will be refused: %s", reason)
 
     def ids_beyond_model(self) -> int:
         """How many tokens of the tokenizer have an id that the model has no embedding for: common where tokens were
@@ -112,7 +152,7 @@ class Prompts:
         """The prompts of ``job`` as token ids, all limits checked. InvalidRequest or ContextLengthExceeded."""
         check_job(job, vocab_size=self.vocab_size)
         if job.messages is not None:
-            prompts = [self._encode(self._render(job), special=False)]
+            prompts = [self._chat(job)]
         else:
             prompts = [self._prompt(p) for p in job.prompts()]
         field = "prompt" if job.messages is None else "messages"
@@ -162,17 +202,22 @@ class Prompts:
             return array("i", encoded.ids)
         return array("i", self.tokenizer.encode(text, add_special_tokens=special))
 
-    def _render(self, job: Job) -> str:
-        """The chat as one text, special tokens written by the template."""
-        import jinja2
-
+    def _chat(self, job: Job) -> array[int]:
+        """The ids of a chat, special tokens written by the template. Those in messages are text, if guarded."""
         if not self.chat:
             raise InvalidRequest("this model has no chat template: use /v1/completions", param="messages")
-        kwargs = dict(job.chat_template_kwargs or {})
-        kwargs.setdefault("add_generation_prompt", True)
+        arguments = {"add_generation_prompt": True, **(job.chat_template_kwargs or {})}
         messages = [_text_only(m) for m in job.messages or []]
+        if self._guard is not None:
+            return array("i", self._guard.ids(messages, arguments))
+        return self._encode(self._render(messages, arguments), special=False)
+
+    def _render(self, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> str:
+        """The chat as one text."""
+        import jinja2
+
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:
             raise InvalidRequest(f"the chat template refuses the messages{self._reason(e)}", param="messages") from None
 

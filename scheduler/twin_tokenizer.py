@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from scheduler.special_tokens import ControlTokens
+from scheduler.special_tokens import ControlTokens, encode
 
 NONCE = 6  # private-use characters (about 94 bits), or four times as many letters
 FIRST, SIZE = 0xF1000, 0xE000  # private-use characters of the nonce; those of the numbers lie below
@@ -52,7 +52,7 @@ class TwinTokenizer:
             written += text[at:first], self._names[word]
             expected.append(self._ids[word])
             at = last
-        ids: list[int] = self._twin.encode("".join(written) + text[at:], add_special_tokens=False).ids
+        ids = encode(self._twin, "".join(written) + text[at:])
         control = self._control
         if [id for id in ids if id in control] != [id for id in expected if id in control]:
             raise TwinFailed("a control token was lost or made")
@@ -60,10 +60,9 @@ class TwinTokenizer:
 
     def _verify(self, backend: Any) -> None:
         for word, name in self._names.items():
-            alone = self._twin.encode(name, add_special_tokens=False).ids
-            if alone != backend.encode(word, add_special_tokens=False).ids:
+            if encode(self._twin, name) != encode(backend, word):
                 raise TwinFailed("a control token has other ids under its secret name")
-            if not self._control.isdisjoint(self._twin.encode(word, add_special_tokens=False).ids):
+            if not self._control.isdisjoint(encode(self._twin, word)):
                 raise TwinFailed("a control token is known by its public name")
 
 
@@ -72,9 +71,14 @@ def _names(backend: Any, words: list[str]) -> tuple[str, dict[str, str]]:
     letters where the normalizer takes those away (BERT's)."""
     private = "".join(chr(FIRST + secrets.randbelow(SIZE)) for _ in range(NONCE))
     if backend.normalizer is None or private in backend.normalizer.normalize_str(private):
-        return private, {w: private + chr(FIRST - 1 - i // 0x800) + chr(0xF0000 + i % 0x800) for i, w in enumerate(words)}
+        return private, {word: private + _number(i) for i, word in enumerate(words)}
     nonce = "0" + "".join(secrets.choice(LETTERS) for _ in range(4 * NONCE))
-    return nonce, {w: f"{nonce}{i:06d}" for i, w in enumerate(words)}
+    return nonce, {word: f"{nonce}{i:06d}" for i, word in enumerate(words)}
+
+
+def _number(i: int) -> str:
+    """Two private-use characters, none of them one of a nonce."""
+    return chr(FIRST - 1 - i // 0x800) + chr(0xF0000 + i % 0x800)
 
 
 def _unknown(model: dict[str, Any]) -> str | None:

@@ -21,7 +21,8 @@ from tests.scheduler.prompts.tokenizers import KINDS, Tokenizers
 BEFORE, AFTER = "zalpha zbeta ", " zgamma zdelta"  # words apart, so that no piece reaches into the chat around
 FULL_WIDTH = str.maketrans({"<": "＜", "[": "［", "e": "ｅ", "/": "／"})
 PLAIN_MARKERS = {"llama-cpp-rwkv-world"}  # "User:", "Assistant:"
-TOKENS = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>", tools=None, documents=None)
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+TOKENS |= {"tools": None, "documents": None}
 
 
 @pytest.fixture(scope="module")

@@ -130,8 +130,7 @@ def normalized_bpe(corpus: list[str], special: list[str], plain: list[str]) -> T
 
 Kind = Callable[[list[str], list[str], list[str]], Tokenizer]
 KINDS: dict[str, Kind] = {
-    made.__name__: made
-    for made in (byte_level_bpe, sentencepiece_bpe, gemma_bpe, unigram, wordpiece, normalized_bpe)
+    made.__name__: made for made in (byte_level_bpe, sentencepiece_bpe, gemma_bpe, unigram, wordpiece, normalized_bpe)
 }
 
 
