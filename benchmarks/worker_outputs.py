@@ -25,10 +25,9 @@ import numpy as np
 import redis
 
 from benchmarks.stack import disk_flushes
-from protocol.bus import commit_arguments
-from protocol.messages import Hint, Job, NewSequence, Plan, encode, new_rid, pack_ids
+from protocol.connection import Subscription
+from protocol.messages import Hint, Job, NewSequence, Plan, commit_arguments, encode, new_rid, pack_ids
 from protocol.sampling import SamplingParams
-from protocol.subscription import Subscription
 from tests.bus import Bus
 from workers.engines.base import Sampled
 from workers.engines.simulated import byte_vocabulary

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -338,3 +338,41 @@ class Hint(Struct, array_like=True):
 
 
 LANDED, CLOSED, STALE = "l", "c", "s"  # verdict on one row of a commit
+
+
+class CommitRow(msgspec.Struct, frozen=True):  # a Struct: one is made per token
+    """One row to journal: ``frames`` end to end, appended if the journal is ``cursor`` bytes long."""
+
+    rid: str
+    choice: int
+    placement: int
+    cursor: int
+    frames: bytes
+    finish: str | None = None
+    result: bytes | None = None  # encoded Terminal, written to results:<name> when the row ends the choice
+    id: str | None = None
+
+
+def commit_arguments(rows: Sequence[CommitRow]) -> list[str | bytes | int | float]:
+    """Rows as the flat arguments of the scripts: rid, choice, placement, cursor, finish, result, head, frames, tail."""
+    args: list[str | bytes | int | float] = []
+    for row in rows:
+        head, tail = row_edges(row.rid, row.choice, row.cursor, len(row.frames), row.id)
+        args += (
+            row.rid,
+            row.choice,
+            row.placement,
+            row.cursor,
+            row.finish or b"",
+            row.result or b"",
+            head,
+            row.frames,
+            tail,
+        )
+    return args
+
+
+def next_id(stream_id: str) -> str:
+    """The smallest stream id above ``stream_id``: for trims that include it."""
+    ms, _, seq = stream_id.partition("-")
+    return f"{ms}-{int(seq or 0) + 1}"

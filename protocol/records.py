@@ -73,19 +73,6 @@ class Event:
     rid: str | None = None
 
 
-class CommitRow(msgspec.Struct, frozen=True):  # a Struct: one is made per token
-    """One row to journal: ``frames`` end to end, appended if the journal is ``cursor`` bytes long."""
-
-    rid: str
-    choice: int
-    placement: int
-    cursor: int
-    frames: bytes
-    finish: str | None = None
-    result: bytes | None = None  # encoded Terminal, written to results:<name> when the row ends the choice
-    id: str | None = None
-
-
 @dataclass
 class WorkerRecord:
     wid: str
@@ -203,9 +190,3 @@ def terminal(flat: Sequence[bytes]) -> Terminal | None:
         return _terminal_decoder.decode(fields_of(flat)[b"result"])
     except (KeyError, msgspec.DecodeError):
         return None
-
-
-def next_id(stream_id: str) -> str:
-    """The smallest stream id above ``stream_id``: for trims that include it."""
-    ms, _, seq = stream_id.partition("-")
-    return f"{ms}-{int(seq or 0) + 1}"

@@ -14,8 +14,8 @@ import msgspec
 
 from protocol.bus import LeaderBus
 from protocol.errors import StoreFailed
-from protocol.messages import ID_BYTES, Frame, Terminal, decode_frames, encode, unpack_ids
-from protocol.records import CommitRow, RequestRecord
+from protocol.messages import ID_BYTES, CommitRow, Frame, Terminal, decode_frames, encode, unpack_ids
+from protocol.records import RequestRecord
 from scheduler.core.events import Arrive, ChoiceState
 from scheduler.election import ServerClock
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from protocol.messages import LANDED, HintRow, NewSequence, Plan, Terminal, encode, pack_ids, unpack_ids
-from protocol.records import CommitRow
+from protocol.messages import LANDED, CommitRow, HintRow, NewSequence, Plan, Terminal, encode, pack_ids, unpack_ids
 from workers.detokenizer import TextStream, Vocabulary, WindowVocabulary
 from workers.engines.base import Sampled
 

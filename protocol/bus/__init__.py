@@ -4,10 +4,9 @@ Each operation of the design is one method here and one Lua file in protocol/lua
 lost reply is answered by asking again (protocol/connection.py).
 """
 
-from protocol.bus.base import commit_arguments
 from protocol.bus.gateway import GatewayBus
 from protocol.bus.leader import LeaderBus
 from protocol.bus.producer import ProducerBus
 from protocol.bus.worker import WorkerBus
 
-__all__ = ["GatewayBus", "LeaderBus", "ProducerBus", "WorkerBus", "commit_arguments"]
+__all__ = ["GatewayBus", "LeaderBus", "ProducerBus", "WorkerBus"]

@@ -12,8 +12,8 @@ from protocol.connection import Argument, Link
 from protocol.durability import weaknesses
 from protocol.errors import ServiceError, StartError
 from protocol.keys import Keys, check_name
-from protocol.messages import Job, body_hash, encode, row_edges
-from protocol.records import CommitRow, LeaderRecord, RequestRecord, WorkerRecord
+from protocol.messages import Job, body_hash, encode
+from protocol.records import LeaderRecord, RequestRecord, WorkerRecord
 from protocol.scripts import load
 
 OLDEST_SERVER = (6, 2)
@@ -108,25 +108,6 @@ class RequestReads(Base):
         replies = await self._link.pipeline([("HGETALL", self.keys.worker(wid)) for wid in wids], tolerant=True)
         found = [records.worker_record(wid, reply or []) for wid, reply in zip(wids, replies, strict=True)]
         return [worker for worker in found if worker is not None]
-
-
-def commit_arguments(rows: Sequence[CommitRow]) -> list[Argument]:
-    """Rows as the flat arguments of the scripts: rid, choice, placement, cursor, finish, result, head, frames, tail."""
-    args: list[Argument] = []
-    for row in rows:
-        head, tail = row_edges(row.rid, row.choice, row.cursor, len(row.frames), row.id)
-        args += (
-            row.rid,
-            row.choice,
-            row.placement,
-            row.cursor,
-            row.finish or b"",
-            row.result or b"",
-            head,
-            row.frames,
-            tail,
-        )
-    return args
 
 
 def stream_entries(reply: Any) -> list[tuple[bytes, list[bytes]]]:

@@ -9,12 +9,26 @@ from typing import Any
 import msgspec
 
 from protocol import records
-from protocol.bus.base import RequestReads, commit_arguments, job_fingerprint, stream_entries
+from protocol.bus.base import RequestReads, job_fingerprint, stream_entries
 from protocol.connection import Argument, Link, OutOfMemory
 from protocol.errors import StoreFailed
 from protocol.keys import GROUP, REGISTRY
-from protocol.messages import ID_BYTES, WIRE, Admitted, Frame, Job, ModelCard, Plan, Row, Terminal, encode
-from protocol.records import CommitRow, Event, InboxEntry, LeaderRecord
+from protocol.messages import (
+    ID_BYTES,
+    WIRE,
+    Admitted,
+    CommitRow,
+    Frame,
+    Job,
+    ModelCard,
+    Plan,
+    Row,
+    Terminal,
+    commit_arguments,
+    encode,
+    next_id,
+)
+from protocol.records import Event, InboxEntry, LeaderRecord
 
 STRANDED_MS = 60_000  # an entry read this long ago and not handed out has been lost on its way
 
@@ -211,7 +225,7 @@ class LeaderBus(RequestReads):
 
     async def trim_events(self, upto: str, *, epoch: int | None = None) -> None:
         """Forget events up to ``upto``. With ``epoch`` fenced: a deposed leader may not trim what another needs."""
-        first = records.next_id(upto)
+        first = next_id(upto)
         if epoch is None:
             await self._link.command("XTRIM", self.keys.events, "MINID", first)
         else:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from protocol import records
 from protocol.bus.base import Base
+from protocol.connection import Subscription
 from protocol.keys import check_name
 from protocol.messages import Terminal
-from protocol.subscription import Subscription
 
 
 class ProducerBus(Base):

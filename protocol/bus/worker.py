@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from protocol import records
-from protocol.bus.base import Base, commit_arguments
+from protocol.bus.base import Base
 from protocol.connection import Argument
 from protocol.keys import check_name
-from protocol.messages import WIRE, Capacity, Hint, Plan, encode
-from protocol.records import CommitRow
+from protocol.messages import WIRE, Capacity, CommitRow, Hint, Plan, commit_arguments, encode, next_id
 
 MOST_COMMIT_ROWS = 256  # rows in one script call
 
@@ -53,12 +51,13 @@ class WorkerBus(Base):
     ) -> str:
         """Journal and publish rows, hint once, beat, trim plans up to stream id ``executed``. Returns one verdict per
         row. More than 256 rows go as several calls, the hint in the last. Fenced("epoch") or Fenced("gen")."""
-        trim = records.next_id(executed) if executed else ""
-        verdicts, packed_hint = "", encode(hint)
+        trim = next_id(executed) if executed else ""
+        script, verdicts, packed_hint = self._scripts["commit"], "", encode(hint)
         for start in range(0, max(len(rows), 1), MOST_COMMIT_ROWS):
             part = rows[start : start + MOST_COMMIT_ROWS]
             last = start + MOST_COMMIT_ROWS >= len(rows)
             tail: list[Argument] = [packed_hint, verdicts, trim] if last else ["", "", ""]
-            reply = await self._run("commit", epoch, wid, gen, self._retention_ms, *tail, *commit_arguments(part))
+            head: list[Argument] = [self.keys.prefix, epoch, wid, gen, self._retention_ms]
+            reply = await self._link.script(script, self.keys.leader, [*head, *tail, *commit_arguments(part)])
             verdicts += str(reply, "ascii")
         return verdicts

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from protocol.messages import (
     Capacity,
+    CommitRow,
     Frame,
     Hint,
     ModelCard,
@@ -25,7 +26,7 @@ from protocol.messages import (
     new_rid,
     pack_ids,
 )
-from protocol.records import CommitRow, RequestRecord
+from protocol.records import RequestRecord
 from tests.bus import Bus
 
 MODEL = "test/model"

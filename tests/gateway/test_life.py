@@ -10,8 +10,7 @@ import aiohttp
 import openai
 import pytest
 
-from protocol.messages import Frame, Hint, encode
-from protocol.records import CommitRow
+from protocol.messages import CommitRow, Frame, Hint, encode
 from tests.gateway.backend import MODEL, Backend, word
 from tests.gateway.conftest import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of
 

@@ -7,8 +7,19 @@ from dataclasses import dataclass, field
 import redis
 
 from protocol import messages
-from protocol.messages import Capacity, Frame, Hint, HintRow, Job, NewSequence, Plan, PoolCapacity, Terminal, pack_ids
-from protocol.records import CommitRow
+from protocol.messages import (
+    Capacity,
+    CommitRow,
+    Frame,
+    Hint,
+    HintRow,
+    Job,
+    NewSequence,
+    Plan,
+    PoolCapacity,
+    Terminal,
+    pack_ids,
+)
 from protocol.sampling import SamplingParams
 from tests.bus import Bus
 

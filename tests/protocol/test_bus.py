@@ -8,8 +8,20 @@ import pytest
 
 from protocol import messages
 from protocol.errors import Conflict, Fenced, NotFound, Overloaded
-from protocol.messages import Capacity, Frame, Hint, HintRow, Job, NewSequence, Plan, PoolCapacity, Terminal, pack_ids
-from protocol.records import CommitRow, Limits
+from protocol.messages import (
+    Capacity,
+    CommitRow,
+    Frame,
+    Hint,
+    HintRow,
+    Job,
+    NewSequence,
+    Plan,
+    PoolCapacity,
+    Terminal,
+    pack_ids,
+)
+from protocol.records import Limits
 from protocol.sampling import SamplingParams
 from tests.bus import Bus
 from tests.conftest import leaked_keys

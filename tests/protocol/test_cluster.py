@@ -21,8 +21,7 @@ from redis.crc import key_slot
 from headrace.serve.embedded import FAST, EmbeddedServer, find_server
 from protocol.errors import StartError, Unavailable
 from protocol.keys import REGISTRY, Keys
-from protocol.messages import Job, ModelCard, new_rid
-from protocol.records import CommitRow
+from protocol.messages import CommitRow, Job, ModelCard, new_rid
 from tests.bus import Bus
 from tests.conftest import MODEL
 from tests.models import tiny_model

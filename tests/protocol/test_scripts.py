@@ -9,8 +9,8 @@ import pytest
 
 from protocol import messages
 from protocol.errors import Conflict, Fenced, NotFound, Overloaded, StoreFailed
-from protocol.messages import Hint, HintRow, Job, Plan, Terminal, decode_rows, pack_ids
-from protocol.records import CommitRow, Limits
+from protocol.messages import CommitRow, Hint, HintRow, Job, Plan, Terminal, decode_rows, pack_ids
+from protocol.records import Limits
 from protocol.sampling import SamplingParams
 from tests.bus import Bus
 from tests.conftest import leaked_keys

@@ -16,6 +16,7 @@ from protocol.jobs import decode_job
 from protocol.messages import (
     Admitted,
     Capacity,
+    CommitRow,
     Frame,
     Hint,
     HintRow,
@@ -28,7 +29,6 @@ from protocol.messages import (
     pack_ids,
     unpack_ids,
 )
-from protocol.records import CommitRow
 from protocol.sampling import SamplingParams
 from tests.bus import Bus
 from tests.protocol.stage import Stage, frame, terminal

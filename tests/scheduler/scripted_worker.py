@@ -14,6 +14,7 @@ from protocol.errors import Fenced
 from protocol.messages import (
     STALE,
     Capacity,
+    CommitRow,
     Frame,
     Hint,
     HintRow,
@@ -26,7 +27,6 @@ from protocol.messages import (
     pack_ids,
     unpack_ids,
 )
-from protocol.records import CommitRow
 from tests.bus import Bus
 
 VOCAB = 264

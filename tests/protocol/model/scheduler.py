@@ -7,8 +7,19 @@ from dataclasses import dataclass, field
 from protocol import messages
 from protocol.errors import HeadraceError
 from protocol.jobs import decode_job
-from protocol.messages import Frame, Hint, Job, NewSequence, Plan, Terminal, decode_frames, pack_ids, unpack_ids
-from protocol.records import CommitRow, LeaderRecord, WorkerRecord
+from protocol.messages import (
+    CommitRow,
+    Frame,
+    Hint,
+    Job,
+    NewSequence,
+    Plan,
+    Terminal,
+    decode_frames,
+    pack_ids,
+    unpack_ids,
+)
+from protocol.records import LeaderRecord, WorkerRecord
 from protocol.sampling import SamplingParams
 from tests.protocol.model.link import Turn
 from tests.protocol.model.world import FIRST, World

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from protocol import messages
 from protocol.errors import Fenced
-from protocol.messages import Frame, Hint, HintRow, Plan, Terminal, pack_ids, unpack_ids
-from protocol.records import CommitRow
+from protocol.messages import CommitRow, Frame, Hint, HintRow, Plan, Terminal, pack_ids, unpack_ids
 from tests.protocol.model.link import Turn
 from tests.protocol.model.world import World, next_token
 
