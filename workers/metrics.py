@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 log = logging.getLogger("headrace.worker")
 
 STEP_BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0)
+MASK_BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5)
 TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -36,6 +37,10 @@ class Metrics:
         )
         self.refused = made(Counter, "headrace_refused_rows", "Rows of commits that did not land")
         self.fenced = made(Counter, "headrace_worker_fenced", "Times that this worker found itself replaced")
+        self.mask = made(
+            Histogram, "headrace_mask_seconds", "Longest mask of a step's constrained rows", buckets=MASK_BUCKETS
+        )
+        self.mask_wait = made(Counter, "headrace_mask_wait_seconds", "Time that draws waited for masks")
         self.sequences = made(Gauge, "headrace_worker_sequences", "Sequences on this worker that have not ended")
 
 

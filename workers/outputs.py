@@ -61,8 +61,8 @@ class Output:
     """The output of one sequence under one placement."""
 
     __slots__ = (
-        "count", "cursor", "dropped", "end_ids", "eos", "min_tokens", "new", "plain", "row", "seat", "steady_until",
-        "stops", "stream", "text",
+        "awaited", "count", "cursor", "dropped", "end_ids", "eos", "min_tokens", "new", "plain", "row", "seat",
+        "steady_until", "stops", "stream", "tail", "text",
     )  # fmt: skip
 
     def __init__(self, new: NewSequence, vocabulary: Vocabulary | WindowVocabulary, eos: frozenset[int]) -> None:
@@ -72,10 +72,15 @@ class Output:
         self.seat = new.seat
         self.cursor = new.cursor  # journal length with all frames made so far
         self.count = len(ids) - new.prompt_len  # output tokens
-        self.eos = frozenset() if sampling.ignore_eos else eos
+        structure = sampling.structure
+        ruled = structure is not None and structure.kind is not None  # a grammar says where it ends, nothing else does
+        self.eos = frozenset() if sampling.ignore_eos and not ruled else eos
         self.end_ids = self.eos.union(sampling.stop_token_ids)
-        self.min_tokens = sampling.min_tokens
-        self.stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
+        self.min_tokens = 0 if ruled else sampling.min_tokens
+        searched = sampling.stop and not ruled
+        self.stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if searched else None
+        self.awaited = structure.after if structure is not None else []  # ids that content begins after
+        self.tail: list[int] = []  # the last ids while they are awaited
         self.stream: TextStream = vocabulary.stream(ids[: new.prompt_len], sampling.skip_special_tokens)
         self.text: list[str] | None = [] if new.wants_result else None  # all of it, for the terminal entry
         self.plain = self.stops is None and self.text is None and sampling.logprobs is None
@@ -84,11 +89,18 @@ class Output:
         self.dropped = False  # journal closed or no longer ours: nothing more of it is committed
         for at, token in enumerate(islice(ids, new.prompt_len, None), 1):
             self._show(self.stream.push(token), at)
+            self._await(token)
+
+    def _await(self, token: int) -> None:
+        if self.awaited:
+            self.tail = [*self.tail, token][-len(self.awaited) :]
+            if self.tail == self.awaited:
+                self.awaited = []
 
     def _show(self, text: str, count: int) -> tuple[str, str | None]:
         """Pass text of the output's ``count``-th token through the stop check; what may be shown, the stop found."""
         found = None
-        if self.stops is not None and count > self.min_tokens:
+        if self.stops is not None and count > self.min_tokens and not self.awaited:
             text, found = self.stops.feed(text)
         if self.text is not None and text:
             self.text.append(text)
@@ -162,9 +174,12 @@ class Outputs:
         tokens = 0
         for seat, token in zip(sampled.seats.tolist(), sampled.tokens.tolist(), strict=True):
             output = seats[seat]
-            if output is not None:
+            if output is not None and seat not in sampled.failed:
                 tokens += 1
                 self._append(output, token, sampled)
+        for seat, (code, message) in sampled.failed.items():
+            if (output := seats[seat]) is not None:
+                self._fail(output, code, message)
         for seat, reason in plan.ends:
             if (output := seats.pop(seat, None)) is not None:
                 self._end(output, reason)
@@ -221,6 +236,7 @@ class Outputs:
                 stop = token
             return text + self._flush(output), "stop", found if found is not None else stop
         text, found = output._show(output.stream.push(token), output.count)
+        output._await(token)
         if found is not None:
             return text, "stop", found
         if output.count >= output.steady_until:
@@ -238,6 +254,12 @@ class Outputs:
         self._add(output, None, encode((None, self._flush(output), reason, _cached(output) or None)))
         self._close(output, reason)
 
+    def _fail(self, output: Output, code: str, message: str) -> None:
+        """The terminal frame of a sequence that its own request made impossible to continue."""
+        error = {"code": code, "message": message, "param": None}
+        self._add(output, None, encode((None, self._flush(output), "error", error | _cached(output))))
+        self._close(output, "error", error)
+
     def _add(self, output: Output, token: int | None, frame: bytes) -> None:
         row = output.row
         if row is None:
@@ -248,7 +270,7 @@ class Outputs:
             row.tokens.append(token)
         output.cursor += len(frame)
 
-    def _close(self, output: Output, finish: str) -> None:
+    def _close(self, output: Output, finish: str, error: dict[str, Any] | None = None) -> None:
         row = output.row
         assert row is not None
         row.finish = finish
@@ -257,7 +279,7 @@ class Outputs:
                 Terminal(
                     rid=output.new.rid, id=output.new.id, choice=output.new.choice, finish_reason=finish,
                     text="".join(output.text), prompt_tokens=output.new.prompt_len, completion_tokens=output.count,
-                    cached_tokens=output.new.cached_tokens,
+                    cached_tokens=output.new.cached_tokens, error=error,
                 )
             )  # fmt: skip
         self._empty(output)

@@ -116,6 +116,9 @@ class Session:
         metrics.step.observe(sampled.exec_us * 1e-6)
         metrics.scheduled.observe(sum(memoryview(plan.counts).cast("i")) if plan.counts else len(plan.seats) // 2)
         metrics.tokens.inc(tokens)
+        if sampled.mask_us:
+            metrics.mask.observe(sampled.mask_us * 1e-6)
+            metrics.mask_wait.inc(sampled.mask_wait_us * 1e-6)
         metrics.idle.inc(idle_us * 1e-6)
         self._wake.set()
 

@@ -22,6 +22,7 @@ class Sequence:
     sampling: SamplingParams
     seed: int = 0
     joins: int = 0  # step at which it arrives
+    end_ids: frozenset[int] = frozenset()  # what ends it before its max_tokens
     output: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     seat: int | None = None
@@ -37,7 +38,7 @@ class Sequence:
 
     @property
     def finished(self) -> bool:
-        return len(self.prompt) + len(self.output) >= self.wanted
+        return len(self.prompt) + len(self.output) >= self.wanted or bool(self.end_ids.intersection(self.output[-1:]))
 
 
 class PlanMaker:

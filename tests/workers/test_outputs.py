@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.messages import Frame, NewSequence, Plan, Terminal, decode_frames, pack_ids, unpack_ids
 from protocol.sampling import SamplingParams
+from protocol.structure import Structure
 from workers.engines.base import Sampled
 from workers.engines.simulated import EOS, byte_vocabulary
 from workers.outputs import Batch, Outputs, StopStrings
@@ -40,11 +41,13 @@ class Steps:
         if fields.pop("start", True):
             self.step({}, new=[sequence(**fields)])  # type: ignore[arg-type]
 
-    def step(self, tokens: dict[int, int], logprobs: dict | None = None, **fields: object) -> int:
+    def step(
+        self, tokens: dict[int, int], logprobs: dict | None = None, failed: dict | None = None, **fields: object
+    ) -> int:
         self.number += 1
         plan = Plan(1, 1, self.number, seats=array("H", tokens).tobytes(), **fields)  # type: ignore[arg-type]
         drawn = np.array(list(tokens.values()), np.int32)
-        sampled = Sampled(np.array(list(tokens), np.int32), drawn, logprobs or {}, 100)
+        sampled = Sampled(np.array(list(tokens), np.int32), drawn, logprobs or {}, 100, failed or {})
         return self.outputs.step(plan, sampled, f"{self.number}-0", 7)
 
     def take(self) -> Batch:
@@ -275,3 +278,46 @@ def test_a_verdict_does_not_touch_the_next_sequence_in_the_seat() -> None:
     steps.step({0: 99})
     rows = steps.take().commit_rows()
     assert [(r.rid, r.placement, len(decode_frames(r.frames))) for r in rows] == [("next", 7, 2)]
+
+
+# ---------------------------------------------------------------- structure
+
+
+def test_a_grammar_says_where_it_ends_and_nothing_else_does() -> None:
+    """Stop strings are not looked for in it, and it wins over min_tokens and ignore_eos."""
+    steps = Steps(structure=Structure(json_object=True), stop=["a"], min_tokens=50, ignore_eos=True)
+    frames = steps.frames([*b'{"a":1}', EOS])
+    assert text_of(frames) == '{"a":1}'
+    assert [frame.finish for frame in frames] == [None] * 7 + ["stop"]
+
+
+def test_a_grammar_that_meets_max_tokens_is_told_as_length() -> None:
+    frames = Steps(structure=Structure(json_object=True), max_tokens=3).frames(b'{"a')
+    assert (text_of(frames), frames[-1].finish) == ('{"a', "length")
+
+
+@pytest.mark.parametrize("journaled", [b"", b"a", b"a#1#", b"a#1#2"])
+def test_stop_strings_are_looked_for_where_content_begins(journaled: bytes) -> None:
+    steps = Steps(structure=Structure(after=[ord("#"), ord("2")]), stop=["1"], output=journaled)
+    frames = steps.frames(b"a#1#2b1c"[len(journaled) :])
+    assert text_of(frames) == "a#1#2b"[len(journaled) :]
+    assert frames[-1].finish == "stop"
+
+
+def test_a_sequence_whose_grammar_failed_ends_with_an_error_and_its_last_token_counts_for_nothing() -> None:
+    steps = Steps(structure=Structure(json_object=True), wants_result=True)
+    steps.step({0: ord("{")})
+    assert steps.step({0: ord("x")}, failed={0: ("grammar_failed", "why")}) == 0
+    steps.step({0: ord("y")}, failed={0: ("grammar_failed", "why")})  # a row past the end
+    batch = steps.take()
+    frames = decode_frames(batch.commit_rows()[0].frames)
+    assert [frame.token for frame in frames] == [ord("{"), None]
+    assert frames[1].finish == "error"
+    assert extra_of(frames[1]) == {"code": "grammar_failed", "message": "why", "param": None}
+    assert unpack_ids(batch.hint_rows()[0].tokens).tolist() == [ord("{")]
+    assert batch.hint_rows()[0].finish == "error"
+    result = batch.commit_rows()[0].result
+    assert result is not None
+    terminal = msgspec.msgpack.decode(result, type=Terminal)
+    assert terminal.error == {"code": "grammar_failed", "message": "why", "param": None}
+    assert terminal.text == "{"

@@ -8,7 +8,7 @@ inputs of the next step can be built meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +27,10 @@ class Sampled:
     # only rows that asked for logprobs: seat -> (logprob of the drawn token, ids int32 [m], logprobs float32 [m])
     logprobs: dict[int, tuple[float, np.ndarray, np.ndarray]]
     exec_us: int = 0  # device time of the step
+    # sequences that end here, their token counting for nothing: seat -> (error code, message)
+    failed: dict[int, tuple[str, str]] = field(default_factory=dict)
+    mask_us: int = 0  # longest time that the mask of one of its constrained rows took
+    mask_wait_us: int = 0  # time that the draw waited for masks
 
 
 class StepOutput(Protocol):

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from protocol.errors import StartError
+from protocol.errors import StartError, StructureNotSupported
+from protocol.grammar import Grammars, TokenVocabulary
 from protocol.messages import Capacity, NewSequence, Plan, PoolCapacity, choice_seed, unpack_ids
 from workers.detokenizer import Vocabulary
 from workers.engines.base import Progress, Sampled
+from workers.masks import Masks, StepMasks
 
 EOS = 256  # of the built-in byte vocabulary: ids 0 to 255 are bytes
 SLICE_S = 0.05  # a long step beats this often
@@ -62,6 +64,7 @@ class SimulatedEngine:
         self._clock = clock
         self._free_at = 0.0  # when the imagined device has done all submitted steps
         self._beats = 0
+        self.masks = Masks(self._make_grammars)
         self.reset()
 
     def load(self, progress: Progress) -> Capacity:
@@ -91,6 +94,16 @@ class SimulatedEngine:
         if self.tokenizer.eos_token_id is not None:
             self.eos_token_ids = [self.tokenizer.eos_token_id]
 
+    def _make_grammars(self) -> Grammars:
+        if self.tokenizer is None:
+            tokens = [bytes([byte]) for byte in range(EOS)] + [b""] * (self._vocab_size - EOS)
+            vocabulary: Any = TokenVocabulary(tokens, list(self.eos_token_ids))
+        elif (backend := getattr(self.tokenizer, "backend_tokenizer", None)) is not None:
+            vocabulary = backend.to_str()
+        else:
+            raise StructureNotSupported("this model's tokenizer has no tokenizer.json", param="structure")
+        return Grammars(vocabulary, self._vocab_size, self.eos_token_ids)
+
     def reset(self) -> None:
         """All state is by seat, in arrays: a step of many rows costs few numpy calls."""
         seats = 2 * self.config.max_num_seqs
@@ -99,6 +112,7 @@ class SimulatedEngine:
         self._blocks = np.zeros(seats, np.int64)
         self._keys = np.zeros(seats, np.uint64)
         self._wants_logprobs: dict[int, int] = {}
+        self.masks.clear()
 
     def beat(self) -> int:
         return self._beats
@@ -125,6 +139,7 @@ class SimulatedEngine:
 
     def _seat(self, new: NewSequence) -> None:
         seat = new.seat
+        self.masks.add(new)
         self._known[seat] = len(unpack_ids(new.token_ids))
         self._computed[seat] = new.computed
         self._blocks[seat] = len(new.block_table) // 4
@@ -135,6 +150,7 @@ class SimulatedEngine:
     def _leave(self, seat: int) -> None:
         self._known[seat] = 0
         self._wants_logprobs.pop(seat, None)
+        self.masks.drop(seat)
 
     def _compute(self, seats: np.ndarray, counts: np.ndarray) -> None:
         if len(np.unique(seats)) != len(seats):
@@ -157,13 +173,20 @@ class SimulatedEngine:
         if self.config.eos_one_in and self.eos_token_ids:
             ending = (drawn >> np.uint64(32)) % np.uint64(self.config.eos_one_in) == 0
             tokens[ending] = self.eos_token_ids[0]
+        masks = self.masks.take(seats) if self.masks else None
+        if masks is not None:
+            _constrain(tokens, drawn, masks)
+            self.masks.drawn(seats, lambda: tokens)
         self._known[seats] += 1
         logprobs = {}
         for row, seat in enumerate(seats.tolist()) if self._wants_logprobs else ():
             if (top := self._wants_logprobs.get(seat)) is not None:
                 ids = (tokens[row] + np.arange(top, dtype=np.int32)) % self._vocab_size
                 logprobs[seat] = (-1.0, ids, -1.0 - np.arange(top, dtype=np.float32))
-        return Sampled(seats.astype(np.int32), tokens, logprobs)
+        sampled = Sampled(seats.astype(np.int32), tokens, logprobs)
+        if masks is not None:
+            sampled.failed, sampled.mask_us, sampled.mask_wait_us = masks.failed, masks.mask_us, masks.wait_us
+        return sampled
 
     def _pass_time(self, until: float) -> None:
         while (left := until - self._clock()) > 0:
@@ -181,6 +204,13 @@ class SimulatedOutput:
     def wait(self) -> Sampled:
         self.engine._pass_time(self.ready_at)
         return self.sampled
+
+
+def _constrain(tokens: np.ndarray, drawn: np.ndarray, masks: StepMasks) -> None:
+    """Each constrained row takes one of the ids that its mask allows, by the same hash."""
+    for row, bits in zip(masks.rows.tolist(), masks.bits, strict=True):
+        allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
+        tokens[row] = allowed[int(drawn[row]) % len(allowed)]
 
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from protocol.errors import ModelRefused, StartError
+from protocol.errors import ModelRefused, StartError, StructureNotSupported
+from protocol.grammar import Grammars
 from protocol.messages import Capacity, NewSequence, Plan, PoolCapacity, pack_ids
 from protocol.sampling import SamplingParams
 from workers.engines.base import Progress
+from workers.masks import Masks
 from workers.native.library import Kernels, KernelsUnavailable, load_kernels
 from workers.torch_engine import loader, verify
 from workers.torch_engine.attention import PagedAttention, adopt
@@ -54,6 +56,7 @@ class TorchEngine:
         self.attention = PagedAttention(TorchAttention())
         self.kernels: Kernels | None = None
         self.whole_pass: WholePass | None = None
+        self.masks = Masks(self._make_grammars)
         self._best: torch.Tensor | None = None  # int64 [k] beside the logits of the last pass, where it is known
 
     # ------------------------------------------------------------------ load
@@ -74,6 +77,7 @@ class TorchEngine:
         self._make_pool_within(budget)
         vocab_size = self.model.config.get_text_config().vocab_size
         self.sampler = Sampler(config.max_num_seqs, vocab_size, list(self.eos_token_ids), self.device, self.kernels)
+        self.masks.prepare()  # now, since it holds the interpreter
         progress("warm-up", 1.0)
         return Capacity(
             model=config.served_name or config.model,
@@ -86,6 +90,13 @@ class TorchEngine:
             dtype=config.quantization or str(self.model.dtype).removeprefix("torch."),
             device=str(self.device),
         )
+
+    def _make_grammars(self) -> Grammars:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise StructureNotSupported("this model's tokenizer has no tokenizer.json", param="structure")
+        vocab_size = self.model.config.get_text_config().vocab_size
+        return Grammars(backend.to_str(), vocab_size, self.eos_token_ids)
 
     def _load_checked(self, model_config: Any, progress: Progress) -> None:
         """The model, on native kernels where they serve it as torch would, else on torch alone."""
@@ -240,6 +251,7 @@ class TorchEngine:
         for new in plan.new:
             self.seats.add(new)
             self.sampler.add(new)
+            self.masks.add(new)
         for seat, blocks in plan.blocks:
             self.seats.extend(seat, blocks)
         output = self._run(plan, clock)
@@ -254,9 +266,14 @@ class TorchEngine:
         logits = self._forward(step)
         if not len(step.sampling_seats):
             return TorchStepOutput(_NOBODY, None, _NOBODY, clock)
-        drawn = self.sampler.sample(logits, step.sampling_seats, step.sampling_positions, self._best)
-        self.seats.note_sampled(step.sampling_seats, drawn.tokens)
-        return TorchStepOutput(step.sampling_seats, drawn, self.sampler.tops(step.sampling_seats), clock)
+        seats = step.sampling_seats
+        masks = self.masks.take(seats) if self.masks else None
+        drawn = self.sampler.sample(logits, seats, step.sampling_positions, self._best, masks)
+        self.seats.note_sampled(seats, drawn.tokens)
+        output = TorchStepOutput(seats, drawn, self.sampler.tops(seats), clock, masks)
+        if masks is not None:
+            self.masks.drawn(seats, output.tokens)
+        return output
 
     def _forward(self, step: StepInputs) -> torch.Tensor:
         """Logits [k, vocabulary] of the rows that are wanted."""
@@ -274,10 +291,12 @@ class TorchEngine:
     def _drop(self, seat: int) -> None:
         self.seats.drop(seat)
         self.sampler.drop(seat)
+        self.masks.drop(seat)
 
     def reset(self) -> None:
         self.seats.clear()
         self.sampler.clear()
+        self.masks.clear()
 
     def beat(self) -> int:
         return self.attention.calls + (self.kernels.progress.value if self.kernels else 0)

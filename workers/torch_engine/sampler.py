@@ -17,6 +17,7 @@ import torch
 
 from protocol.messages import NewSequence, choice_seed
 from protocol.sampling import SamplingParams
+from workers.masks import StepMasks
 from workers.native.library import DRAW, Kernels
 from workers.torch_engine.inputs import to_device
 
@@ -77,7 +78,7 @@ class Sampler:
         if params.logit_bias:
             ids = np.fromiter(params.logit_bias.keys(), np.int64)
             self.bias[new.seat] = (ids, np.fromiter(params.logit_bias.values(), np.float32))
-        if params.min_tokens > 0:
+        if params.min_tokens > 0 and (params.structure is None or params.structure.kind is None):  # a grammar wins
             ids = np.unique(np.array([*self.eos_token_ids, *params.stop_token_ids], np.int64))
             self.banned[new.seat] = (new.prompt_len + params.min_tokens, ids)
 
@@ -92,19 +93,27 @@ class Sampler:
             self.drop(seat)
 
     def sample(
-        self, logits: torch.Tensor, seats: np.ndarray, positions: np.ndarray, best: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        seats: np.ndarray,
+        positions: np.ndarray,
+        best: torch.Tensor | None = None,
+        masks: StepMasks | None = None,
     ) -> Drawn:
         """Draw one token per row of ``logits`` [k, vocabulary]. ``best`` (int64 [k]): the largest of each, if known.
 
         ``seats`` [k] names the rows' seats, ``positions`` [k] the position that each token takes in its sequence.
+        Where there are ``masks``, what they rule out is written into ``logits``, in their own rows alone.
         """
         fields = self._fields[seats]
         random, lp_rows = np.flatnonzero(fields["temperature"] > 0), np.flatnonzero(fields["logprobs"] >= 0)
         if not len(random) and not len(lp_rows) and not self._has_processors:
-            return Drawn(logits.argmax(dim=-1) if best is None else best)  # 16-bit logits order as if widened
+            return Drawn(_largest(logits, best, masks))  # 16-bit logits order as if widened
         logits = logits.float()
         logprobs = torch.log_softmax(logits[self._index(lp_rows)], dim=-1) if len(lp_rows) else None
         logits = self._process_logits(logits, seats, positions)
+        if masks is not None:
+            rule_out(logits, masks)
         tokens = self._choose(logits, fields, positions, random)
         self.penalties.count(seats, tokens)
         if logprobs is None:
@@ -244,6 +253,39 @@ class Penalties:
         if counted:
             rows, slots = (to_device(np.array(column), self.device) for column in zip(*counted, strict=True))
             self.drawn.index_put_((slots, tokens[rows]), torch.ones_like(slots, dtype=torch.int32), accumulate=True)
+
+
+def rule_out(logits: torch.Tensor, masks: StepMasks) -> None:
+    """Write minus infinity where a row of ``masks`` has no bit, and beyond its bits, into that row of ``logits``."""
+    if not len(masks.rows):
+        return
+    size = min(logits.shape[-1], 32 * masks.bits.shape[1])
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        of_rows = logits.numpy()
+        ruled_out = np.unpackbits((~masks.bits).view(np.uint8), axis=1, count=size, bitorder="little").view(bool)
+        for row, out in zip(masks.rows.tolist(), ruled_out, strict=True):
+            np.putmask(of_rows[row, :size], out, -np.inf)
+            of_rows[row, size:] = -np.inf
+        return
+    device = logits.device
+    bits, rows = to_device(masks.bits, device), to_device(masks.rows, device)
+    ids = torch.arange(size, device=device)
+    ruled_out_bits = (bits[:, ids >> 5] >> (ids & 31)) & 1 == 0
+    own = logits[rows]
+    own[:, :size].masked_fill_(ruled_out_bits, -torch.inf)
+    own[:, size:] = -torch.inf
+    logits.index_copy_(0, rows, own)
+
+
+def _largest(logits: torch.Tensor, best: torch.Tensor | None, masks: StepMasks | None) -> torch.Tensor:
+    """int64 [k]: the largest of each row, once what is ruled out is out."""
+    if masks is None or not len(masks.rows):
+        return logits.argmax(dim=-1) if best is None else best
+    rule_out(logits, masks)
+    if best is None:
+        return logits.argmax(dim=-1)
+    rows = to_device(masks.rows, logits.device)
+    return best.index_copy(0, rows, logits[rows].argmax(dim=-1))
 
 
 def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from workers.engines.base import Sampled
+from workers.masks import StepMasks
 from workers.torch_engine.sampler import Drawn
 
 
@@ -43,14 +44,30 @@ class StepClock:
 class TorchStepOutput:
     """Holds one step's draws (None where no row samples). On a GPU their copy to pinned memory is queued here."""
 
-    def __init__(self, seats: np.ndarray, drawn: Drawn | None, tops: np.ndarray, clock: StepClock) -> None:
+    def __init__(
+        self,
+        seats: np.ndarray,
+        drawn: Drawn | None,
+        tops: np.ndarray,
+        clock: StepClock,
+        masks: StepMasks | None = None,
+    ) -> None:
         self._seats = seats
+        self._masks = masks
         self._tops = tops
         self._clock = clock
         self._lp_rows = drawn.lp_rows if drawn else None
         clock.stop()
         results = (drawn.tokens, drawn.lp_drawn, drawn.lp_top_ids, drawn.lp_top) if drawn else ()
         self._copies, self._copied = _to_host(results)
+
+    def tokens(self) -> np.ndarray:
+        """int64 [k]: the ids drawn. Blocks until they are on the host; any thread may ask."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        (tokens, *_) = self._copies
+        assert tokens is not None
+        return tokens.numpy()
 
     def wait(self) -> Sampled:
         """Block until the step's ids are on the host."""
@@ -70,7 +87,11 @@ class TorchStepOutput:
                 asked = int(self._tops[row])
                 own = (float(drawn[at]), top_ids[at, :asked].astype(np.int32), top[at, :asked])
                 logprobs[int(self._seats[row])] = own
-        return Sampled(self._seats.astype(np.int32), tokens.astype(np.int32), logprobs, exec_us)
+        sampled = Sampled(self._seats.astype(np.int32), tokens.astype(np.int32), logprobs, exec_us)
+        if self._masks is not None:
+            sampled.failed, sampled.mask_us = self._masks.failed, self._masks.mask_us
+            sampled.mask_wait_us = self._masks.wait_us
+        return sampled
 
 
 def _to_host(

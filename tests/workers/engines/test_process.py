@@ -16,6 +16,7 @@ import pytest
 from protocol.errors import EngineFailed, ModelRefused, StartError
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
+from protocol.structure import Structure
 from tests.conftest import MODEL
 from tests.models import tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence
@@ -75,6 +76,25 @@ def test_the_same_steps_give_the_same_tokens_here_and_there(loaded):
     again = away.execute(plans[0]).wait()
     here.reset()
     assert again.tokens.tolist() == here.execute(plans[0]).wait().tokens.tolist()
+
+
+def test_constrained_rows_and_their_failures_come_through(loaded):
+    away, here = loaded("simulated", FAST), SimulatedEngine(FAST)
+    here.load(lambda stage, fraction: None)
+    ruled = new(0, structure=Structure(regex="(yes|no)+"))
+    broken = new(1, structure=Structure(regex="(unclosed"))
+    plans = [Plan(0, 0, 1, rows(0, 1, 2), pack_ids([5] * 3), new=[ruled, broken, new(2)])]
+    plans += [Plan(0, 0, step, rows(0, 2)) for step in range(2, 6)]
+    outputs = [away.execute(plan) for plan in plans]
+    text = []
+    for plan, output in zip(plans, outputs, strict=True):
+        ours, theirs = output.wait(), here.execute(plan).wait()
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        assert ours.failed == theirs.failed
+        assert ours.mask_us > 0
+        text.append(chr(ours.tokens[0]))
+        assert (ours.failed.get(1) is not None) == (plan is plans[0])
+    assert "".join(text)[:2] in ("ye", "no")
 
 
 def test_the_beat_and_the_progress_come_through(loaded):

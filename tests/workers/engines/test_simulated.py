@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 
 import pytest
 
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
-from workers.engines.simulated import SimulatedConfig, SimulatedEngine
+from protocol.structure import Structure
+from workers.engines.simulated import EOS, SimulatedConfig, SimulatedEngine
 
 
 def engine(**fields: object) -> SimulatedEngine:
@@ -123,3 +125,19 @@ def test_a_seat_is_empty_after_frees_ends_and_reset() -> None:
     made.reset()
     with pytest.raises(ValueError, match="not known"):
         made.execute(plan(2, {0: 1}))
+
+
+def test_constrained_sequences_keep_their_grammar_and_go_on_the_same_when_moved() -> None:
+    schema = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "minItems": 2, "maxItems": 5}
+    structure = Structure(json=schema)
+    alone = engine()
+    ids = alone.execute(plan(1, {0: 3}, new=[sequence(0, [1, 2, 3], structure=structure)])).wait().tokens.tolist()
+    while ids[-1] != EOS:
+        ids += alone.execute(plan(len(ids) + 1, {0: 1})).wait().tokens.tolist()
+    assert 2 <= len(json.loads(bytes(ids[:-1]))) <= 5
+    moved = engine()
+    new = sequence(1, [1, 2, 3, *ids[:4]], prompt_len=3, structure=structure)
+    rest = moved.execute(plan(1, {1: 7}, new=[new])).wait().tokens.tolist()
+    while rest[-1] != EOS:
+        rest += moved.execute(plan(len(rest) + 1, {1: 1})).wait().tokens.tolist()
+    assert ids[:4] + rest == ids
