@@ -1,4 +1,4 @@
-"""The documents: files that they name exist, links lead somewhere, lines are short, and they use the project's words."""
+"""The documents: files that they name exist, links lead somewhere, lines are short, words are those in use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LONGEST_LINE = 120
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("deploy/*.md"), *ROOT.glob(".github/*.md")])
+PAGES = sorted(page for place in ("", "docs/**/", "deploy/", ".github/") for page in ROOT.glob(f"{place}*.md"))
 FOLDERS = "protocol|gateway|scheduler|workers|headrace|tests|benchmarks|deploy|docs|examples"
 # A word of the code's early days -> the one in use now (docs/architecture.md, section 2).
 OLD_WORDS = {
