@@ -10,6 +10,7 @@ import platform
 import re
 import statistics
 import subprocess
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ class Section:
         lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
         lines[1:1] = ["|" + "|".join("-" * (w + 2) for w in widths) + "|"]
         table = "\n".join(lines) + "\n" if self.rows else ""
-        return f"### {self.title}\n\n{table}" + "".join(f"\n{note}\n" for note in self.notes)
+        return f"### {self.title}\n\n{table}" + "".join(f"\n{wrapped(note)}\n" for note in self.notes)
 
 
 def show(value: Any) -> str:
@@ -57,6 +58,11 @@ def middle(values: Sequence[float]) -> float:
     """The median of what is a number; NaN where nothing is."""
     finite = [v for v in values if math.isfinite(v)]
     return round(statistics.median(finite), 3) if finite else math.nan
+
+
+def wrapped(note: str) -> str:
+    """A paragraph in lines of at most 120 characters, as the documents' test asks."""
+    return textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def spread(values: Sequence[float]) -> float:
@@ -102,7 +108,7 @@ def text(where: dict[str, Any], sections: Sequence[Section]) -> str:
         f"{where['memory_gib']} GiB, {where['system']}, Python {where['python']}; "
         f"load {where['load_before']} before the run."
     )
-    return "\n".join([head + "\n", *(section.markdown() for section in sections)])
+    return "\n".join([wrapped(head) + "\n", *(section.markdown() for section in sections)])
 
 
 def write_json(name: str, where: dict[str, Any], results: dict[str, Any], folder: Path) -> Path:
