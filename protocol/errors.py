@@ -160,5 +160,5 @@ def _subclasses(root: type[Any]) -> list[type[Any]]:
 def http_status(code: str | None) -> int:
     """HTTP status of a wire code (as found in an error frame); 500 for a code that nobody here knows."""
     known: dict[str, int] = {c.code: c.status for c in (*_subclasses(RequestError), *_subclasses(ServiceError))}
-    known["model_not_found"] = 404
+    known |= {"model_not_found": 404, "unknown_parameter": 400, "unsupported_parameter": 400}
     return known.get(code or "", 500)

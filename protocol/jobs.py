@@ -6,33 +6,22 @@ HeadraceError comes out for any input, and no message repeats what a prompt says
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
+from protocol.chat import check_template_arguments, normal_messages
 from protocol.errors import InvalidRequest, TooLarge
+from protocol.free_form import MAX_NESTING, check_text, check_tree
 from protocol.keys import NAME
-from protocol.messages import MAX_JOB_BYTES, MAX_MESSAGES, MAX_PROMPTS, MAX_REQUEST_CHOICES, Job
-from protocol.sampling import INT64_MAX
+from protocol.messages import MAX_JOB_BYTES, MAX_PROMPTS, MAX_REQUEST_CHOICES, Job
 
 JOB_VERSION = 1
-MAX_NESTING = 32
 MAX_SCHEMA_NESTING = 64  # an object within an object takes two levels of its schema
 MAX_TIMEOUT_S = 86_400.0
 MAX_SALT_CHARS = 256
 INT32_MAX = 2**31 - 1
-INT64_MIN = -INT64_MAX - 1
-ROLES = ("system", "developer", "user", "assistant", "tool")
-OTHER_PARTS = ("image_url", "input_audio", "video_url", "file", "refusal")
-MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "reasoning_content"}
-# arguments of the chat template that are ours to give
-RESERVED_TEMPLATE_ARGUMENTS = {
-    "chat_template", "conversation", "messages", "tokenize", "tokenizer", "padding", "truncation", "max_length",
-    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "continue_final_message",
-}  # fmt: skip
 
 _from_msgpack = msgspec.msgpack.Decoder(Job)
 _from_json = msgspec.json.Decoder(Job)
@@ -97,22 +86,25 @@ def check_job(job: Job, *, vocab_size: int | None = None) -> None:
         raise InvalidRequest(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters", param="cache_salt")
     structure = job.sampling.structure
     if structure is not None:  # before it is looked into
-        _check_tree([structure.json, structure.structural_tag], structure.field, MAX_SCHEMA_NESTING)
+        check_tree([structure.json, structure.structural_tag], structure.field, MAX_SCHEMA_NESTING)
     job.sampling.check(vocab_size)
     for stop in job.sampling.stop:
-        _check_text(stop, "stop")
+        check_text(stop, "stop")
     if (job.prompt is None) == (job.messages is None):
         raise InvalidRequest("exactly one of prompt and messages must be given", param="prompt")
     if job.messages is not None:
-        _check_messages(job.messages)
+        check_tree(job.messages, "messages")  # what is left out of them too, for the job is stored as it came
+        normal_messages(job.messages)
     else:
         _check_prompt(job.prompt, vocab_size)
     if job.choices > MAX_REQUEST_CHOICES:
         raise InvalidRequest(f"prompts times n must not exceed {MAX_REQUEST_CHOICES}", param="n")
     if job.chat_template_kwargs is not None:
-        _check_template_arguments(job)
+        if job.messages is None:
+            raise InvalidRequest("chat_template_kwargs needs messages", param="chat_template_kwargs")
+        check_template_arguments(job.chat_template_kwargs)
     if job.view is not None:
-        _check_tree(job.view, "view")
+        check_tree(job.view, "view")
 
 
 def _check_names(job: Job) -> None:
@@ -126,7 +118,7 @@ def _check_prompt(prompt: Any, vocab_size: int | None) -> None:
     if not prompt:
         raise InvalidRequest("prompt must not be empty", param="prompt")
     if isinstance(prompt, str):
-        return _check_text(prompt, "prompt")
+        return check_text(prompt, "prompt")
     kind = type(prompt[0])
     if kind in (str, list):
         if len(prompt) > MAX_PROMPTS:
@@ -137,7 +129,7 @@ def _check_prompt(prompt: Any, vocab_size: int | None) -> None:
             if not one:
                 raise InvalidRequest("prompt must not be empty", param="prompt")
             if isinstance(one, str):
-                _check_text(one, "prompt")
+                check_text(one, "prompt")
             elif isinstance(one, list):
                 _check_token_ids(one, vocab_size)
         return None
@@ -150,99 +142,3 @@ def _check_token_ids(ids: list[Any], vocab_size: int | None) -> None:
         raise InvalidRequest("prompt must hold token ids (integers), or texts", param="prompt")
     if min(ids) < 0 or max(ids) > top:
         raise InvalidRequest(f"token ids in prompt must lie in [0, {top}]", param="prompt")
-
-
-def _check_messages(messages: list[dict[str, Any]]) -> None:
-    if not messages:
-        raise InvalidRequest("messages must not be empty", param="messages")
-    if len(messages) > MAX_MESSAGES:
-        raise InvalidRequest(f"messages may hold at most {MAX_MESSAGES} messages", param="messages")
-    for number, message in enumerate(messages):
-        at = f"messages[{number}]"
-        unknown = set(message) - MESSAGE_FIELDS
-        if unknown:
-            name = min(unknown)[:64]
-            raise InvalidRequest(f"unknown parameter: {at}.{_printable(name)}", param=f"{at}.{_printable(name)}")
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise InvalidRequest(f"{at}.role must be one of {', '.join(ROLES)}", param=f"{at}.role")
-        calls = message.get("tool_calls")
-        if calls is not None and not (role == "assistant" and isinstance(calls, list) and calls):
-            raise InvalidRequest(f"{at}.tool_calls must be a list of calls of an assistant", param=f"{at}.tool_calls")
-        if message.get("content") is not None or calls is None:
-            _check_content(message.get("content"), f"{at}.content")
-        for field in ("name", "tool_call_id", "refusal", "reasoning_content"):
-            if not isinstance(message.get(field, ""), str | None):
-                raise InvalidRequest(f"{at}.{field} must be a string", param=f"{at}.{field}")
-    _check_tree(messages, "messages")
-
-
-def _check_content(content: Any, at: str) -> None:
-    """Text, or a list of text parts."""
-    if isinstance(content, str):
-        return
-    if not isinstance(content, list) or not content:
-        raise InvalidRequest(f"{at} must be a string or a list of text parts", param=at)
-    for number, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            named = f", not {kind}" if kind in OTHER_PARTS else ""
-            raise InvalidRequest(f"{at}[{number}].type must be text{named}", param=f"{at}[{number}].type")
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{at}[{number}].text must be a string", param=f"{at}[{number}].text")
-        if set(part) - {"type", "text"}:
-            raise InvalidRequest(f"{at}[{number}] may hold type and text alone", param=f"{at}[{number}]")
-
-
-def _check_template_arguments(job: Job) -> None:
-    arguments = job.chat_template_kwargs or {}
-    if job.messages is None:
-        raise InvalidRequest("chat_template_kwargs needs messages", param="chat_template_kwargs")
-    reserved = sorted(RESERVED_TEMPLATE_ARGUMENTS & set(arguments))
-    if reserved:
-        at = f"chat_template_kwargs.{reserved[0]}"
-        raise InvalidRequest(f"{at} may not be set by a request", param=at)
-    _check_tree(arguments, "chat_template_kwargs")
-
-
-def _check_tree(tree: Any, field: str, deepest: int = MAX_NESTING) -> None:
-    """Free-form values: finite numbers, whole Unicode, text keys, at most ``deepest`` deep (counted from the body)."""
-    level: list[Any] = [tree]
-    for _ in range(deepest):
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                if not all(isinstance(key, str) for key in value):
-                    raise InvalidRequest(f"{field}: the keys of an object must be strings", param=field)
-                _check_leaves(value.keys(), field)
-                below.extend(value.values())
-            elif isinstance(value, list):
-                below.extend(value)
-        _check_leaves(below, field)
-        level = [value for value in below if isinstance(value, dict | list)]
-        if not level:
-            return
-    raise InvalidRequest(f"{field} is nested more than {deepest} deep", param=field)
-
-
-def _check_leaves(values: Iterable[Any], field: str) -> None:
-    for value in values:
-        if isinstance(value, str):
-            _check_text(value, field)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise InvalidRequest(f"{field} must hold finite numbers", param=field)
-        elif isinstance(value, int) and not INT64_MIN <= value <= INT64_MAX:
-            raise InvalidRequest(f"{field} must hold numbers of at most 64 bits", param=field)
-        elif not isinstance(value, int | float | dict | list | None):
-            raise InvalidRequest(f"{field} may hold what JSON can hold, and no more", param=field)
-
-
-def _check_text(text: str, field: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest(f"{field} holds half a surrogate pair, which is no text", param=field) from None
-
-
-def _printable(name: str) -> str:
-    return name.encode("ascii", "backslashreplace").decode()

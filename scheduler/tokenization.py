@@ -15,6 +15,7 @@ from array import array
 from pathlib import Path
 from typing import Any, Literal
 
+from protocol.chat import REASONING, normal_messages
 from protocol.errors import (
     ContextLengthExceeded,
     InvalidRequest,
@@ -26,6 +27,7 @@ from protocol.grammar import Grammars
 from protocol.jobs import check_job
 from protocol.messages import Job, ModelCard
 from scheduler.prompt_guard import NO_BACKEND, PromptGuard
+from scheduler.template_source import TemplateSource
 from scheduler.twin_tokenizer import TwinFailed
 
 log = logging.getLogger("headrace.scheduler")
@@ -68,6 +70,8 @@ class Prompts:
         if self._backend is not None:
             self._backend.no_padding()
             self._backend.no_truncation()
+        known = TemplateSource.of(getattr(tokenizer, "chat_template", None)).words
+        self._reasoning_field = next((name for name in REASONING if name in known), REASONING[0])
         self._guard: PromptGuard | None = None
         if special_tokens_in_content == "guard" and self.chat and self._backend is not None:
             self._guard = PromptGuard.of(tokenizer, self._render, eos_token_ids)
@@ -207,10 +211,16 @@ class Prompts:
         if not self.chat:
             raise InvalidRequest("this model has no chat template: use /v1/completions", param="messages")
         arguments = {"add_generation_prompt": True, **(job.chat_template_kwargs or {})}
-        messages = [_text_only(m) for m in job.messages or []]
+        messages = [self._as_the_template_reads(message) for message in normal_messages(job.messages)]
         if self._guard is not None:
             return array("i", self._guard.ids(messages, arguments))
         return self._encode(self._render(messages, arguments), special=False)
+
+    def _as_the_template_reads(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Reasoning under the name that the template looks for."""
+        if self._reasoning_field == "reasoning_content" or "reasoning_content" not in message:
+            return message
+        return {self._reasoning_field if k == "reasoning_content" else k: v for k, v in message.items()}
 
     def _render(self, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> str:
         """The chat as one text."""
@@ -273,11 +283,3 @@ def _eos_ids(model: str, config: Any, tokenizer: Any) -> list[int]:
         if candidate is not None:
             return list(candidate) if isinstance(candidate, list) else [int(candidate)]
     return []
-
-
-def _text_only(message: dict[str, Any]) -> dict[str, Any]:
-    """``content`` given as parts (all text: check_job saw to it) becomes one text."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    return {**message, "content": "".join(part["text"] for part in content)}

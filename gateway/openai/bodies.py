@@ -12,10 +12,10 @@ import msgspec
 
 from gateway.openai.structured import structure_of
 from gateway.openai.view import View
+from protocol.chat import check_template_arguments, normal_messages
 from protocol.errors import ContextLengthExceeded, InvalidRequest, NotFound
 from protocol.keys import check_name
 from protocol.messages import (
-    MAX_MESSAGES,
     MAX_PROMPTS,
     MAX_REQUEST_CHOICES,
     PRIORITIES,
@@ -26,7 +26,6 @@ from protocol.sampling import MAX_TOP_LOGPROBS, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI's
 MAX_TIMEOUT_S = 86400.0
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -95,30 +94,8 @@ class CompletionBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
     suffix: Any = None
 
 
-class Part(msgspec.Struct, forbid_unknown_fields=True):
-    type: str
-    text: str | None = None
-    image_url: Any = None
-    input_audio: Any = None
-    file: Any = None
-    refusal: Any = None
-    prompt_cache_breakpoint: Any = None  # ignored, as prompt_cache_key is
-
-
-class Message(msgspec.Struct, forbid_unknown_fields=True):
-    role: str
-    content: str | list[Part] | None = None
-    name: str | None = None
-    refusal: Any = None
-    audio: Any = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
-    function_call: Any = None
-    annotations: Any = None  # what our own and OpenAI's answers carry, sent back
-
-
 class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
-    messages: list[Message] | None = None
+    messages: list[dict[str, Any]] | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -154,8 +131,6 @@ NO_OP: dict[str, tuple[Any, ...]] = {
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
 }
-TEMPLATE_KWARGS_REFUSED = ("chat_template", "tokenize", "conversation", "messages", "tools", "documents")
-
 completion_decoder = msgspec.json.Decoder(CompletionBody)
 chat_decoder = msgspec.json.Decoder(ChatBody)
 
@@ -203,10 +178,8 @@ def chat_job(body: ChatBody, card: ModelCard, tenant: str, created: int) -> Job:
         body.max_tokens = body.max_completion_tokens
     sampling = _sampling(body, card, max_tokens=None, logprobs=logprobs)
     job = _job(body, sampling, tenant)
-    job.messages = _messages(body.messages)
-    for key in body.chat_template_kwargs or ():
-        if key in TEMPLATE_KWARGS_REFUSED:
-            raise InvalidRequest(f"{key} may not be given", param=f"chat_template_kwargs.{key}")
+    job.messages = normal_messages(body.messages)
+    check_template_arguments(body.chat_template_kwargs or {})
     job.chat_template_kwargs = body.chat_template_kwargs or None
     job.view = View(
         kind="chat", created=created, usage=body.include_usage, logprobs=logprobs, ids=bool(body.return_token_ids)
@@ -307,42 +280,3 @@ def _check_size(job: Job, card: ModelCard) -> None:
                 f"together they may be at most {card.max_model_len}",
                 param="prompt",
             )
-
-
-def _messages(messages: list[Message] | None) -> list[dict[str, Any]]:
-    if not messages:
-        raise InvalidRequest("messages must hold at least one message", param="messages")
-    if len(messages) > MAX_MESSAGES:
-        raise InvalidRequest(f"messages takes at most {MAX_MESSAGES} messages", param="messages")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _message(message: Message, at: str) -> dict[str, Any]:
-    """Role and text only, as every chat template understands them; `developer` is the newer word for `system`."""
-    for name in ("tool_calls", "tool_call_id", "function_call", "audio"):
-        if getattr(message, name) not in (None, []):
-            raise InvalidRequest(f"{at}.{name} is not supported", param=f"{at}.{name}", code="unsupported_parameter")
-    role = ROLES.get(message.role)
-    if role is None:
-        raise InvalidRequest(f"{at}.role must be one of {', '.join(ROLES)}", param=f"{at}.role")
-    if message.content is None:
-        raise InvalidRequest(f"{at}.content must not be null", param=f"{at}.content")
-    rendered: dict[str, Any] = {"role": role, "content": _text(message.content, f"{at}.content")}
-    if message.name is not None:
-        rendered["name"] = message.name
-    return rendered
-
-
-def _text(content: str | list[Part], at: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not content:
-        raise InvalidRequest(f"{at} must hold at least one part", param=at)
-    for i, part in enumerate(content):
-        if part.type != "text":
-            raise InvalidRequest(
-                f"{at}[{i}]: only parts of type text are supported", param=f"{at}[{i}]", code="unsupported_parameter"
-            )
-        if part.text is None:
-            raise InvalidRequest(f"{at}[{i}].text is required", param=f"{at}[{i}].text")
-    return "\n".join(part.text or "" for part in content)

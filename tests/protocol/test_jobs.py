@@ -19,6 +19,7 @@ from protocol.sampling import SamplingParams
 SECRET = "the quick brown secret"
 DEEP = "[" * 40 + "]" * 40
 USER = {"role": "user", "content": "hi"}
+CALL = {"id": "1", "function": {"name": "f"}}
 
 
 def pack(job: dict[str, Any]) -> bytes:
@@ -36,7 +37,14 @@ GOOD = [
     pack({"prompt": [[1], [2, 3]]}),
     pack({"messages": [USER]}),
     pack({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}),
-    pack({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}),
+    pack(
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            ]
+        }
+    ),
     pack(
         {
             "prompt": "hi",
@@ -103,7 +111,8 @@ BAD = [  # payload, param
      "messages[0].content[0].type"),
     (pack({"messages": [{"role": "user", "content": [{"type": "file"}]}]}), "messages[0].content[0].type"),
     (pack({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}), "messages[0].content[0].text"),
-    (pack({"messages": [{**USER, "weight": 1}]}), "messages[0].weight"),
+    (pack({"messages": [{**USER, "prefix": True}]}), "messages[0].prefix"),
+    (pack({"messages": [{**USER, "ignored": 2**64 - 1}]}), "messages"),
     (pack({"messages": [{**USER, "name": 5}]}), "messages[0].name"),
     (pack({"messages": [USER], "chat_template_kwargs": {"chat_template": SECRET}}),
      "chat_template_kwargs.chat_template"),

@@ -67,7 +67,7 @@ def test_a_chat_is_rendered_as_transformers_renders_it(prompts: Prompts) -> None
 
 def test_content_parts_of_text_are_one_text(prompts: Prompts) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    whole = ids(prompts, messages=[{"role": "user", "content": "ab"}])
+    whole = ids(prompts, messages=[{"role": "user", "content": "a\nb"}])
     assert ids(prompts, messages=[{"role": "user", "content": parts}]) == whole
 
 
