@@ -1,8 +1,8 @@
-"""Who leads, and who has stopped living: judged by counters that stand still, never by a wall clock or a key's expiry.
+"""Who leads, and which process is dead: judged by counters that no longer change, not by wall clocks or key expiry.
 
 A leader or a worker changes a counter (its beat) as it makes progress. An observer that has read the same value
-six times, at least a second apart by its own monotonic clock, takes the observed one for dead. A read that itself
-took longer than a second proves that the server was stalled, and the observed one with it: the count starts anew.
+six times, at least a second apart by its own monotonic clock, takes the observed process for dead. A read that itself
+took longer than a second shows that the server was stalled, so nobody could change the counter: the count restarts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Timing:
     beat_s: float = 0.5  # a leader's beat
     apart_s: float = 1.0  # least time between two reads that count
     slow_s: float = 1.0  # a read slower than this restarts the count
-    reads: int = 6  # unchanged reads that make a death
+    reads: int = 6  # unchanged reads after which a process counts as dead
 
     @property
     def pause_s(self) -> float:
@@ -43,7 +43,7 @@ class Watch:
         self.unchanged = 0
 
     def seen(self, value: object, started: float, ended: float) -> bool:
-        """Note a read of ``value`` that began and ended at these times. True: it has stood still for too long."""
+        """Note a read of ``value`` that began and ended at these times. True: it was unchanged for too long."""
         if value != self._value or ended - started > self._timing.slow_s:
             self._value, self._counted, self.unchanged = value, started, 0
         elif started - self._counted >= self._timing.apart_s:
@@ -60,7 +60,7 @@ class ServerClock:
         self._known = False
 
     def observe(self, server_ms: int, sent: float, received: float) -> None:
-        """A server time obtained by a call that ran from ``sent`` to ``received``. Slow calls tell nothing."""
+        """A server time obtained by a call that ran from ``sent`` to ``received``. Slow calls are ignored."""
         if received - sent < 0.25 or not self._known:
             self._offset = (sent + received) / 2 - server_ms / 1000
             self._known = True
@@ -74,9 +74,9 @@ class ServerClock:
 
 
 async def stand_by(bus: LeaderBus, owner: str, timing: Timing, looked: Callable[[], None]) -> int:
-    """Wait until the lead is ours; returns the new epoch. ``looked`` is called at every read.
+    """Wait until this process leads; returns the new epoch. ``looked`` is called at every read.
 
-    A record that was never written, or was released in order, is taken at once.
+    A lead that nobody ever had, or that was released, is taken at once.
     """
     watch = Watch(timing)
     while True:
@@ -96,7 +96,7 @@ async def stand_by(bus: LeaderBus, owner: str, timing: Timing, looked: Callable[
 async def keep_lead(
     bus: LeaderBus, epoch: int, owner: str, timing: Timing, clock: ServerClock, looked: Callable[[], None]
 ) -> None:
-    """Beat until cancelled. Raises Fenced("epoch") once another scheduler leads."""
+    """Renew the lead until cancelled. Raises Fenced("epoch") once another scheduler leads."""
     while True:
         sent = time.monotonic()
         clock.observe(await bus.renew_lead(epoch, owner), sent, time.monotonic())

@@ -1,4 +1,4 @@
-"""The inbox: every entry of `jobs` becomes an arrival or ends with one error. One bad job never stops the loop."""
+"""Intake: every entry of `jobs` is admitted or ends with one error. One bad job never stops the loop."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from scheduler.tokenization import Prompts
 log = logging.getLogger("headrace.scheduler")
 
 
-MAX_ADDRESS_BYTES = 16 << 20  # a payload beyond this is not even looked into
+MAX_ADDRESS_BYTES = 16 << 20  # a larger payload is rejected without being decoded
 
 UNFORESEEN = EngineFailed("the job could not be read or prepared")
 
 
 class Intake:
-    """Takes entries, many at once. ``admit`` is told of each new request; ``recover`` is asked to look after one that
+    """Takes entries, many at once. ``admit`` is called with each new request, ``recover`` with the id of one that
     was admitted before (a repeat after a lost reply, or by an earlier leader)."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Intake:
         self._recover = recover
 
     async def take(self, entry: InboxEntry) -> None:
-        """See one entry through. Raises nothing but Fenced (another leader leads)."""
+        """Admit or end one entry. Raises only Fenced (another scheduler leads)."""
         started = time.monotonic()
         try:
             if entry.rid is not None:
@@ -69,11 +69,11 @@ class Intake:
             raise
         except Exception as e:
             log.error("job %s could not be taken: %s", entry.entry_id, type(e).__name__)
-            await self._bury(entry)
+            await self._end_unforeseen(entry)
         self._metrics.admission_time.observe(time.monotonic() - started)
 
-    async def _bury(self, entry: InboxEntry) -> None:
-        """End what nobody foresaw: an accepted request by error frames; what is not even readable by a dead letter."""
+    async def _end_unforeseen(self, entry: InboxEntry) -> None:
+        """After an unexpected exception: end an accepted request by error frames, anything else by a dead letter."""
         try:
             if entry.rid is not None and (record := await self._bus.read_request(entry.rid)) is not None:
                 await self._end(entry, record, "error", UNFORESEEN)
@@ -93,7 +93,7 @@ class Intake:
     async def _take_accepted(self, entry: InboxEntry, rid: str) -> None:
         record = await self._bus.read_request(rid)
         if record is None or record.prompts or not record.open:
-            # gone, or admitted or ended before: the script clears the entry away
+            # gone, or admitted or ended before: the script removes the entry
             stored, seed = (record.prompts, record.seed or 0) if record else ([], 0)
             await self._bus.admit(self._epoch, entry.entry_id, rid=rid, prompts=stored, seed=seed)
             await self._recover(rid)
@@ -151,7 +151,7 @@ class Intake:
             await self._recover(rid)
 
     async def _reject(self, entry: InboxEntry, payload: bytes, error: RequestError | ServiceError) -> None:
-        """A dead letter, and one error result if the payload says, however badly, whose it is."""
+        """Write a dead letter, and one error result if the payload names a producer that can be told."""
         address = _address(payload)
         await self._bus.reject(
             self._epoch,
@@ -168,7 +168,7 @@ class Intake:
     # -------------------------------------------------------------- both
 
     async def _tokenize(self, job: Job) -> list[array[int]]:
-        """In a thread (the tokenizer releases the interpreter). What nobody foresaw becomes an error of this job."""
+        """In a thread (the tokenizer releases the interpreter). Unexpected exceptions become an error of this job."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts.ids, job)
         except (RequestError, ServiceError):
@@ -179,7 +179,7 @@ class Intake:
 
 
 class _Address(msgspec.Struct):
-    """Where an answer to a push could go; values as they come."""
+    """The fields of a push that say where an answer goes, unchecked."""
 
     id: Any = None
     tenant: Any = None
@@ -188,7 +188,7 @@ class _Address(msgspec.Struct):
 
 
 def _address(payload: bytes) -> _Address:
-    """What of the address can be made out in a payload that is no valid job. Names that are none become None."""
+    """The address fields that can be read from a payload that is no valid job; invalid names become None."""
     decode = msgspec.json.decode if payload[:64].lstrip()[:1] == b"{" else msgspec.msgpack.decode
     try:
         found = decode(payload if len(payload) <= MAX_ADDRESS_BYTES else b"", type=_Address)

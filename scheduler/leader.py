@@ -1,7 +1,7 @@
 """The asyncio shell around the core: Redis in as events, effects out as Redis calls. No decision is made here.
 
-One term is one epoch. Four loops run: the inbox, the events, the planner and a slow tick; all that an effect asks
-of Redis runs in tasks of its own, so that the core never waits. A term ends by Fenced or by cancellation.
+One term is one epoch. Four loops run: new jobs, events, planning and a slow tick. Redis calls for effects run in
+tasks of their own, so that the core never waits. A term ends by Fenced or by cancellation.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from scheduler.core.events import (
 from scheduler.core.scheduler import Core, CoreConfig, Stats
 from scheduler.election import ServerClock, Timing
 from scheduler.intake import Intake
-from scheduler.metrics import Metrics, Vitals
-from scheduler.recovery import ABREAST, UNREADABLE, arrive, read_choices, read_state, terminal_row
+from scheduler.metrics import Health, Metrics
+from scheduler.recovery import READS_AT_ONCE, UNREADABLE, arrive, read_choices, read_state, terminal_row
 from scheduler.tokenization import Prompts
 from scheduler.workers import WorkerRegistry
 
@@ -43,9 +43,9 @@ log = logging.getLogger("headrace.scheduler")
 
 BLOCK_MS = 5000  # blocking reads: long enough to cost nothing, short enough to notice a closed server
 TICKS_PER_SECOND = 4
-CLAIM_S = 1.0  # how often entries are looked for that a deposed leader read after our own start
-EARLY_CANCEL_S = 60.0  # how long a cancel waits for a request that is just being admitted
-AGAIN_S = 0.05  # before an end is tried again that found its choice otherwise than thought
+CLAIM_S = 1.0  # how often to look for entries that the previous leader read after this term began
+EARLY_CANCEL_S = 60.0  # how long a cancel is kept for a request that is still being admitted
+AGAIN_S = 0.05  # pause before an end is retried whose choice had another state than expected
 RATE_S = 10.0  # time constant of the measured token rate
 
 
@@ -58,7 +58,7 @@ class Term:
         epoch: int,
         prompts: Prompts,
         metrics: Metrics,
-        vitals: Vitals,
+        health: Health,
         clock: ServerClock,
         threads: ThreadPoolExecutor,
         timing: Timing,
@@ -69,12 +69,12 @@ class Term:
     ) -> None:
         self._bus = bus
         self._epoch = epoch
-        self._consumer = f"epoch-{epoch}"  # of the inbox: this term alone
+        self._consumer = f"epoch-{epoch}"  # consumer name in the group of `jobs`: of this term alone
         self._model = model
         self._prompts = prompts
-        self._longest_wanted = max_model_len  # the operator's word; None: as long as the workers can
+        self._longest_wanted = max_model_len  # as configured; None: what the workers can hold
         self._metrics = metrics
-        self._vitals = vitals
+        self._health = health
         self._clock = clock
         self._timing = timing
         self.core = Core(CoreConfig(max_model_len=prompts.max_model_len, tenant_weights=tenant_weights))
@@ -82,8 +82,8 @@ class Term:
         self._known: set[str] = set()  # rids that the core holds
         self._early_cancels: dict[str, tuple[str, float]] = {}  # rid -> reason, when; the core did not know it yet
         self._taking: set[str] = set()  # inbox entries being admitted
-        self._admission_gate = asyncio.Semaphore(ABREAST)
-        self._finish_gate = asyncio.Semaphore(ABREAST)
+        self._admission_gate = asyncio.Semaphore(READS_AT_ONCE)
+        self._finish_gate = asyncio.Semaphore(READS_AT_ONCE)
         self._planning = asyncio.Event()
         self._after = "0-0"  # last event read
 
@@ -107,11 +107,11 @@ class Term:
     # -------------------------------------------------------------- taking over
 
     async def _rebuild(self) -> None:
-        """Everything from Redis. The last event is noted first: what comes after it is read as it comes."""
+        """Read the whole state from Redis. The last event id is read first, so that later events are not missed."""
         sent = time.monotonic()
         self._clock.observe(await self._bus.server_ms(), sent, time.monotonic())
         self._after = await self._bus.last_event_id()
-        gate = asyncio.Semaphore(ABREAST)
+        gate = asyncio.Semaphore(READS_AT_ONCE)
 
         async def recover(rid: str) -> None:
             async with gate:
@@ -127,7 +127,7 @@ class Term:
         await self._bus.publish_card(card, self._prompts.tokenizer_json())
 
     async def _recover(self, rid: str) -> None:
-        """Give the core a request that was admitted before, from its record and journals. Others are left alone."""
+        """Give the core a request that was admitted before, from its record and journals. Others are skipped."""
         if rid in self._known:
             return
         try:
@@ -193,13 +193,13 @@ class Term:
 
     async def _read_jobs(self) -> None:
         while True:
-            for entry in await self._bus.read_jobs(self._consumer, ABREAST, BLOCK_MS):
+            for entry in await self._bus.read_jobs(self._consumer, READS_AT_ONCE, BLOCK_MS):
                 await self._start_taking(entry)
 
     async def _claim_jobs(self) -> None:
-        """What an earlier leader read and did not finish with; now, and again for what it reads while it is deposed."""
+        """Take entries that an earlier leader read and did not finish; repeatedly, as it may still be reading."""
         while True:
-            for entry in await self._bus.claim_jobs(self._consumer, 4 * ABREAST):
+            for entry in await self._bus.claim_jobs(self._consumer, 4 * READS_AT_ONCE):
                 await self._start_taking(entry)
             await asyncio.sleep(CLAIM_S)
 
@@ -220,7 +220,7 @@ class Term:
     # -------------------------------------------------------------- out of the core
 
     async def _plan(self) -> None:
-        alive = self._vitals.alive("planner")
+        alive = self._health.alive("planner")
         while True:
             self._planning.clear()
             started = time.monotonic()
@@ -241,7 +241,7 @@ class Term:
                 pass
 
     def _execute(self, effects: Sequence[Effect]) -> None:
-        """Start what the core asked for. Nothing is awaited here: the core's time is everyone's."""
+        """Start what the core asked for. Nothing is awaited here, since all requests wait for the core."""
         ending: dict[str, list[FinishChoice]] = {}
         for effect in effects:
             match effect:
@@ -261,12 +261,12 @@ class Term:
             self._group.create_task(self._finish(rid, choices))
 
     async def _finish(self, rid: str, choices: list[FinishChoice]) -> None:
-        """Write the terminal frames of choices that no worker runs; the core hears how each of them stands then."""
+        """Write the terminal frames of choices that no worker runs; the core is told the resulting state of each."""
         async with self._finish_gate:
             try:
                 left = await self._write_ends(rid, choices)
             except UNREADABLE:
-                left = {choice.choice for choice in choices}  # read_state says what it is
+                left = {choice.choice for choice in choices}  # read_state gives its state
             if left:
                 await asyncio.sleep(AGAIN_S)
             for choice in choices:
@@ -276,7 +276,7 @@ class Term:
                     self._apply(ChoiceEnded(rid, choice.choice))
 
     async def _write_ends(self, rid: str, choices: list[FinishChoice]) -> set[int]:
-        """Returns the choices that stand otherwise than the core thought."""
+        """Returns the choices whose state differs from what the core assumed."""
         record = await self._bus.read_request(rid)
         if record is None:
             return {choice.choice for choice in choices}
@@ -316,7 +316,7 @@ class Term:
                     card = self._prompts.max_model_len
                     await self._publish_card()
                 if not (stats.running or stats.waiting) and checked != stats.counters.output_tokens:
-                    checked = stats.counters.output_tokens  # once each time that it comes to rest
+                    checked = stats.counters.output_tokens  # once each time that it becomes idle
                     self.core.check_integrity()
                 self._forget_early_cancels(now)
                 if trimmed != self._after:
@@ -326,7 +326,8 @@ class Term:
             await asyncio.sleep(1 / TICKS_PER_SECOND)
 
     def _follow_capacity(self) -> None:
-        """Admission checks against what the workers really offer, which may be less than the model's own context."""
+        """Limit admission to the longest sequence that the workers can hold: it may be less than the model's
+        context."""
         offered = self._registry.max_model_len
         if offered is not None:
             self._prompts.max_model_len = min(offered, self._longest_wanted or offered)
@@ -337,7 +338,7 @@ class Term:
 
 
 class TokenRate:
-    """Output tokens per second, an exponential mean over RATE_S. An idle system keeps the last one that it showed."""
+    """Output tokens per second, an exponential mean over RATE_S. An idle system keeps the last value."""
 
     def __init__(self) -> None:
         self.value = 0.0
@@ -356,7 +357,7 @@ class TokenRate:
 
 
 def _depth(stats: Stats) -> dict[str, int | float]:
-    """The fields of `depth` but for the rate."""
+    """The fields of `depth` without the rate."""
     depth: dict[str, int | float] = {"requests": stats.waiting, "tokens": stats.waiting_tokens}
     for tenant, (requests, tokens) in stats.tenants.items():
         depth[f"requests:{tenant}"] = requests

@@ -1,4 +1,4 @@
-"""What the scheduler tells about itself: Prometheus metrics, /health, and one JSON line per ended request.
+"""What the scheduler reports: Prometheus metrics, /health, and one JSON line per ended request.
 
 Metric stems are vLLM's, under ``headrace_``, so that dashboards need one change only. Everything here is counted per
 step or per request, nothing per token.
@@ -30,11 +30,11 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Metrics:
-    """All instruments of one scheduler, bound to its model, on a registry of their own."""
+    """All instruments of one scheduler, labelled with its model, in a registry of their own."""
 
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
-        self._counted = Counters()  # the core's totals at the last look
+        self._counted = Counters()  # the core's totals when last read
         self._model = model
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         self.is_leader = gauge("is_leader", "1 while this scheduler leads")
@@ -142,8 +142,8 @@ class Metrics:
         request_log.info("%s", json.dumps(line))
 
 
-class Vitals:
-    """Signs of life that /health judges: the last time the lead was read or renewed, and the planner's."""
+class Health:
+    """What /health reports: when the lead was last read or renewed, and when the planner last ran."""
 
     def __init__(self, limit_s: float = 10.0) -> None:
         self._limit = limit_s
@@ -151,7 +151,7 @@ class Vitals:
         self.state = "starting"
 
     def alive(self, part: str) -> Callable[[], None]:
-        """A function for ``part`` to call whenever it makes progress; from now on its silence is a fault."""
+        """A function for ``part`` to call whenever it makes progress; from now on a long pause is a fault."""
 
         def note() -> None:
             self._seen[part] = time.monotonic()
@@ -160,24 +160,24 @@ class Vitals:
         return note
 
     def silent(self) -> list[str]:
-        """Parts that should have given a sign and did not."""
+        """Parts that have made no progress for too long."""
         now = time.monotonic()
         return [part for part, seen in self._seen.items() if now - seen > self._limit]
 
 
-async def serve_status(metrics: Metrics, vitals: Vitals, host: str, port: int) -> web.AppRunner:
+async def serve_status(metrics: Metrics, health: Health, host: str, port: int) -> web.AppRunner:
     """Start the metrics port: /metrics and /health (503 naming what is stuck). Port 0 is the caller's to skip."""
 
-    async def health(_: web.Request) -> web.Response:
-        silent = vitals.silent()
-        body = {"status": "stuck" if silent else "ok", "state": vitals.state, "silent": silent}
+    async def show_health(_: web.Request) -> web.Response:
+        silent = health.silent()
+        body = {"status": "stuck" if silent else "ok", "state": health.state, "silent": silent}
         return web.json_response(body, status=503 if silent else 200)
 
     async def exposition(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()
-    app.add_routes([web.get("/health", health), web.get("/metrics", exposition)])
+    app.add_routes([web.get("/health", show_health), web.get("/metrics", exposition)])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:

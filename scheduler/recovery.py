@@ -21,13 +21,13 @@ from scheduler.election import ServerClock
 
 log = logging.getLogger("headrace.scheduler")
 
-ABREAST = 64  # reads in flight at once
-# what reading a request raises if its keys hold something that is not ours
+READS_AT_ONCE = 64  # reads in flight at once
+# what reading a request raises if its keys hold values of another program
 UNREADABLE = (StoreFailed, msgspec.DecodeError, ValueError)
 
 
 def choice_state(journal: bytes, placement: int, end: str | None) -> ChoiceState:
-    """Where a choice stands, from the bytes of its journal."""
+    """The state of a choice, from the bytes of its journal."""
     frames = decode_frames(journal)
     finish = end or (frames[-1].finish if frames else None)
     output = array("i", (f.token for f in frames if f.token is not None))
@@ -55,7 +55,7 @@ def arrive(record: RequestRecord, clock: ServerClock, choices: list[ChoiceState]
 
 
 async def read_choices(bus: LeaderBus, record: RequestRecord) -> list[ChoiceState]:
-    """The states of all choices of ``record``. A choice that has ended is not read: its end is all that matters."""
+    """The states of all choices of ``record``. The journal of an ended choice is not read."""
 
     async def read(choice: int) -> ChoiceState:
         placement, end = record.placements[choice], record.ends[choice]
@@ -67,7 +67,7 @@ async def read_choices(bus: LeaderBus, record: RequestRecord) -> list[ChoiceStat
 
 
 async def read_state(bus: LeaderBus, rid: str, choice: int) -> ChoiceState:
-    """Where a choice really stands. One whose request is gone, or whose keys hold something foreign, has ended."""
+    """The state of a choice in Redis. One whose request is gone, or whose keys are not ours, has ended."""
     try:
         record = await bus.read_request(rid)
         if record is None or choice >= len(record.placements):
@@ -80,8 +80,8 @@ async def read_state(bus: LeaderBus, rid: str, choice: int) -> ChoiceState:
 
 
 async def read_sequences(bus: LeaderBus, sequences: Iterable[tuple[str, int]]) -> dict[tuple[str, int], ChoiceState]:
-    """How far each (rid, choice) really came."""
-    gate = asyncio.Semaphore(ABREAST)
+    """The journaled state of each (rid, choice)."""
+    gate = asyncio.Semaphore(READS_AT_ONCE)
 
     async def read(rid: str, choice: int) -> tuple[tuple[str, int], ChoiceState]:
         async with gate:

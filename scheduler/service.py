@@ -1,6 +1,6 @@
-"""A scheduler process: it stands by until it leads, then leads until it is stopped or finds itself fenced.
+"""A scheduler process: it stands by until it leads, then leads until it is stopped or fenced.
 
-Everything that a term knows it rebuilt from Redis when it began: nothing is handed over but the lead itself.
+A term reads its whole state from Redis when it begins: only the lead itself is handed over.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from protocol.errors import Fenced
 from protocol.keys import check_name
 from scheduler.election import ServerClock, Timing, keep_lead, stand_by
 from scheduler.leader import Term
-from scheduler.metrics import Metrics, Vitals, serve_status
+from scheduler.metrics import Health, Metrics, serve_status
 from scheduler.tokenization import Prompts, SpecialTokensInContent, hide_torch
 
 log = logging.getLogger("headrace.scheduler")
 
 TOKENIZER_THREADS = 4
-RELEASE_S = 3.0  # how long the handing over of the lead may take
+RELEASE_S = 3.0  # timeout of handing over the lead
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """What a scheduler is told at its start."""
+    """The configuration of a scheduler."""
 
     model: str  # local directory or hub id
     served_model_name: str
@@ -44,7 +44,7 @@ class SchedulerConfig:
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None  # None or 0: no metrics port
     retention_s: float = 600.0  # how long journals stay after a request's end
-    special_tokens_in_content: SpecialTokensInContent = "guard"  # or "allow": those in messages are taken as such
+    special_tokens_in_content: SpecialTokensInContent = "guard"  # or "allow": special tokens in messages are kept
     tenant_weights: dict[str, float] | None = None  # share of served tokens; 1 where not named
     timing: Timing = field(default_factory=Timing)
 
@@ -52,8 +52,8 @@ class SchedulerConfig:
 async def run_scheduler(config: SchedulerConfig, stop: asyncio.Event | None = None) -> int:
     """Serve until stopped (0) or deposed by another leader (1). StartError and ModelRefused say what to do.
 
-    ``stop`` ends it in order; without one the process is the scheduler's own, and SIGTERM and SIGINT do. The lead is
-    handed over either way.
+    ``stop`` ends it; without it, the process is a scheduler alone and SIGTERM and SIGINT end it. The lead is handed
+    over in both cases.
     """
     loop = asyncio.get_running_loop()
     alone = stop is None
@@ -80,45 +80,45 @@ class _Life:
         self.config = config
         self.alone = alone
         name = check_name(config.name, "name") if config.name else socket.gethostname()
-        # a name of this session alone: a restarted scheduler must not pass for its former self
+        # unique to this process: a restarted scheduler must not be taken for the one before
         self.owner = f"{name}.{secrets.token_hex(4)}"
         self.bus = LeaderBus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
         self.threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenization")
-        self.metrics, self.vitals = Metrics(config.served_model_name), Vitals()
+        self.metrics, self.health = Metrics(config.served_model_name), Health()
         self.status: AppRunner | None = None
 
     async def run(self) -> None:
-        """Ends only by cancellation, by Fenced, or by a fault; what was led is released."""
+        """Ends only by cancellation, Fenced, or an error; the lead is released."""
         config = self.config
         if config.metrics_port:
-            self.status = await serve_status(self.metrics, self.vitals, config.metrics_host, config.metrics_port)
+            self.status = await serve_status(self.metrics, self.health, config.metrics_host, config.metrics_port)
         loading = asyncio.get_running_loop().run_in_executor(
             self.threads, Prompts.load, config.model, config.max_model_len, config.special_tokens_in_content
         )
         prompts = await loading
         if self.alone:
-            gc.freeze()  # what was imported stays: the collector need not look at it again
+            gc.freeze()  # imported modules are permanent: the collector can skip them
         await self.bus.connect()
         try:
             await self._lead(prompts)
         finally:
             self.metrics.is_leader.set(0)
-            with contextlib.suppress(TimeoutError):  # a server that is away: standbys will count the beats
+            with contextlib.suppress(TimeoutError):  # the server is unreachable: standbys will notice the missing beats
                 async with asyncio.timeout(RELEASE_S):
                     await self._release()
 
     async def _lead(self, prompts: Prompts) -> None:
         config, clock = self.config, ServerClock()
         model, timing = config.served_model_name, config.timing
-        self.vitals.state = "standby"
-        note = self.vitals.alive("leadership")
+        self.health.state = "standby"
+        note = self.health.alive("leadership")
         log.info("%s stands by for the lead of %s", self.owner, model)
         epoch = await stand_by(self.bus, self.owner, timing, note)
         log.info("%s leads %s in epoch %d", self.owner, model, epoch)
-        self.vitals.state = "leading"
+        self.health.state = "leading"
         self.metrics.leads(epoch)
         term = Term(
-            self.bus, epoch, prompts, self.metrics, self.vitals, clock, self.threads, timing,
+            self.bus, epoch, prompts, self.metrics, self.health, clock, self.threads, timing,
             model=model, tenant_weights=config.tenant_weights or {}, max_model_len=config.max_model_len,
         )  # fmt: skip
         try:
@@ -129,7 +129,7 @@ class _Life:
             raise Fenced("epoch") from fenced
 
     async def _release(self) -> None:
-        """Hand the lead over, if it is ours: also where it was won just as the end came."""
+        """Hand the lead over if this process leads, also if it began to lead just before the end."""
         seen = await self.bus.read_leader()
         if seen.owner == self.owner and await self.bus.release(seen.epoch, self.owner):
             log.info("%s gave up the lead of %s", self.owner, self.config.served_model_name)

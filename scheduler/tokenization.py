@@ -1,7 +1,7 @@
 """From a job to token ids: chat template, tokenizer, limits. The only part of the scheduler that knows transformers.
 
-One idea: whatever can be known to be wrong with a request is found here, before it is admitted, since the gateway
-sends its 200 at admission. And whatever goes wrong with one job ends that job alone, with one error.
+Every error of a request that can be found without running it is found here, before admission, since the gateway sends
+its 200 at admission. Any error ends only the job that caused it.
 """
 
 from __future__ import annotations

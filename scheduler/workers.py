@@ -1,8 +1,8 @@
-"""The workers of one term: who is there, who died, and the plans on their way to each.
+"""The workers of one term: which are registered, which died, and the plans being sent to each.
 
-A worker is judged by its beat (see leadership). Losing one always goes the same way: fence it first, then read how far
-its sequences came, then tell the core. Plans travel in order, one call after the other for each worker, off the core's
-path.
+A worker is judged by its beat (see election.py). The loss of a worker always has the same steps: fence it, read the
+journals of its sequences, tell the core. Plans are sent in order, one call at a time for each worker, in tasks that the
+core does not wait for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scheduler.recovery import read_sequences
 
 log = logging.getLogger("headrace.scheduler")
 
-LOADING_PATIENCE = 5  # times what a serving worker gets
+LOADING_PATIENCE = 5  # as many times the patience with a serving worker
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Worker:
 
 
 class WorkerRegistry:
-    """``apply`` hands an event to the core. ``changed`` wakes the watch before its second is over."""
+    """``apply`` hands an event to the core. ``changed`` wakes the watch at once."""
 
     def __init__(
         self, bus: LeaderBus, epoch: int, core: Core, timing: Timing, metrics: Metrics, group: asyncio.TaskGroup,
@@ -66,7 +66,7 @@ class WorkerRegistry:
     # -------------------------------------------------------------- plans
 
     def send(self, wid: str, plan: Plan) -> None:
-        """Queue ``plan`` for its worker. One for an session that has gone is dropped: its end is under way."""
+        """Queue ``plan`` for its worker. A plan for a session that has ended is dropped."""
         worker = self._workers.get(wid)
         if worker is None or worker.gone or worker.gen != plan.gen:
             return
@@ -77,7 +77,7 @@ class WorkerRegistry:
             worker.sender = self._group.create_task(self._send(worker))
 
     async def _send(self, worker: Worker) -> None:
-        """One call after the other, each with all that has gathered: a server that syncs its log takes milliseconds."""
+        """One call at a time, each with all plans queued meanwhile: a server that syncs its log takes milliseconds."""
         while not worker.gone:
             await worker.filled.wait()
             worker.filled.clear()
@@ -89,7 +89,7 @@ class WorkerRegistry:
             except Fenced as fenced:
                 if fenced.cause == "epoch":
                     raise
-                self.changed.set()  # a newer session, or none: the watch finds out
+                self.changed.set()  # a newer session, or none: the watch will see it
                 return
 
     # -------------------------------------------------------------- who is there
@@ -106,7 +106,7 @@ class WorkerRegistry:
             self.changed.clear()
 
     async def look(self) -> None:
-        """Read the registrations once; tell the core who came, drains, or died."""
+        """Read the registrations once; tell the core which workers are new, draining or dead."""
         started = time.monotonic()
         records = await self._bus.list_workers()
         ended = time.monotonic()
@@ -116,7 +116,7 @@ class WorkerRegistry:
             if record is None or record.gen != worker.gen:
                 await self._lose(worker, "left" if worker.released else "was replaced" if record else "was removed")
             elif worker.watch.seen(record.beat, started, ended):
-                await self._lose(worker, "gives no sign of life")  # or left in order, with nothing on it
+                await self._lose(worker, "sends no heartbeat")  # or left in order, with nothing on it
                 del present[worker.wid]
         for record in present.values():
             self._meet(record)
@@ -129,7 +129,7 @@ class WorkerRegistry:
             return
         worker = self._workers.get(record.wid)
         if worker is None:
-            # loading keeps an interpreter from beating for seconds, and no sequence suffers meanwhile
+            # loading blocks the interpreter for seconds, and no sequence waits for this worker
             patient = dataclasses.replace(self._timing, reads=LOADING_PATIENCE * self._timing.reads)
             worker = self._workers[record.wid] = Worker(record.wid, record.gen, Watch(patient))
             log.info("worker %s registered (gen %d, %s)", record.wid, record.gen, record.state)
@@ -146,14 +146,14 @@ class WorkerRegistry:
             if worker.state == "serving":
                 worker.state = record.state
                 self._apply(WorkerDraining(record.wid, record.gen))
-            else:  # it never served in this term: nothing of ours is there
+            else:  # it never served in this term, so it holds no sequence
                 worker.state = record.state
                 self._group.create_task(self.release(ReleaseWorker(record.wid, record.gen)))
 
     # -------------------------------------------------------------- who left
 
     async def release(self, effect: ReleaseWorker) -> None:
-        """Let a drained worker go: its registration ends, which it takes as its leave."""
+        """Release a drained worker: its registration ends, which tells it to exit."""
         worker = self._workers.get(effect.wid)
         if worker is None or worker.gen != effect.gen:
             return

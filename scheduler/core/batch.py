@@ -2,7 +2,7 @@
 
 Decodes come first, one token each, out of one token budget; the rest goes to prefills, begun or waiting alike, in
 queue order, in chunks. A sequence is started only when all its known tokens fit in blocks; a begun prefill keeps
-them. Where a decode finds no block, the lowest class, newest first, gives up its own.
+them. If no block is free for a decode, sequences of the lowest class are preempted, newest first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scheduler.core.worker import InFlightBatch, WorkerState
 
 
 def _giving_way(sequence: Sequence) -> tuple[int, float, int, str]:
-    """Order of giving way, last first: lower classes, then newer arrivals."""
+    """Sort key for preemption; the largest is preempted first: lower classes, then newer arrivals."""
     return (sequence.waiting_level, sequence.request.arrived, sequence.choice, sequence.request.rid)
 
 
@@ -64,9 +64,9 @@ class BatchBuilder:
         return grown
 
     def _make_room(self, worker: WorkerState) -> None:
-        """Where the next in the queue finds room nowhere, lower classes give way to it: no priority inversion.
+        """If the head of the queue fits nowhere, preempt sequences of lower classes for it: no priority inversion.
 
-        Both sides count as aged, so that what has waited long is not put off for ever.
+        Both sides count with their age, so that what has waited long is not postponed for ever.
         """
         head = worker.assigned[0] if worker.assigned else self._lifecycle.queue.head()
         if head is None or head.needs_quarantine or worker.draining or head.target > worker.limit:
@@ -123,8 +123,8 @@ class BatchBuilder:
         return min(budget, worker.step_time.chunk(decodes, uncached, len(worker.prefilling) + waiting))
 
     def _head_for(self, worker: WorkerState) -> Sequence | None:
-        """Who starts on ``worker`` next, assigned to it; None if nobody may. Queue heads that are better off elsewhere
-        are assigned there on the way, as far as the others have room: order is kept, nobody overtakes the head."""
+        """Assign the sequence that starts on ``worker`` next and return it, or None. Heads of the queue
+        for which another worker is better are assigned there first, as far as it has room, so the order is kept."""
         queue = self._lifecycle.queue
         while not worker.assigned:
             head = queue.head()
@@ -218,7 +218,7 @@ class BatchBuilder:
     def _quarantine(
         self, worker: WorkerState, sequence: Sequence
     ) -> tuple[list[tuple[Sequence, int]], list[NewSequence]]:
-        """Nothing is outstanding: one step for ``sequence`` and nobody else; others give up blocks if it needs them."""
+        """Nothing is outstanding: one step for ``sequence`` alone; others are preempted if it needs their blocks."""
         new: list[NewSequence] = []
         if sequence.state is State.WAITING:
             while not placement.can_start(sequence, worker) and worker.running:
@@ -298,6 +298,6 @@ class BatchBuilder:
                 worker.decoding.join(sequence)
             else:
                 finished.append(sequence)
-        for sequence in finished:  # all its tokens are planned; the hints will tell of its end
+        for sequence in finished:  # all its tokens are planned; the hints will report its end
             sequence.last_step = worker.step
             worker.departing[sequence] = None

@@ -1,7 +1,7 @@
 """BlockManager: who owns which block of one worker's KV pool, and which blocks hold a known prefix.
 
 Pure accounting: no tensor, no worker. A block is *owned* by one or more sequences (reference count), or it is
-free. A free block that still holds a hashed prefix stays findable until it is handed out again, oldest first.
+free. A free block that still holds a hashed prefix can be found until it is reused, oldest first.
 
 A hash names the whole prefix up to the block's end, not only the block's own tokens: each hash covers the one
 before (a chain), and the first covers the salt. Equal hashes therefore mean equal prefixes within one tenant.
@@ -37,7 +37,7 @@ class BlockManager:
         self._owners = [0] * total  # reference counts
         self._hash_of: list[bytes | None] = [None] * total
         self._by_hash: dict[bytes, int] = {}
-        self._plain = list(range(total - 1, -1, -1))  # free, holding nothing of use; a stack
+        self._plain = list(range(total - 1, -1, -1))  # free, without a cached prefix; a stack
         self._cached: OrderedDict[int, None] = OrderedDict()  # free, still hashed; least recently used first
         self.version = 0  # grows whenever the set of known hashes changes: what `match` found holds until then
 
@@ -99,7 +99,7 @@ class BlockManager:
             self.version += 1
 
     def release(self, table: Iterable[int]) -> None:
-        """One owner less for each. Later blocks of a prefix are given up first: they serve fewer."""
+        """One owner less for each. Later blocks of a prefix are evicted first, since fewer prompts share them."""
         for block in reversed(list(table)):
             self._owners[block] -= 1
             if self._owners[block] == 0:

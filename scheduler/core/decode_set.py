@@ -1,8 +1,8 @@
 """DecodeSet: the running decodes of one worker, of which every plan has one row each.
 
-Nothing is done per member and step. A member's computed tokens are the set's step counter plus a constant; members
-are filed by the phase in which they need their next block, and by the step at which they reach their last token; the
-packed seats are reused until membership changes.
+No work is done per member and step. A member's computed tokens are the set's step counter plus a constant; members
+are indexed by the step (modulo block size) at which they need their next block, and by the step of their last token;
+the packed seats are reused until membership changes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DecodeSet:
         del self.members[seat]
         del self._phases[-offset % len(self._phases)][seat]
         last = sequence.target - 2 - offset
-        if last in self._last:  # popped already where finished() is parting it
+        if last in self._last:  # absent if finished() is removing it
             del self._last[last][seat]
             if not self._last[last]:
                 del self._last[last]

@@ -17,7 +17,7 @@ from protocol.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class ChoiceState:
-    """Where one choice's journal stands when the core meets it (again)."""
+    """The state of one choice's journal when the core takes the choice up (again)."""
 
     output: array[int] = field(default_factory=lambda: array("i"))  # journaled token ids
     cursor: int = 0  # journal length in bytes
@@ -55,7 +55,7 @@ class WorkerServing:
 
 @dataclass(frozen=True)
 class WorkerDraining:
-    """Its sequences move to other workers at once, or finish here if it is alone; then ReleaseWorker."""
+    """Its sequences move to other workers at once, or finish here if there is no other; then ReleaseWorker."""
 
     wid: str
     gen: int
@@ -63,8 +63,8 @@ class WorkerDraining:
 
 @dataclass(frozen=True)
 class WorkerLost:
-    """The worker was retired. ``journals`` says how far each of its sequences really came; its late hints are void.
-    ``died``: counts as a death of the sequences in its uncommitted plans (False: it left in order)."""
+    """The worker was retired. ``journals`` has the journaled state of its sequences; late hints are ignored.
+    ``died``: counts as a death of the sequences in its uncommitted plans (False: it was drained)."""
 
     wid: str
     gen: int
@@ -103,7 +103,7 @@ class ChoiceEnded:
 
 @dataclass(frozen=True)
 class Resynced:
-    """The answer to a Resync: what journal and request say of this choice now."""
+    """The answer to a Resync: the state of this choice by its journal and request."""
 
     rid: str
     choice: int
@@ -133,7 +133,7 @@ class FinishChoice:
     error_code: str | None = None
     error_message: str | None = None
     error_param: str | None = None
-    dead: bool = False  # also a dead letter (poison)
+    dead: bool = False  # also write a dead letter (it killed workers)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class RequestDone:
 
 @dataclass(frozen=True)
 class ReleaseWorker:
-    """A draining worker holds no sequence any more and may leave."""
+    """A draining worker holds no sequence any more and may exit."""
 
     wid: str
     gen: int

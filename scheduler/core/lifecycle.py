@@ -1,7 +1,7 @@
 """Lifecycle: every live request, and the one place where a sequence moves from state to state.
 
-Whatever happens to a sequence (started, preempted, moved, cancelled, lost, ended) is one method here, which keeps
-queue, worker, seat and blocks in step and writes the effects that follow.
+Each change of a sequence (start, preemption, move, cancel, loss, end) is one method here, which keeps queue, worker,
+seat and blocks consistent and appends the effects.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Lifecycle:
         self.queue = queue
         self.limit = limit  # most tokens of one sequence on any worker; None while that is unknown
         self.requests: dict[str, Request] = {}
-        self.parked: dict[Sequence, None] = {}  # fit no worker that is here now, but one that was
+        self.parked: dict[Sequence, None] = {}  # too long for every present worker, but not for one of before
         self.worker_of: dict[Sequence, WorkerState] = {}  # assigned, running, or not yet off its worker
         self.counters = Counters()
         self.effects: list[Effect] = []
@@ -80,7 +80,7 @@ class Lifecycle:
             self.finish(sequence, "length")
 
     def withdraw(self, sequence: Sequence) -> None:
-        """Take a waiting sequence from wherever it waits."""
+        """Remove a waiting sequence from the queue, its worker's assignments, or the parked ones."""
         worker = self.worker_of.pop(sequence, None)
         if worker is not None:
             if worker.quarantined is sequence:
@@ -100,8 +100,8 @@ class Lifecycle:
     # ----------------------------------------------------- off a worker
 
     def leave(self, sequence: Sequence, *, lost_track: bool = False) -> None:
-        """No more rows for ``sequence`` on its worker; its blocks are free at once. It goes on elsewhere, or here
-        later, when the hint of its last planned step is in."""
+        """No more rows for ``sequence`` on its worker; its blocks are free at once. It continues on
+        another worker, or here, once the hint of its last planned step has arrived."""
         sequence.lost_track |= lost_track
         if sequence.state is not State.RUNNING:
             return
@@ -120,8 +120,8 @@ class Lifecycle:
         self.leave(sequence)
 
     def settle(self, sequence: Sequence) -> None:
-        """The last planned step of a departing sequence is hinted: its worker will say no more of it."""
-        if sequence.state is not State.LEAVING:  # its end should have come by now: some hint was lost
+        """The last planned step of a departing sequence is hinted: no later hint will mention it."""
+        if sequence.state is not State.LEAVING:  # its end should have been reported: a hint was lost
             if sequence.state is State.RUNNING:
                 self.leave(sequence, lost_track=True)
                 if sequence not in self.worker_of:
@@ -153,7 +153,8 @@ class Lifecycle:
             self.check_length(sequence)
 
     def _take_rows(self, worker: WorkerState, sequence: Sequence) -> None:
-        """Out of the sets that rows are planned from. Blocks are given back, findable as far as they are computed."""
+        """Remove it from the sets that rows are planned from. Free its blocks; computed ones stay in the prefix
+        cache."""
         if sequence.seat in worker.decoding.members:
             worker.decoding.part(sequence)
         elif sequence in worker.departing:
@@ -163,7 +164,7 @@ class Lifecycle:
         if worker.quarantined is sequence:
             worker.quarantined = None
         if not sequence.lost_track:
-            # The last journaled token was an input only of a step whose hint is not in: its KV may not be there.
+            # The last journaled token was input only to a step that has not been hinted: its KV may be missing.
             sure = min(sequence.known_tokens - 1, sequence.computed) // worker.block_size
             for block, digest in zip(sequence.blocks[:sure], sequence.prefix_hashes(worker.block_size), strict=False):
                 worker.blocks.publish(block, digest)
@@ -173,7 +174,7 @@ class Lifecycle:
     # ----------------------------------------------------- ends
 
     def cancel(self, sequence: Sequence, reason: str) -> None:
-        """End it wherever it is. Where it is between two workers, as soon as it is on none."""
+        """End it in any state. If it is leaving a worker, then as soon as it has left."""
         if sequence.state is State.WAITING:
             self.withdraw(sequence)
             self.finish(sequence, reason)
@@ -189,7 +190,7 @@ class Lifecycle:
             sequence.end_reason = reason
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """No worker runs it: the scheduler itself writes the terminal frame."""
+        """No worker runs it: the scheduler writes the terminal frame."""
         sequence.move(State.FINISHING)
         error = sequence.error
         sequence.final = FinishChoice(
@@ -210,13 +211,13 @@ class Lifecycle:
         self.finish(sequence, "error")
 
     def finish_again(self, sequence: Sequence) -> None:
-        """The journal was longer than thought: the same end, at its true cursor."""
+        """The journal was longer than assumed: the same end, at the true cursor."""
         assert sequence.final is not None
         sequence.final = dataclasses.replace(sequence.final, placement=sequence.placement, cursor=sequence.cursor)
         self.effects.append(sequence.final)
 
     def ended(self, sequence: Sequence, reason: str) -> None:
-        """Its terminal frame is in the journal. From any state; nothing of it is left anywhere."""
+        """Its terminal frame is in the journal. Allowed in any state; removes every trace of it."""
         state, worker = sequence.state, self.worker_of.get(sequence)
         if state is State.WAITING and (sequence.entry or worker is not None or sequence in self.parked):
             self.withdraw(sequence)
@@ -247,7 +248,7 @@ class Lifecycle:
             output_tokens=sum(len(sequence.output) for sequence in request.sequences),
             cached_tokens=sum(sequence.cached_tokens or 0 for sequence in request.sequences),
             finish_reasons=[sequence.finish_reason or "" for sequence in request.sequences],
-            queued_s=max(0.0, first_planned - request.arrived),  # arrivals are told in another clock
+            queued_s=max(0.0, first_planned - request.arrived),  # arrivals come from another clock
             prefill_s=first_token - first_planned,
             decode_s=self.now - first_token,
             preemptions=request.preemptions,

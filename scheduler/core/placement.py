@@ -1,8 +1,9 @@
 """Placement: which worker a waiting sequence goes to.
 
-A cached prefix is worth the tokens that need not be computed, a loaded worker costs the tokens that go before.
-Adding the two makes a long shared prompt stay where it is until that worker is further behind than the prompt is
-long; taking the longest prefix first, whatever the load, would send every user of one system prompt to one worker.
+The cost of a worker is the number of tokens to compute before the first token of the sequence: those of its own prompt
+that are not cached there, plus those of other work ahead of it. So requests with a long common prompt go to the same
+worker until its backlog exceeds the length of that prompt. Preferring the longest prefix whatever the load would send
+every user of one system prompt to one worker.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from scheduler.core.sequence import PrefixHits, Sequence
 from scheduler.core.worker import WorkerState
 
-DECODE_WEIGHT = 16  # what a running sequence counts for, in prompt tokens: rows that it will still take
+DECODE_WEIGHT = 16  # cost of a running sequence in prompt tokens: an estimate of its remaining rows
 
 
 def cached_blocks(sequence: Sequence, worker: WorkerState) -> int:
@@ -48,7 +49,8 @@ def can_start(sequence: Sequence, worker: WorkerState) -> bool:
 
 
 def could_start(sequence: Sequence, worker: WorkerState, without: list[Sequence]) -> bool:
-    """Whether ``worker`` surely could start ``sequence`` if those ``without`` left; blocks they share do not count."""
+    """Whether ``worker`` could surely start ``sequence`` without those in ``without``; their shared blocks do not
+    count."""
     freed = worker.blocks.owned_once([block for other in without for block in other.blocks])
     full = worker.running - len(without) >= worker.most_seqs
     return (
@@ -73,12 +75,12 @@ def can_assign(sequence: Sequence, worker: WorkerState) -> bool:
 
 
 def cost(sequence: Sequence, worker: WorkerState) -> int:
-    """Tokens that stand between ``sequence`` and its first token on ``worker``."""
+    """Tokens to compute on ``worker`` before the first token of ``sequence``."""
     in_flight = sum(batch.prefill_tokens for batch in worker.in_flight)
     uncached = sequence.known_tokens - cached_blocks(sequence, worker) * worker.block_size
     return uncached + worker.backlog() + in_flight + DECODE_WEIGHT * (worker.running + len(worker.assigned))
 
 
 def choose(sequence: Sequence, workers: Iterable[WorkerState]) -> WorkerState | None:
-    """The cheapest worker; more free blocks, then age, decide between equals."""
+    """The worker of least cost; ties go to more free blocks, then to the older worker."""
     return min(workers, key=lambda worker: (cost(sequence, worker), -worker.blocks.free, worker.order), default=None)

@@ -1,8 +1,8 @@
 """The scheduler's core: which tokens are computed where, step after step. Events and ``now`` in, effects out.
 
-Schedule token counts, not phases: every sequence's computed tokens chase its known tokens. Plans go out before the
-hints of earlier ones are in: after a row that samples, the next known token is "one more" whose id only the worker
-knows. No await, no clock, no Redis: ``now`` is any monotonic clock of the caller's, the same for all calls.
+Schedule token counts, not phases: the computed tokens of every sequence follow its known tokens. Plans are sent before
+the hints of earlier ones arrive: after a row that samples, the next known token is "one more" whose id only the worker
+knows. No await, no clock, no Redis: ``now`` comes from any monotonic clock, the same for all calls.
 
     core.apply(event, now) -> effects      for every event, in order
     core.plan(now) -> effects              whenever woken; the only one that sends plans
@@ -28,14 +28,14 @@ from scheduler.core.sequence import Request, Sequence, State, append_ids
 from scheduler.core.waiting import WaitingQueue
 from scheduler.core.worker import InFlightBatch, WorkerState
 
-LATE_S = 1e-4  # a shorter wait of the device is its own loop's, not ours
+LATE_S = 1e-4  # a shorter wait of the device is not counted as a late plan
 
 
 @dataclass(frozen=True)
 class CoreConfig:
     """None takes the worker's own figure."""
 
-    max_model_len: int | None = None  # for prompts that come before any worker does
+    max_model_len: int | None = None  # for prompts that arrive before the first worker
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None  # None also makes prefill chunks adapt to what running decodes stand
     plans_ahead: int = 16  # most plans outstanding at one worker
@@ -85,7 +85,7 @@ class Core:
     # ----------------------------------------------------- the interface
 
     def apply(self, event: Event, now: float) -> list[Effect]:
-        """Take note of what happened."""
+        """Apply one event."""
         self._lifecycle.now = now
         self._checked = False
         match event:
@@ -108,7 +108,7 @@ class Core:
         return self._take_effects()
 
     def plan(self, now: float) -> list[Effect]:
-        """End what is past its deadline, then send every worker that needs more work its next plans."""
+        """End requests past their deadline, then plan for every worker that needs more work."""
         self._lifecycle.now = now
         while self._deadlines and self._deadlines[0][0] <= now:
             self._end_request(heapq.heappop(self._deadlines)[1], "deadline")
@@ -128,7 +128,7 @@ class Core:
         return effects
 
     def next_wake(self, now: float) -> float | None:
-        """When `plan` has something to do although no event came: a worker gets short of work, a deadline passes.
+        """When `plan` has something to do although no event came: a worker runs out of planned work, a deadline passes.
         Ageing needs no wake: it changes who is next, and room for the next comes with an event."""
         wake = self._deadlines[0][0] if self._deadlines else None
         for worker in self._workers.values():
@@ -150,7 +150,7 @@ class Core:
         return list(dict.fromkeys(sequence.request.rid for sequence in seated if sequence is not None))
 
     def sequences_on(self, wid: str) -> list[tuple[str, int]]:
-        """(rid, choice) of all that ``wid`` may still report on: whose journals tell what its loss cost."""
+        """(rid, choice) of all that ``wid`` may still report on: whose journals have to be read when it is lost."""
         worker = self._workers.get(wid)
         return [(sequence.request.rid, sequence.choice) for sequence in worker.seated()] if worker else []
 
@@ -233,7 +233,7 @@ class Core:
         if sequence.state is State.FINISHING:
             assert sequence.final is not None
             self._lifecycle.ended(sequence, sequence.final.reason)
-        elif sequence.state is State.RESYNCING:  # there was nothing left to read
+        elif sequence.state is State.RESYNCING:  # nothing was left to read
             self._lifecycle.ended(sequence, sequence.end_reason or "abort")
 
     def _resynced(self, event: events.Resynced) -> None:
@@ -269,7 +269,7 @@ class Core:
         )
         known = (
             self._lifecycle.limit if self._workers_made > 1 else None
-        )  # a worker's word replaces the configuration's
+        )  # the worker's limit replaces the configured one
         self._lifecycle.limit = max(known or 0, worker.limit)
         for sequence in list(self._lifecycle.parked):
             self._lifecycle.requeue(sequence)
@@ -288,7 +288,7 @@ class Core:
         self._move_off(worker)
 
     def _move_off(self, worker: WorkerState) -> None:
-        """Let go of every running sequence that another serving worker can hold."""
+        """Preempt every running sequence that another serving worker can hold."""
         room = max((other.limit for other in self._workers.values() if not other.draining), default=0)
         for sequence in worker.seated():
             if sequence.state is State.RUNNING and sequence.target <= room:
@@ -314,11 +314,11 @@ class Core:
             if sequence is culprit:
                 sequence.error = EngineFailed("the worker died on this request alone, after two deaths with others")
                 sequence.dead = True
-            self._bereave(sequence, event.journals.get((sequence.request.rid, sequence.choice)))
+            self._worker_gone(sequence, event.journals.get((sequence.request.rid, sequence.choice)))
         del self._workers[event.wid]
 
-    def _bereave(self, sequence: Sequence, state: ChoiceState | None) -> None:
-        """Its worker is gone: go on from its journal's end."""
+    def _worker_gone(self, sequence: Sequence, state: ChoiceState | None) -> None:
+        """Its worker is lost: continue from the end of its journal."""
         if sequence.state is not State.LEAVING:
             sequence.move(State.LEAVING)
         worker = self._lifecycle.worker_of[sequence]
@@ -340,7 +340,7 @@ class Core:
     def _step_done(self, event: events.StepDone) -> None:
         worker = self._workers.get(event.wid)
         if worker is None or worker.gen != event.gen or not worker.hinted < event.step <= worker.step:
-            return  # a repeat, or of another life
+            return  # a repeat, or of another session
         done = []
         while worker.in_flight and worker.in_flight[0].step <= event.step:
             done.append(worker.in_flight.popleft())
@@ -359,7 +359,7 @@ class Core:
             self._lifecycle.settle(sequence)
 
     def _read_rows(self, worker: WorkerState, event: events.StepDone) -> int:
-        """Take over what was journaled; returns the number of tokens. The one loop over all sequences of a step."""
+        """Append the journaled tokens; returns their number. The one loop over all sequences of a step."""
         seats, size = worker.seats, 0
         refused = self._read_verdicts(worker, event) if event.verdicts else ()
         for row in event.rows:
@@ -389,7 +389,7 @@ class Core:
         return refused
 
     def _find_missing(self, worker: WorkerState, done: list[InFlightBatch], event: events.StepDone) -> None:
-        """Fewer tokens came than were planned. For an ended sequence that is as it should be; a live one has a gap."""
+        """Fewer tokens came than were planned. Expected for an ended sequence; a live one has a gap."""
         missing = Counter(seat for batch in done for seat in batch.sampled_seats())
         missing.subtract({row.seat: len(row.tokens) // ID_BYTES for row in event.rows})
         for seat, count in missing.items():
@@ -423,7 +423,7 @@ class Core:
     # ----------------------------------------------------- when to plan
 
     def _depth(self, worker: WorkerState) -> int:
-        """Most plans outstanding: one runs and one waits, until it is known how long they take."""
+        """Most plans outstanding: two until their duration is known: one runs and one waits."""
         if worker.in_flight and not worker.in_flight[-1].expected_s:
             return min(2, self.config.plans_ahead)
         return self.config.plans_ahead

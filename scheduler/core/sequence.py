@@ -1,4 +1,4 @@
-"""Request and Sequence: what the core knows of one generation, and the table of its life.
+"""Request and Sequence: what the core knows of one generation, and the table of its states.
 
     waiting ──start──► running ──end───────────────────────────► ended
        ▲                │  │                                        ▲
@@ -55,7 +55,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 
 
 class IllegalTransition(Exception):
-    """A bug of ours: the table has no such arrow."""
+    """A bug in the scheduler: the table has no such transition."""
 
 
 class Request:
@@ -163,7 +163,7 @@ class Sequence:
         self.state = State.WAITING
         self.finish_reason: str | None = None
         self.end_reason: str | None = None  # why it is to be ended: abort, deadline
-        self.error: RequestError | ServiceError | None = None  # what its terminal frame is to say
+        self.error: RequestError | ServiceError | None = None  # what its terminal frame reports
         self.dead = False  # its end is also a dead letter
         self.final: FinishChoice | None = None  # asked for, not confirmed
         self.sampling = request.sampling
@@ -173,18 +173,18 @@ class Sequence:
         self.blocks: list[int] = []
         self.known = 0  # tokens known, or sampled by planned steps; kept while it prefills
         self.computed = 0  # of them computed by planned steps; while it decodes, the worker's counter says it
-        self.uncached = 0  # tokens that this stay's prefill computes, in all
+        self.uncached = 0  # tokens that the prefill of this placement computes, in all
         self.last_step = 0  # once it leaves or its rows are all planned: the last step that may mention it
-        self.lost_track = False  # hints do not tell how far it came
+        self.lost_track = False  # the hints had a gap: its journal has to be read
 
         self.hashes: list[bytes] = []  # one per full block of the known tokens
         self.hash_size = 0  # block size they were made for
         self.prefix_hits: dict[str, PrefixHits] = {}  # by worker, while it waits
         self.cached_tokens: int | None = None  # prefix-cache hits at its first placement
         self.served = False  # its prompt has been charged to its tenant
-        self.cleared = 0  # attempts of the request at which it ran a step alone unharmed
-        self.waiting_level = request.level  # its class as aged by waiting
-        self.entry = 0  # its newest entry in the queue; older ones are void
+        self.cleared = 0  # attempts of the request when it last completed a step alone
+        self.waiting_level = request.level  # its class, raised by waiting
+        self.entry = 0  # its newest entry in the queue; older ones are ignored
 
     @property
     def needs_quarantine(self) -> bool:
@@ -202,13 +202,13 @@ class Sequence:
         return len(self.prompt) + len(self.output)
 
     def move(self, state: State) -> None:
-        """Follow an arrow of the table. Raises IllegalTransition, changing nothing, if there is none."""
+        """Make a transition of the table. Raises IllegalTransition, changing nothing, if there is none."""
         if state not in TRANSITIONS[self.state]:
             raise IllegalTransition(f"{self.state.value} -> {state.value} of {self.request.rid}:{self.choice}")
         self.state = state
 
     def adopt(self, state: ChoiceState) -> None:
-        """Take the journal's word for where it stands."""
+        """Take over the journaled state."""
         self.output = array("i", state.output)
         self.cursor = state.cursor
         self.placement = state.placement

@@ -2,10 +2,10 @@
 
 The device must never wait for a plan, and a new request should not have to wait behind plans made too early. So the
 planned work outstanding at a worker covers its *lead*: the time from the decision to plan until the worker could
-start on it, plus that of its commit's way back. The lead cannot be read off a saturated worker (then a hint comes
-when the device is done, however early the plan was), but being late can: the hint says how long the device waited.
-The lead grows by what it was late, and shrinks by a thousandth per step that was in time; in balance under one step
-in a hundred is late, by little. A plan sent to an idle worker measures the way directly.
+start on it, plus the time until its commit is known here. The lead cannot be measured at a saturated worker (its hint
+comes when the device is done, however early the plan was), but lateness can: the hint says how long the device waited.
+The lead grows by the lateness, and shrinks by a thousandth per step that was in time; in equilibrium fewer than one
+step in a hundred is late, by little. A plan sent to an idle worker measures the way directly.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ FIRST_LEAD_S = 0.01
 MOST_LEAD_S = 0.25
 DECAY = 0.999
 SMOOTHING = 0.2
-DRIFT = 0.025  # of decode times in steps that do not tell them apart
-MOST_SCALE = 5.0  # one slow step is not taken at its full word
+DRIFT = 0.025  # learning rate of decode times from steps that also hold prefill tokens
+MOST_SCALE = 5.0  # bound on how much one slow step changes the estimate
 LEAST_CHUNK = 8
 SHORT_CHUNK = 64
 SHORT_PROMPT = 256
-SLOWER = 1.7  # how much longer a step may take for a prefill in it: below 2, for the estimate lags behind
-WAITING_WEIGHT = 4  # a prompt's wait counts as that of so many streams: until it runs, all batches are smaller, too
+SLOWER = 1.7  # how much longer a step may take for a prefill in it: below 2, because the estimate lags
+WAITING_WEIGHT = 4  # weight of a waiting prompt against a stream, since batches stay smaller until it runs
 UNBOUNDED = 1 << 62
 
 
 class StepTimeModel:
     """Step times as decode time by number of rows, plus a time per prefill token alone, or beside so many rows.
 
-    Beside few rows a token costs more than in a long chunk of its own: the products are still too thin to be fast.
+    Beside few rows a token costs more than in a long chunk of its own, since small matrix products are slow.
     """
 
     def __init__(self) -> None:
@@ -54,8 +54,9 @@ class StepTimeModel:
     def learn(self, rows: int, prefill_tokens: int, exec_s: float) -> None:
         """One step of ``rows`` decodes and ``prefill_tokens`` took ``exec_s``.
 
-        What is unknown begins with the rest that the known leaves, or with its share of the tokens. What a mixed step
-        was off is nearly all the prefill tokens': decodes alone are seen often, but where load never pauses.
+        An unknown part is initialized with the time that the known part leaves, or with its share of the tokens. The
+        error of a mixed step goes almost entirely to the prefill tokens, since steps with decodes alone are frequent
+        unless load never pauses.
         """
         tokens = rows + prefill_tokens
         if not tokens or exec_s <= 0:
@@ -79,10 +80,10 @@ class StepTimeModel:
     def chunk(self, rows: int, prompt_tokens: int, prompts: int) -> int:
         """Most prefill tokens beside ``rows`` decodes, for a prompt of which ``prompt_tokens`` are to be computed.
 
-        As many as make the step take SLOWER times as long as without them; at least LEAST_CHUNK, lest prefills starve
-        where a token of prefill costs as much as one of decode (small machines). A short prompt may take more: it
-        slows few steps, and everyone waits for first tokens. More, too, where many ``prompts`` could run: what a
-        longer step costs each of the decodes it spares each of those behind this one.
+        As many as make the step take SLOWER times as long as without them; at least LEAST_CHUNK, so that prefills do
+        not starve where a prefill token costs as much as a decode (small machines). A short prompt may take more: it
+        slows only few steps. So may any where many ``prompts`` wait: a longer step delays each decode, but shortens the
+        wait of each prompt behind this one.
         """
         decode_s, token_s = self.decode_s(rows), self.token_s(rows)
         if not decode_s or not token_s:
@@ -91,7 +92,7 @@ class StepTimeModel:
         return max(least, round((SLOWER - 1) * decode_s / token_s * max(1.0, WAITING_WEIGHT * (prompts - 1) / rows)))
 
     def was_late(self, idle_s: float) -> None:
-        """The device waited for a plan that could have been there."""
+        """The device waited for a plan that could have been sent earlier."""
         self.lead_s = min(MOST_LEAD_S, self.lead_s + idle_s)
 
     def was_in_time(self) -> None:

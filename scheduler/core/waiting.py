@@ -1,12 +1,12 @@
 """The waiting queue: class, then weighted fair share among tenants, then arrival; and ageing, so that nothing starves.
 
 Fair share is the virtual token counter of "Fairness in Serving Large Language Models" (Sheng et al., 2023): each
-tenant's counter grows by the tokens it was served, over its weight, and the tenant with the smallest counter goes
-next. A tenant that becomes active starts no lower than the smallest active one: nobody saves up a claim by staying
-away. Counters only grow, so heaps of tenants may hold old values: an entry is refreshed when it comes to the top.
+tenant's counter grows by the tokens it was served, over its weight, and the tenant with the smallest counter goes next.
+A tenant that becomes active starts no lower than the smallest active one: being idle gives no credit. Counters only
+grow, so heaps of tenants may hold old values: an entry is refreshed when it comes to the top.
 
 Levels: 1, 2, 3 are the classes interactive, standard, batch. Every ``aging_s`` of waiting raises a sequence by one
-level; at level 0 only arrival counts, so that even a tenant far behind in its share gets there.
+level; at level 0 only arrival counts, so that no tenant waits for ever.
 All operations are O(log n); nothing is ever sorted as a whole.
 """
 
@@ -20,8 +20,8 @@ from protocol.messages import PRIORITIES
 from scheduler.core.sequence import Sequence
 
 LEVELS = len(PRIORITIES) + 1
-MOST_COUNTERS = 1024  # of tenants that went away, before those that do not matter are dropped
-CACHED_TOKEN_COST = 0.1  # a prefix-cached token costs its tenant this much of a computed one
+MOST_COUNTERS = 1024  # of inactive tenants, before those without effect are dropped
+CACHED_TOKEN_COST = 0.1  # charge for a prefix-cached token, relative to a computed one
 
 
 class WaitingQueue:
@@ -32,7 +32,7 @@ class WaitingQueue:
         # per level: tenant -> heap of (arrived, entry, sequence); level 0 has them all under one name
         self._heaps: list[dict[str, list[tuple[float, int, Sequence]]]] = [{} for _ in range(LEVELS)]
         self._order: list[list[tuple[float, str]]] = [[] for _ in range(LEVELS)]  # heaps of (counter, tenant)
-        self._due: list[tuple[float, int, Sequence]] = []  # heap: when to age whom
+        self._due: list[tuple[float, int, Sequence]] = []  # heap: when to raise which sequence
         self._counters: dict[str, float] = {}
         self._active: dict[str, int] = {}  # tenant -> its sequences that wait or run
         self._active_order: list[tuple[float, str]] = []
@@ -57,12 +57,13 @@ class WaitingQueue:
         """One live sequence of this tenant less."""
         self._active[tenant] -= 1
         if not self._active[tenant]:
-            if len(self._active) == 1:  # the last one: whoever comes next starts here
+            if len(self._active) == 1:  # the last one: the next active tenant starts here
                 self._floor = self._counters[tenant]
             del self._active[tenant]
 
     def _forget(self, floor: float) -> None:
-        """Drop counters that the next visit would lift to ``floor`` anyway: tenants' names come from outside."""
+        """Drop counters that would be raised to ``floor`` anyway: clients choose tenants' names, so they must be
+        bounded."""
         self._counters = {t: c for t, c in self._counters.items() if c > floor or t in self._active}
         self._forget_at = max(MOST_COUNTERS, 2 * len(self._counters))
 
@@ -84,7 +85,7 @@ class WaitingQueue:
     # -------------------------------------------------------------- queue
 
     def push(self, sequence: Sequence, now: float) -> None:
-        """Queue ``sequence``, new or put back. Its place follows from its class, its tenant and its arrival."""
+        """Queue ``sequence``, new or put back. Its position follows from class, tenant and arrival."""
         request = sequence.request
         waited = now - request.arrived
         raised = int(waited / self._aging_s) if waited > 0 else 0
@@ -100,7 +101,7 @@ class WaitingQueue:
         self.sequences += 1
 
     def remove(self, sequence: Sequence) -> None:
-        """Take ``sequence`` out, wherever it stands. Its entry stays in the heap and is passed over."""
+        """Remove ``sequence``. Its entry stays in the heap and is skipped."""
         assert sequence.entry, "not queued"
         sequence.entry = 0
         request = sequence.request
@@ -113,7 +114,7 @@ class WaitingQueue:
         self.sequences -= 1
 
     def head(self) -> Sequence | None:
-        """Who is next, still queued; None if nobody waits."""
+        """The next sequence, still queued; None if the queue is empty."""
         for level in range(LEVELS):
             sequence = self._head_of(level)
             if sequence is not None:
@@ -121,7 +122,7 @@ class WaitingQueue:
         return None
 
     def age(self, now: float) -> None:
-        """Raise whoever has waited long enough in its level."""
+        """Raise every sequence that has waited long enough in its level."""
         while self._due and self._due[0][0] <= now:
             due, entry, sequence = heapq.heappop(self._due)
             if sequence.entry != entry:

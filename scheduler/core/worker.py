@@ -1,4 +1,4 @@
-"""WorkerState: one worker as the core sees it: seats, blocks, sequences, and the plans it has not reported on yet.
+"""WorkerState: one worker as the core sees it: seats, blocks, sequences, and its plans that are not hinted yet.
 
 In the steady state all of its sequences are in the decode set (decode_set.py).
 """
@@ -32,9 +32,9 @@ class InFlightBatch:
     prefill_tokens: int
     expected_s: float
     to_idle: bool  # nothing else was outstanding when it was sent
-    excused: bool  # there was nothing to plan before: if the device waited, not for us
+    excused: bool  # nothing could be planned before, so a wait of the device is not lateness
     vacated: list[int] = field(default_factory=list)  # seats that are empty from this step on
-    first: list[Sequence] = field(default_factory=list)  # whose first token of this stay it samples
+    first: list[Sequence] = field(default_factory=list)  # for which it samples the first token of this placement
     quarantined: Sequence | None = None
 
     def row_seats(self) -> array[int]:
@@ -67,8 +67,8 @@ class WorkerState:
         self.decoding = DecodeSet(self.block_size)
         self.prefilling: list[Sequence] = []
         self.departing: dict[Sequence, None] = {}  # seated, without rows to come: leaving, ending, or all planned
-        self.assigned: deque[Sequence] = deque()  # queue heads that will start here
-        self.quarantined: Sequence | None = None  # runs with nothing beside it until its first token
+        self.assigned: deque[Sequence] = deque()  # sequences from the head of the queue that will start here
+        self.quarantined: Sequence | None = None  # runs alone until its first token
 
         self.frees: list[int] = []  # for the next plan
         self.ends: list[tuple[int, str]] = []  # for the next plan
@@ -90,7 +90,8 @@ class WorkerState:
 
     @property
     def has_notices(self) -> bool:
-        """Whether a plan must go out even without rows: ends never wait; emptied seats only when none is left."""
+        """Whether a plan must be sent even without rows: ends are sent at once; emptied seats only when no row is
+        left."""
         return bool(self.ends or (self.frees and not self.free_seats))
 
     def backlog(self) -> int:
@@ -102,7 +103,7 @@ class WorkerState:
         return [*self.decoding.members.values(), *self.prefilling, *self.departing]
 
     def remaining_s(self, now: float) -> float:
-        """Expected time until the worker has done all that it was sent."""
+        """Expected time until the worker has executed all plans sent."""
         if not self.in_flight:
             return 0.0
         head = self.in_flight[0]

@@ -13,7 +13,7 @@ from protocol.records import RequestRecord
 from protocol.sampling import SamplingParams
 from scheduler.election import ServerClock
 from scheduler.leader import TokenRate
-from scheduler.metrics import Metrics, Vitals, serve_status
+from scheduler.metrics import Health, Metrics, serve_status
 from scheduler.recovery import arrive, choice_state, read_state, terminal_row
 from tests.bus import Bus
 from tests.scheduler.conftest import PATIENCE_S, Stage
@@ -92,10 +92,10 @@ def test_the_rate_is_smoothed_and_an_idle_system_keeps_its_last() -> None:
 
 
 def test_silence_of_a_part_is_told_by_its_name() -> None:
-    vitals = Vitals(limit_s=-1.0)
-    vitals.alive("planner")
-    assert vitals.silent() == ["planner"]
-    patient = Vitals(limit_s=3600.0)
+    health = Health(limit_s=-1.0)
+    health.alive("planner")
+    assert health.silent() == ["planner"]
+    patient = Health(limit_s=3600.0)
     patient.alive("planner")
     assert patient.silent() == []
 
@@ -103,9 +103,9 @@ def test_silence_of_a_part_is_told_by_its_name() -> None:
 async def test_health_is_503_while_a_part_is_silent(unused_tcp_port: int) -> None:
     import aiohttp
 
-    vitals = Vitals(limit_s=-1.0)
-    vitals.alive("planner")
-    runner = await serve_status(Metrics("m"), vitals, "127.0.0.1", unused_tcp_port)
+    health = Health(limit_s=-1.0)
+    health.alive("planner")
+    runner = await serve_status(Metrics("m"), health, "127.0.0.1", unused_tcp_port)
     try:
         async with (
             aiohttp.ClientSession() as session,
@@ -114,7 +114,7 @@ async def test_health_is_503_while_a_part_is_silent(unused_tcp_port: int) -> Non
             assert reply.status == 503
             assert (await reply.json())["silent"] == ["planner"]
         with pytest.raises(StartError, match="--metrics-port"):
-            await serve_status(Metrics("m"), vitals, "127.0.0.1", unused_tcp_port)
+            await serve_status(Metrics("m"), health, "127.0.0.1", unused_tcp_port)
     finally:
         await runner.cleanup()
 
