@@ -1,4 +1,4 @@
-"""One request from accept to its last byte: submit, follow, answer, and give it up when its client has gone."""
+"""One request from accept to its last byte: submit, follow, answer, and cancel when its client disconnects."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from protocol.records import Accepted, Limits
 log = logging.getLogger("headrace.gateway")
 request_log = logging.getLogger("headrace.gateway.requests")
 
-TOKEN_BYTES = 4  # of text, roughly, for the bounds on waiting work
-STALL_GRACE_S = 60.0  # how long a request goes on whose reader was dropped since it stalled
-GIVE_UP_S = 600.0  # how long a cancel waits for a server that is away
+TOKEN_BYTES = 4  # characters per token, roughly, for the bounds on waiting work
+STALL_GRACE_S = 60.0  # how long a request continues after its stalled reader was dropped
+GIVE_UP_S = 600.0  # how long a cancel is retried while Redis is unreachable
 
 
 @dataclass(eq=False)
 class Ask:
-    """What one HTTP request asks of a model, and what becomes of it."""
+    """One HTTP request to a model, and its state."""
 
     model: Model
     caller: Caller
@@ -51,7 +51,7 @@ class Ask:
     stream: bool = False
     idempotency: str | None = None
     arrived: float = field(default_factory=time.monotonic)
-    # filled in on the way
+    # set later
     rid: str = ""
     follower: Follower | None = None
     echoed: list[str] | None = None
@@ -64,7 +64,7 @@ class Ask:
 
 
 class Draining(Unavailable):
-    """This gateway leaves; the request goes on and can be picked up anywhere."""
+    """This gateway shuts down; the request continues and can be resumed on any other."""
 
 
 class Answers:
@@ -107,7 +107,7 @@ class Answers:
             ask.echoed = await ask.model.prompt_texts(ask.job)
         ask.rid = rid
         reader = self._reader(ask, rid, ask.job, ask.view, shown)
-        reader.behind = True  # takes nothing until what was shown is counted
+        reader.behind = True  # accepts no rows until the part already shown is counted
         self._follow(ask, reader)
         try:
             record = await ask.model.bus.attach(rid, ask.caller.tenant, self.name)
@@ -123,8 +123,8 @@ class Answers:
     # -------------------------------------------------------------- submit
 
     async def _submit(self, ask: Ask) -> None:
-        """Accept the job, with a follower in place before the first row can come. A client that goes away
-        meanwhile is answered by a cancel as soon as the accept is through."""
+        """Accept the job; its follower is registered before the first row can arrive. If the client disconnects
+        meanwhile, the request is cancelled once accept has returned."""
         rid = new_rid()
         follower = self._made(ask, rid, ask.job, ask.view)
         follower.accepted = False
@@ -133,11 +133,11 @@ class Answers:
         try:
             accepted = await asyncio.shield(accepting)
         except BaseException as error:
-            ask.follower = None  # not known to be there
+            ask.follower = None  # it may not exist
             ask.model.outlet.remove(follower)
             if isinstance(error, asyncio.CancelledError):
                 self._spawn(self._give_up_when_accepted(ask, accepting))
-            elif isinstance(error, Unavailable):  # it may be there, only the reply was lost
+            elif isinstance(error, Unavailable):  # it may exist, if only the reply was lost
                 self._spawn(self._give_up(ask, rid, 0))
             raise
         ask.rid = accepted.rid
@@ -186,7 +186,8 @@ class Answers:
     # -------------------------------------------------------------- answer
 
     async def _stream(self, ask: Ask, request: web.BaseRequest) -> web.StreamResponse:
-        """The 200 goes out when the request is admitted. What fails before is an HTTP error, later an error event."""
+        """The 200 goes out when the request is admitted. A failure before that is an HTTP error, a later one an error
+        event."""
         reader = ask.follower
         assert isinstance(reader, EventReader)
         await self._until(reader, ask, begun=True)
@@ -237,12 +238,12 @@ class Answers:
                 await follower.catch_up(ask.model.bus)
         while not follower.failed and follower.over and follower.tally.prompt_tokens is None:
             await follower.catch_up(ask.model.bus)
-        follower.news.set()  # whoever goes on from here looks first
+        follower.news.set()  # the next step has to check the state first
 
     # -------------------------------------------------------------- the end
 
     def _leave(self, ask: Ask) -> None:
-        """Stop following. A request that still runs is given up, unless it was asked to outlive its client."""
+        """Stop following. A request that still runs is cancelled, unless it was to continue without its client."""
         follower = ask.follower
         if follower is None:
             return
@@ -255,7 +256,7 @@ class Answers:
         self._spawn(self._give_up(ask, ask.rid, seen))
 
     async def _give_up(self, ask: Ask, rid: str, seen: int) -> None:
-        """Cancel after the grace, if nobody has picked the request up since."""
+        """Cancel after the grace period, unless the request was resumed meanwhile."""
         if grace_s := max(ask.view.grace_s, STALL_GRACE_S if ask.stalled else 0.0):
             await asyncio.sleep(grace_s)
         deadline = time.monotonic() + GIVE_UP_S
@@ -263,10 +264,10 @@ class Answers:
             try:
                 await ask.model.bus.cancel(rid, ask.caller.tenant, attached=seen)
             except NotFound:
-                pass  # it has never come to be, or is gone already
+                pass  # it was never accepted, or is gone already
             except ServiceError as error:
                 if isinstance(error, Unavailable) and time.monotonic() < deadline:
-                    await asyncio.sleep(1.0)  # the server is away
+                    await asyncio.sleep(1.0)  # Redis is unreachable
                     continue
                 log.warning("request %s could not be cancelled: %s", rid, type(error).__name__)
             return
@@ -340,7 +341,7 @@ class Answers:
                 ask.follower.fail(Draining("this gateway is leaving; the request goes on", retry_after=1.0))
 
     async def close(self) -> None:
-        """Let cancels that are on their way land; graces end with us, their requests go on."""
+        """Finish cancels in progress. Grace periods end with this process; their requests continue."""
         if self._background:
             await asyncio.wait(self._background, timeout=1.0)
         for task in list(self._background):
@@ -365,7 +366,7 @@ def _refusal(follower: Follower, ask: Ask) -> web.StreamResponse | None:
 
 
 async def _replay(chunks: Chunks, shown: EventId, ask: Ask) -> None:
-    """Bring ``chunks`` to where ``shown`` left off. StreamDiverged if the journals say otherwise."""
+    """Advance ``chunks`` to the event ``shown``. StreamDiverged if the journals differ from what was shown."""
     if len(shown.cursors) > chunks.choices:
         raise StreamDiverged("the event id belongs to another stream")
     journals = []
@@ -376,13 +377,13 @@ async def _replay(chunks: Chunks, shown: EventId, ask: Ask) -> None:
 
 
 def _prompt_tokens(job: Job) -> int:
-    """How much work waits with this job: exact for ids, a guess for text."""
+    """Prompt tokens of this job: exact for ids, an estimate for text."""
     if job.messages is not None:
         return sum(len(message["content"]) for message in job.messages) // TOKEN_BYTES
     return sum(len(p) // TOKEN_BYTES if isinstance(p, str) else len(p) for p in job.prompts())
 
 
 def _fingerprint(ask: Ask) -> str:
-    """What two requests under one idempotency key must share: all but when they came."""
+    """What two requests under one idempotency key must share: everything but the time of arrival."""
     job = msgspec.structs.replace(ask.job, view={**(ask.job.view or {}), "created": 0, "stream": ask.stream})
     return body_hash(encode(job))

@@ -95,7 +95,7 @@ class Api:
         return await self._answer(request, model, caller, job, bool(body.stream), bool(body.background))
 
     async def generate(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
-        """{prompt, max_tokens, temperature} -> {response}: the plainest way in."""
+        """{prompt, max_tokens, temperature} -> {response}: the simplest endpoint."""
         body = decode_body(await read_body(request, self.body_timeout), _generate)
         model = await self.models.the_one(body.model)
         asked = bodies.CompletionBody(prompt=body.prompt, max_tokens=body.max_tokens, temperature=body.temperature)
@@ -125,7 +125,7 @@ class Api:
         return await self.answers.answer(ask, request)
 
     def _grace(self, request: web.BaseRequest) -> float:
-        """X-Headrace-Resume: how long the request goes on without its client."""
+        """X-Headrace-Resume: how long the request continues without its client, in seconds."""
         given = request.headers.get("X-Headrace-Resume")
         if given is None:
             return self.resume_grace
@@ -174,7 +174,7 @@ class Api:
         return json_answer(body, headers={"X-Request-Id": record.rid})
 
     async def _find(self, public: str, caller: Caller) -> tuple[Model, RequestRecord] | None:
-        """The caller's own request. Another tenant's is as good as none."""
+        """The caller's own request. That of another tenant counts as not found."""
         rid = rid_of(public)
         found = await self.models.find_request(rid) if NAME.fullmatch(rid) else None
         return found if found is not None and found[1].tenant == caller.tenant else None
@@ -210,11 +210,12 @@ class Api:
     # -------------------------------------------------------------- the service itself
 
     async def health(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
-        """Whether this process lives. The one route that never asks for a key."""
+        """Whether this process runs. The one route that never asks for a key."""
         return json_answer({"status": "ok"})
 
     async def ready(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
-        """200 while some model has a worker that serves and a leader whose beat moves, and we are not leaving."""
+        """200 while some model has a worker that serves and a leader with a current beat, and this process is not
+        draining."""
         models = self.models.readiness()
         ready = any(model["ready"] for model in models.values()) and not self.answers.draining
         body: dict[str, Any] = {"ready": ready, "draining": self.answers.draining}

@@ -1,4 +1,4 @@
-"""The gateway process: HTTP in, events out. Keeps nothing that could be lost: any gateway can finish what one began."""
+"""The gateway process: HTTP in, events out. Keeps no state that could be lost: any gateway can continue a stream."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class GatewayConfig:
     max_waiting_tokens: int | None = None
     max_tenant_requests: int | None = None
     max_tenant_tokens: int | None = None
-    resume_grace: float = 0.0  # seconds that a request goes on without its client, unless it says itself
+    resume_grace: float = 0.0  # seconds that a request continues without its client, unless its header says otherwise
     drain_timeout: float = 60.0  # seconds that open requests have to end after SIGTERM
     ready_delay: float = 0.5  # seconds between /ready turning false and the port being closed
     body_timeout: float = 30.0
-    stall_timeout: float = 30.0  # a reader that takes nothing for so long is dropped
+    stall_timeout: float = 30.0  # a client that reads nothing for so long is dropped
 
     @property
     def limits(self) -> Limits:
@@ -133,7 +133,7 @@ class Gateway:
         return address[1]
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The main port. Without a key nothing is told but whether we live, not even which routes there are."""
+        """The main port. Without a key only the state of the process is visible, not even the list of routes."""
         try:
             caller = ANYONE if request.path in OPEN_PATHS else self.keys.identify(request)
             handler, rest = self._routes.find(request.method, request.path)
@@ -161,7 +161,7 @@ class Gateway:
 async def run_gateway(config: GatewayConfig, *, ready: Callable[[Gateway], None] | None = None) -> int:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once. Returns the exit code.
 
-    ``ready`` is called once the port is open. StartError says why it cannot be.
+    ``ready`` is called once the port is open. StartError says why it cannot be opened.
     """
     log_requests()
     _allow_many_streams()
@@ -179,7 +179,7 @@ async def run_gateway(config: GatewayConfig, *, ready: Callable[[Gateway], None]
             if gateway.metrics_port is not None:
                 log.info("metrics on http://%s:%d/metrics", config.metrics_host, gateway.metrics_port)
             gc.collect()
-            gc.freeze()  # a collection over all that was imported is a pause that every stream feels
+            gc.freeze()  # a garbage collection over all imported modules would delay every stream
             if ready is not None:
                 ready(gateway)
             await stop.wait()
@@ -208,7 +208,7 @@ def log_requests() -> None:
 
 
 def _allow_many_streams() -> None:
-    """Each stream is an open file; the usual soft limit of 1024 is for programs that cannot take more."""
+    """Each stream is an open file; raise the usual soft limit of 1024 to the hard one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:

@@ -1,4 +1,4 @@
-"""API keys: who is calling, and how much may they. Only hashes are kept, and no key is ever logged.
+"""API keys: who calls, and with which limits. Only hashes are kept, and no key is ever logged.
 
 The file is JSON, ``[{"sha256": "<hex>", "tenant": "name", "concurrent": 8, "requests_per_minute": 60,
 "tokens_per_minute": 100000}]``; the limits are optional and hold for one gateway process. It is read again
@@ -47,14 +47,14 @@ class Allowance:
         self.stamp = now
 
     def wait_s(self, need: float) -> float:
-        """Seconds until ``need`` is there; 0: now."""
+        """Seconds until ``need`` tokens are available; 0: now."""
         self.refill()
         return max(0.0, (need - self.left) / self.rate)
 
 
 @dataclass
 class Caller:
-    """One key's holder, with what it uses now."""
+    """The holder of one key, with its current use."""
 
     tenant: str = DEFAULT_TENANT
     concurrent: int | None = None
@@ -63,7 +63,7 @@ class Caller:
     running: int = field(default=0)
 
     def begin(self) -> None:
-        """Count a request in. Overloaded tells when to come again."""
+        """Count a request. Overloaded says when to retry."""
         if self.concurrent is not None and self.running >= self.concurrent:
             raise Overloaded(f"at most {self.concurrent} requests at once with this key", retry_after=1.0)
         if self.tokens is not None and (wait := self.tokens.wait_s(1.0)):
@@ -84,7 +84,7 @@ class Caller:
 class KeyRing:
     """Default deny: with a file, every caller needs a key of it; without one, all are the default tenant."""
 
-    CHECK_S = 1.0  # how often a change of the file is looked for
+    CHECK_S = 1.0  # how often the file is checked for changes
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path

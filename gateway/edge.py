@@ -1,7 +1,7 @@
 """The HTTP edge: routes, body rules, and error objects for everything that can go wrong before a route runs.
 
-aiohttp's low-level server with a route table of our own: every answer of this service, also to bytes that
-are no HTTP, is then one of ours. An error body always has the four keys that OpenAI's clients read.
+aiohttp's low-level server with a route table of our own: so that every answer, even to bytes that
+are no HTTP, has the form of this service. An error body always has the four keys that OpenAI's clients read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger("headrace.gateway")
 
 MAX_BODY = 1 << 20  # bytes
 MAX_NESTING = 32  # levels of arrays and objects in a body
-LINGER_S = 2.0  # how long a refused body is still read, so that the client gets to see the refusal
+LINGER_S = 2.0  # how long a refused body is still read, so that the client reads the answer
 
 
 class MethodNotAllowed(RequestError):
@@ -118,7 +118,7 @@ async def read_body(request: web.BaseRequest, timeout_s: float, limit: int = MAX
 
 
 def decode_body(raw: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
-    """A typed body. InvalidRequest names the field at fault and never repeats a value."""
+    """A typed body. InvalidRequest names the wrong field and never repeats a value."""
     if not raw.strip():
         raise InvalidRequest("the body is empty; it must be a JSON object")
     try:
@@ -150,7 +150,7 @@ def _check_nesting(raw: bytes) -> None:
 
 
 def _field_error(text: str) -> InvalidRequest:
-    """msgspec tells the types and the path, never the value."""
+    """msgspec's messages hold types and the path, never the value."""
     found = _AT.search(text)
     path = found.group(1) if found else ""
     reason = _AT.sub("", text)
@@ -227,7 +227,7 @@ class Connection(web.RequestHandler):
 
 
 class Server(web.Server):
-    """Every handler is cancelled at once when its client goes away."""
+    """A handler is cancelled at once when its client disconnects."""
 
     CONNECTION: ClassVar[dict[str, Any]] = {
         "access_log": None,

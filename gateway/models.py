@@ -1,7 +1,7 @@
-"""The served models: learnt from the registry, each with its bus and its outlet, opened at first use.
+"""The served models: read from the registry, each with its bus and its outlet, opened at first use.
 
-A model is ready while a worker of it serves and its leader's beat moves: both are looked at by the second, and
-what has not been seen to move is not believed.
+A model is ready while a worker serves and the leader's beat changes. Both are read about once a second; a leader whose
+beat has not been seen to change does not count.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from protocol.records import RequestRecord
 log = logging.getLogger("headrace.gateway")
 
 REFRESH_S = 3.0  # how often the registry is read
-MISS_S = 0.5  # and how soon again for a name that is not in it
-LOOK_S = 0.5  # how often workers and leaders are looked at
-STILL_S = 6.0  # a leader whose beat has not moved for this long is gone
-PATIENCE_S = 3.0  # how long a request waits for the server to come back
+MISS_S = 0.5  # the same for a name that is not in it
+LOOK_S = 0.5  # how often workers and leaders are read
+STILL_S = 6.0  # a leader whose beat has not changed for so long counts as dead
+PATIENCE_S = 3.0  # how long a request waits for Redis to come back
 ACCEPTS_AT_ONCE = 64  # each takes a connection
 
 
@@ -39,7 +39,7 @@ class Model:
         self.accepting = asyncio.Semaphore(ACCEPTS_AT_ONCE)
         self.workers = 0  # serving now
         self._beat: tuple[int, int] | None = None
-        self._moved: float | None = None  # when the leader's beat was last seen to move
+        self._moved: float | None = None  # when the leader's beat was last seen to change
         self._tokenizer: tuple[int, Tokenizer] | None = None
 
     @property
@@ -69,7 +69,7 @@ class Model:
         return self.workers > 0 and self.led
 
     async def look(self) -> None:
-        """Note which workers serve and whether the leader's beat moves."""
+        """Read which workers serve and whether the leader's beat changes."""
         try:
             leader = await self.bus.read_leader()
             self.workers = sum(worker.state == "serving" for worker in await self.bus.list_workers())
@@ -177,7 +177,8 @@ class Models:
         return None
 
     async def refresh(self, older_than_s: float = 0.0) -> None:
-        """Read the registry unless it was read within ``older_than_s``. A lost server keeps the last cards."""
+        """Read the registry unless it was read within ``older_than_s``. While Redis is unreachable the last cards
+        stay."""
         async with self._refreshing:
             if time.monotonic() - self._read_at < older_than_s:
                 return
@@ -189,7 +190,7 @@ class Models:
             self._read_at = time.monotonic()
 
     def open_streams(self) -> int:
-        """Readers of every model, for tests and shutdown: none is left when every client has gone."""
+        """Readers of every model, for tests and shutdown: 0 when every client has disconnected."""
         return sum(len(model.outlet.everyone()) for model in self._open.values())
 
     def readiness(self) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """A reader of server-sent events: frames become events as they arrive, and go to the socket in one write.
 
-Nothing is buffered here: while a slow reader's socket is full, rows are left to the journal, and the reader
-goes on from its cursor when the socket has drained. A reader that takes nothing for too long is dropped.
+Nothing is buffered here: while a slow client's socket is full, rows are ignored, and when it has drained the reader
+continues from its cursor in the journal. A client that reads nothing for too long is dropped.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from gateway.openai.render import Chunks, EventId, split_frames
 from gateway.streams import Follower
 from protocol.bus import GatewayBus
 
-SOCKET_BYTES = 256 * 1024  # most that waits in a reader's socket
+SOCKET_BYTES = 256 * 1024  # most that is buffered for one socket
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # proxies that would collect events before they pass them on
+    "X-Accel-Buffering": "no",  # tells proxies not to buffer events
 }
 
 
 class ReaderStalled(ConnectionError):
-    """The reader took nothing for too long; the journal keeps its stream."""
+    """The client read nothing for too long; its stream is in the journal."""
 
 
 class EventReader(Follower):
@@ -53,7 +53,7 @@ class EventReader(Follower):
 
     @property
     def full(self) -> bool:
-        """Whether the socket takes no more for now."""
+        """Whether the socket's buffer is full."""
         return self._request is not None and self._request.protocol.writing_paused
 
     # -------------------------------------------------------------- frames in
@@ -94,7 +94,7 @@ class EventReader(Follower):
     def flush(self) -> None:
         if self.tally.open == 0 and not self.closed:
             if self.tally.prompt_tokens is None:
-                self.fall_behind()  # the usage is not known: the record tells it
+                self.fall_behind()  # the usage is not known: read the record
             else:
                 self.closed = True
                 self._put(self.chunks.closing(self._tail))
@@ -117,7 +117,7 @@ class EventReader(Follower):
             self._transport.write(b"%x\r\n%b\r\n" % (len(block), block) if self._chunked else block)
 
     async def begin(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        """Send the 200 and what is there already."""
+        """Send the 200 and the events that exist already."""
         answer = web.StreamResponse(headers={**HEADERS, **headers})
         writer = await answer.prepare(request)
         transport = request.transport
@@ -132,7 +132,7 @@ class EventReader(Follower):
         return answer
 
     async def run(self, bus: GatewayBus, stall_s: float) -> None:
-        """Keep the stream going until its last event is in the socket. ReaderStalled drops the reader."""
+        """Run the stream until its last event is written. ReaderStalled if the client stops reading."""
         while not (self.closed or self.failed):
             await self.news.wait()
             self.news.clear()

@@ -1,10 +1,10 @@
-"""Committed rows on their way to readers: one subscription per model, fanned out inside the process.
+"""From publications to readers: one subscription per model, fanned out inside the process.
 
-The journal is the stream and pub/sub only its live tail. A follower knows the byte cursor up to which it has
-read each journal: a row that begins there is taken, one that lies behind is old, one that lies ahead tells
-that something was missed, and the journal is read from the cursor on. Silent followers compare lengths once a
-second, so a lost last row is found too. The dispatcher takes rows and writes to sockets without switching
-tasks; a follower's own task wakes only when there is something to wait for.
+The journal is the stream; pub/sub only saves polling it. A follower has the byte cursor up to which it has read each
+journal: a row that begins there is taken, an earlier one is ignored, and a later one shows that rows were missed, so
+the journal is read from the cursor on. For silent followers the journals' lengths are compared once a second, which
+finds a lost last row. The dispatcher takes rows and writes to sockets without switching tasks; the task of a follower
+wakes only when it has to wait for something.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ log = logging.getLogger("headrace.gateway")
 
 SILENCE_S = 1.0  # how often the lengths of silent journals are compared
 LENGTHS_AT_ONCE = 512
-KEEP_ALIVE_S = 15.0  # how often a silent stream shows proxies that it lives
-RECORD_CHECK_S = 32.0  # longest pause between looks at the record of a silent request
+KEEP_ALIVE_S = 15.0  # how often a silent stream sends a comment, so that proxies keep the connection
+RECORD_CHECK_S = 32.0  # longest pause between reads of the record of a silent request
 
 _admitted_decoder = msgspec.msgpack.Decoder(Admitted)
 
 
 class Follower:
-    """One reader of one request. Subclasses say in ``take`` what becomes of the frames.
+    """One reader of one request. Subclasses define in ``take`` what is done with the frames.
 
-    ``news`` is set when its task should look: admitted, ended, failed, or ``behind`` (rows were missed or could
+    ``news`` is set when its task has to check: admitted, ended, failed, or ``behind`` (rows were missed or could
     not be taken; ``catch_up`` reads the journals). ``failed`` ends it early.
     """
 
@@ -46,7 +46,7 @@ class Follower:
         self.news = asyncio.Event()
         self.behind = False
         self.failed: HeadraceError | None = None
-        self.accepted = True  # False while accept is under way: that there is no record then tells nothing
+        self.accepted = True  # False while accept is under way: a missing record then means nothing
         self.silent_s = 0.0
         self.record_check_s = SILENCE_S
         self.dirty = False
@@ -68,7 +68,7 @@ class Follower:
         """Called once after all rows of a publication."""
 
     def nudge(self) -> None:
-        """Called now and then while nothing comes."""
+        """Called every KEEP_ALIVE_S while no row arrives."""
 
     def feed(self, row: Row) -> None:
         choice = row.choice
@@ -101,13 +101,13 @@ class Follower:
         self.news.set()
 
     async def catch_up(self, bus: GatewayBus) -> None:
-        """Read what was missed from the journals. A lost connection leaves it behind, to be tried again."""
+        """Read what was missed from the journals. After a lost connection it stays ``behind`` and is tried again."""
         self.behind = False
         try:
             if self.tally.prompt_tokens is None:
                 self.learn(await bus.read_request(self.rid))
             open_choices = [c for c in range(self.tally.choices) if self.tally.ends[c] is None]
-            before = list(self.cursors)  # the live tail moves them on while the lengths are read
+            before = list(self.cursors)  # publications advance them while the lengths are read
             lengths = await bus.journal_lengths([(self.rid, c) for c in open_choices])
             for choice, length in zip(open_choices, lengths, strict=True):
                 if length < before[choice]:
@@ -115,7 +115,7 @@ class Follower:
                 position = self.cursors[choice]
                 if length > position:
                     raw = await bus.read_journal(self.rid, choice, position)
-                    # the live tail may have come in meanwhile
+                    # publications may have arrived meanwhile
                     if fresh := raw[self.cursors[choice] - position :]:
                         self.take(choice, fresh)
         except Unavailable:
@@ -128,7 +128,7 @@ class Follower:
             self.news.set()
 
     def learn(self, record: RequestRecord | None) -> None:
-        """Take from the record what no journal tells. Expired if there is none any more."""
+        """Take from the record what is in no journal. Expired if there is no record any more."""
         if record is None:
             if self.accepted:
                 self.fail(Expired("the request is not there any more"))
@@ -157,11 +157,11 @@ class Outlet:
     def __init__(self, bus: GatewayBus, name: str) -> None:
         self.bus = bus
         self.name = name
-        self.attached: dict[str, int] = {}  # rid -> attach count seen here, while somebody here follows it
+        self.attached: dict[str, int] = {}  # rid -> attach count seen here, while it has a follower here
         self._followers: dict[str, list[Follower]] = {}
         self._subscription = bus.subscribe(name)
         self._tasks: list[asyncio.Task[None]] = []
-        self._dirty: list[Follower] = []  # those with something to write
+        self._dirty: list[Follower] = []  # followers with something to write
         self._flush_soon = False
 
     async def start(self) -> None:
@@ -197,13 +197,13 @@ class Outlet:
         return [f for followers in self._followers.values() for f in followers]
 
     async def _dispatch(self) -> None:
-        """Deliver for ever. Whatever breaks the subscription, all followers read their journals once it is back."""
+        """Deliver for ever. After the subscription was lost and is back, all followers read their journals."""
         while True:
             try:
                 async for rows in self._subscription:
                     if rows:
                         self.deliver(rows)
-                    else:  # it was lost and is up again: anything may have been missed
+                    else:  # it was lost and is back: rows may have been missed
                         self._all_behind()
                 return
             except ServiceError:
@@ -217,12 +217,12 @@ class Outlet:
             follower.fall_behind()
 
     def deliver(self, rows: Iterable[Row]) -> None:
-        """Hand out one publication. What each follower got is written in one go, once all that is ready was read."""
+        """Deliver one publication. Each follower writes once, after all publications at hand were read."""
         for row in rows:
             for follower in self._followers.get(row.rid, ()):
                 try:
                     follower.feed(row)
-                except Exception as error:  # one torn row must not end every stream
+                except Exception as error:  # one malformed row must not end every stream
                     _torn(follower, error)
                 if not follower.dirty:
                     follower.dirty = True
@@ -247,7 +247,7 @@ class Outlet:
             try:
                 await self._check_silent()
             except ServiceError:
-                continue  # the server is away; its return is seen by the subscription, and here a second later
+                continue  # Redis is unreachable; the subscription reconnects, and this loop tries again in a second
             except Exception:
                 log.exception("the check of silent streams failed")
 
@@ -265,7 +265,7 @@ class Outlet:
             before = [f.cursors[c] for f, c in part]
             try:
                 lengths = await self.bus.journal_lengths([(f.rid, c) for f, c in part])
-            except StoreFailed:  # a key of a wrong type among them: let each find out for itself
+            except StoreFailed:  # one key has a wrong type: let each follower read its own
                 for follower, _ in part:
                     follower.fall_behind()
                 continue
@@ -279,7 +279,8 @@ class Outlet:
                 await self._check_record(follower)
 
     async def _check_record(self, follower: Follower) -> None:
-        """A request that was never admitted, or is not there any more, has no journal that could tell."""
+        """Read the record of a silent request: one that was never admitted, or has expired, has no journal to
+        compare."""
         follower.record_check_s = min(2 * follower.record_check_s, follower.silent_s + RECORD_CHECK_S)
         record = await self.bus.read_request(follower.rid)
         follower.learn(record)

@@ -1,7 +1,7 @@
-"""The bodies of /v1/completions and /v1/chat/completions, and what they ask of the service.
+"""The bodies of /v1/completions and /v1/chat/completions, and the jobs made of them.
 
-A field is supported, ignored on purpose, or refused by name: nothing that could change the answer is passed
-over in silence. The field lists follow OpenAI's specification and, for sampling, what vLLM added to it.
+A field is supported, ignored on purpose, or refused by name: nothing that could change the answer is
+ignored silently. The field lists follow OpenAI's specification and, for sampling, what vLLM added to it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_TIMEOUT_S = 86400.0
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # ignored: padding against traffic analysis is the proxy's matter
+    include_obfuscation: bool | None = None  # ignored: padding against traffic analysis is left to a proxy
 
 
 class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -78,7 +78,7 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    # accepted only where they say nothing
+    # accepted only with values that have no effect
     prompt_logprobs: Any = None
 
     @property
@@ -100,7 +100,7 @@ class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    # accepted only where they say nothing
+    # accepted only with values that have no effect
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None

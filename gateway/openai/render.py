@@ -3,7 +3,7 @@
 One event per frame. Every event's id says how far each choice's journal has been shown, with a check of the
 bytes before: ``c0.c1...-CHECK`` (byte cursors of the choices opened so far, then eight hex digits), and a
 last letter ``u`` after the usage chunk or ``d`` after [DONE]. A stream is a function of the request's record
-and its journals, so whoever replays the journals up to an id goes on with the same bytes.
+and its journals, so any gateway that replays the journals up to an id continues with the same bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EVENT_ID = re.compile(r"((?:\d{1,12}(?:\.\d{1,12}){0,255})?)-([0-9a-f]{8})([ud]
 
 @dataclass(frozen=True)
 class EventId:
-    """Where a reader stands: ``cursors`` of the choices opened, ``check`` of the bytes before, ``tail`` u or d."""
+    """How far a client has read: ``cursors`` of the choices opened, ``check`` of the bytes before, ``tail`` u or d."""
 
     cursors: tuple[int, ...]
     check: int
@@ -58,7 +58,7 @@ def split_frames(raw: bytes) -> list[tuple[bytes, Frame]]:
 
 
 class Tally:
-    """How far the journals of one request have been read, and what they add up to.
+    """How far the journals of one request have been read, and their totals.
 
     ``choices`` journals; ``n`` of them share a prompt. ``error`` is the first error frame's extra.
     """
@@ -72,7 +72,7 @@ class Tally:
         self.open = choices
         self.prompt_tokens: int | None = None  # None: not admitted yet
         self.completion_tokens = 0
-        self.replayed_tokens = 0  # of these, what a reader had seen before
+        self.replayed_tokens = 0  # of these, tokens that the client had seen before
         self.cached_tokens = 0
         self.error: dict[str, Any] | None = None
 
@@ -138,7 +138,8 @@ class Chunks(Tally):
     # -------------------------------------------------------------- events
 
     def openings(self) -> bytes:
-        """What comes before any token: the role of each choice's message, or its echoed prompt. Empty if they came."""
+        """What comes before any token: the role of each choice's message, or its echoed prompt. Empty if they were
+        sent."""
         out: list[bytes] = []
         while self.opened < self.choices:
             choice = self.opened
@@ -166,7 +167,7 @@ class Chunks(Tally):
         return b"".join(out)
 
     def closing(self, tail: str = "") -> bytes:
-        """What ends the stream, after the events that ``tail`` says were shown already."""
+        """The last events of the stream, less those that ``tail`` says were sent already."""
         if failure := self.failure():
             return b"data: " + encode_json(failure) + b"\n\n"
         out = b""
@@ -175,7 +176,7 @@ class Chunks(Tally):
         return out + self._id(b"d")[: -len(b"data: ")] + DONE
 
     def replay(self, shown: EventId, journals: list[bytes]) -> None:
-        """Count silently what a reader has seen: ``journals`` hold each opened choice's bytes up to its cursor.
+        """Count what a client has seen, without events: ``journals`` hold each opened choice's bytes up to its cursor.
         StreamDiverged if these are not the bytes that the reader was shown."""
         if len(shown.cursors) > self.choices or (not self._opening and len(shown.cursors) != self.choices):
             raise StreamDiverged("the event id belongs to another stream")
@@ -298,7 +299,7 @@ def token_text(raw: bytes) -> str:
 
 
 def finite(value: float) -> float:
-    """JSON has no infinities; a logprob of minus infinity is told as OpenAI does."""
+    """JSON has no infinities; a logprob of minus infinity becomes OpenAI's value for it."""
     return value if math.isfinite(value) else -9999.0
 
 

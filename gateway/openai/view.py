@@ -1,4 +1,4 @@
-"""View: how the answer to a request is to be shown. It travels in Job.view, so that any gateway can show it."""
+"""View: how the answer to a request is rendered. It travels in Job.view, so that any gateway can show it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class View(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     echo: bool = False  # the prompt comes before its completion
     logprobs: int | None = None  # None: not shown
     ids: bool = False  # token ids are shown
-    grace_s: float = 0.0  # how long the request goes on without a reader
-    detached: bool = False  # it goes on without one for as long as it takes
+    grace_s: float = 0.0  # how long the request continues without a reader
+    detached: bool = False  # it continues without one until it ends
 
     def asdict(self) -> dict[str, Any]:
         fields: dict[str, Any] = msgspec.to_builtins(self)
