@@ -1,8 +1,8 @@
 """``headrace``: the command line. Services are imported inside their own subcommand, so that ``headrace gateway``
 never loads torch and ``headrace --help`` loads nothing at all.
 
-Exit codes: 0 a clean end; 1 a failure; 2 a wrong command line; 78 (EX_CONFIG) a start that cannot succeed as asked,
-which ``serve`` never repeats; 130 ended by a second Ctrl-C.
+Exit codes: 0 a clean end; 1 a failure; 2 a wrong command line; 78 (EX_CONFIG) a start that cannot succeed with this
+configuration, which ``serve`` never repeats; 130 ended by a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def _with_model(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def checked(values: Mapping[str, Any], service: Coroutine[Any, Any, int]) -> Coroutine[Any, Any, int]:
     """The service, with its server's durability checked; under ``serve``, which has done that, just the service.
-    StartError for a URL that makes no sense."""
+    StartError for an invalid URL."""
     from headrace.serve.durability import with_check
     from headrace.serve.progress import SUPERVISED
     from protocol.connection import check_url
@@ -269,8 +269,8 @@ def _start_logging(level: str) -> None:
 
 
 def _run(role: str, service: Coroutine[Any, Any, int]) -> NoReturn:
-    """Run a service to its end and leave at once: taking an interpreter with torch apart lasts seconds, and a thread
-    that hangs in a device must not keep a dead process alive."""
+    """Run a service to its end and exit at once: the teardown of an interpreter with torch takes seconds, and a thread
+    that hangs in a device must not keep the process alive."""
     runner: Any = asyncio
     with contextlib.suppress(ImportError):  # not on every platform
         import uvloop as runner

@@ -8,7 +8,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-PLAIN_STEP = 0.25  # without a terminal, a stage is told of at its start, its end and each quarter
+PLAIN_STEP = 0.25  # without a terminal, a line is printed at the start, the end and each quarter of a stage
 
 
 class StartView:

@@ -1,7 +1,7 @@
 """What an option is, and how a table of them becomes parsers, environment variables and command lines of children.
 
-The one idea: an option belongs to the commands named in its row. ``--block-size`` is a worker's; ``serve``
-takes it too and hands it on to the workers that it starts. Each option is also an environment variable:
+An option belongs to the commands named in its row. ``--block-size`` is a worker's; ``serve``
+takes it too and passes it to the workers that it starts. Each option is also an environment variable:
 ``--max-model-len`` is ``HEADRACE_MAX_MODEL_LEN``. The command line wins over the environment.
 """
 
@@ -152,7 +152,8 @@ def size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Unusable:
-    """The default of an option whose environment variable makes no sense: only who needs it is told."""
+    """The default of an option whose environment variable is invalid: an error only for commands that use the
+    option."""
 
     reason: str
 
@@ -206,7 +207,7 @@ def child_environment(rows: Iterable[Option], redis_url: str, environ: Mapping[s
 
 
 def state_dir() -> Path:
-    """Where a user's programs keep what outlives them (XDG base directories)."""
+    """The user's directory for persistent state (XDG base directories)."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "headrace"
 
 

@@ -1,7 +1,7 @@
 """Redis Cluster: which node holds a key. All keys of a model share a slot, so a connection to that one node will do.
 
 ``redis+cluster://[user:password@]host:port[,host:port...]`` (over TLS ``rediss+cluster://``) names some of the nodes;
-any of them knows the others.
+the others are found from any of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def seeds(url: str) -> list[str]:
 
 
 async def node_of(url: str, key: str, ask: Ask) -> str:
-    """URL of the primary that holds ``key``. LostConnection if no node can tell, or none holds it now."""
+    """URL of the primary that holds ``key``. LostConnection if no node answers, or none holds it now."""
     slot = key_slot(key.encode())
     for first, last, node in await _ranges(url, ask):
         if first <= slot <= last:
@@ -50,7 +50,7 @@ async def primaries(url: str, ask: Ask) -> list[str]:
 
 
 async def _ranges(url: str, ask: Ask) -> list[tuple[int, int, str]]:
-    """(first slot, last slot, URL of their primary) as the first node that answers has it."""
+    """(first slot, last slot, URL of their primary) from the first node that answers."""
     lost: Exception = LostConnection("the URL names no node")
     for seed in random.sample(named := seeds(url), len(named)):
         try:
@@ -61,7 +61,7 @@ async def _ranges(url: str, ask: Ask) -> list[tuple[int, int, str]]:
         parts, found = urlsplit(seed), []
         user = parts.netloc.rpartition("@")[0]
         for first, last, (host, port, *_), *_ in reply:
-            # a node that has not been told its own address is where it was asked
+            # a node that does not know its own address has the one it was asked at
             name = host.decode() if host not in (None, b"", b"?") else parts.hostname or ""
             found.append((first, last, _node_url(parts, user, f"[{name}]:{port}" if ":" in name else f"{name}:{port}")))
         return found

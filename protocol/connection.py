@@ -1,7 +1,7 @@
-"""One server, reached through whatever happens to it: connections, repeats with backoff, script loading, subscriptions.
+"""Access to one server across failures: connections, repeats with backoff, script loading, subscriptions.
 
-Every operation that goes through here is safe to repeat, so a lost connection is answered by repeating, never by
-guessing. redis-py's own retries and timeouts are switched off: this module is the one place that decides.
+Every operation that goes through here is safe to repeat, so after a lost connection it is repeated. redis-py's
+own retries and timeouts are switched off: they are decided here alone.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from protocol.scripts import Script
 T = TypeVar("T")
 Argument = str | bytes | int | float
 
-REPLY_TIMEOUT_S = 15.0  # a stalled server is waited for; a dead link is given up
+REPLY_TIMEOUT_S = 15.0  # long enough for a stalled server; after it the connection counts as dead
 CONNECT_TIMEOUT_S = 5.0
 MOST_BACKOFF_S = 2.0
-PING_EVERY_S = 5.0  # a silent subscription is asked whether it still lives
-# replies of a server that is there and will be able to answer later
+PING_EVERY_S = 5.0  # a silent subscription is checked with a PING
+# replies of a server that runs and will be able to answer later
 PASSING = {
     "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED",
     "MOVED", "ASK",
@@ -53,11 +53,11 @@ _pack: Callable[[tuple[Argument, ...]], bytes] = hiredis.pack_command  # type: i
 
 
 class OutOfMemory(Unavailable):
-    """The server refused a write for want of memory."""
+    """The server refused a write because it is out of memory."""
 
 
 class Link:
-    """Connections to one server: in a cluster, to the node that holds ``key``, wherever that moves.
+    """Connections to one server: in a cluster, to the node that holds ``key``, also after the key has moved.
 
     Each call takes a connection that is idle or makes one; none is shared by two calls at once.
     """
@@ -94,7 +94,7 @@ class Link:
         return await _connect(self._maker)
 
     async def lose_node(self) -> None:
-        """In a cluster: look anew for the node that holds the key."""
+        """In a cluster: find the node that holds the key again."""
         if self.in_cluster:
             self._maker = None
             await self.drop_idle()
@@ -115,14 +115,14 @@ class Link:
             self._busy.discard(connection)
             await connection.disconnect(nowait=True)
             if isinstance(error, self.lost_errors):
-                await self.drop_idle()  # what ended this one has likely ended them too
+                await self.drop_idle()  # the same failure has probably ended them too
             raise
         self._busy.discard(connection)
         self._idle.append(connection)
         return out
 
     async def repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Await ``attempt()`` until it comes through, with jittered backoff, for at most ``patience`` seconds."""
+        """Await ``attempt()`` until it succeeds, with jittered backoff, for at most ``patience`` seconds."""
         started, tries = time.monotonic(), 0
         while True:
             try:
@@ -142,7 +142,7 @@ class Link:
             await asyncio.sleep(pause)
 
     async def command(self, *args: Argument, block_s: float = 0.0) -> Any:
-        """One command; ``block_s`` is how long the server may keep us waiting on purpose."""
+        """One command; ``block_s`` is how long the server may block on purpose."""
         packed = _pack(args)
 
         async def attempt() -> Any:
@@ -153,7 +153,7 @@ class Link:
 
     async def pipeline(self, commands: Sequence[tuple[Argument, ...]], *, tolerant: bool = False) -> list[Any]:
         """Several commands in one round trip, not atomically. ``tolerant``: the reply of one that the server refuses
-        for good (a key of a wrong type) is None, and the others stand."""
+        for good (a key of a wrong type) is None, and the others are returned."""
         if not commands:
             return []
         packed = b"".join([_pack(c) for c in commands])
@@ -165,7 +165,7 @@ class Link:
         return await self.repeat(attempt)
 
     async def script(self, script: Script, key: str, args: Sequence[Argument]) -> Any:
-        """Run a script by its digest; a server that has forgotten it (a restart) is sent the source."""
+        """Run a script by its digest; a server that does not have it (after a restart) gets the source."""
         (reply,) = await self.script_each(script, key, [args])
         return reply
 
@@ -184,14 +184,14 @@ class Link:
 
 
 def check_url(url: str) -> None:
-    """StartError for a URL that makes no sense."""
+    """StartError for an invalid URL."""
     for seed in cluster.seeds(url):
         _maker(seed)
 
 
 def _maker(url: str) -> ConnectionPool:
     """What makes connections to one server; it only reads the URL, nothing is pooled in it. StartError for a URL that
-    makes no sense; it is not repeated: part of a password may be what was taken for a port."""
+    makes no sense; the message does not quote it, since part of a password may have been read as a port."""
     try:
         return ConnectionPool.from_url(
             url,
@@ -212,12 +212,12 @@ def _maker(url: str) -> ConnectionPool:
 async def _connect(maker: ConnectionPool) -> Any:
     connection: Any = maker.make_connection()  # type: ignore[no-untyped-call]
     try:
-        # the greeting included: a stalled server accepts, and is silent
+        # includes the handshake: a stalled server accepts connections and does not answer
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             await connection.connect()
     except BaseException as error:
         await connection.disconnect(nowait=True)
-        if isinstance(error.__cause__, REFUSED):  # the library makes a lost connection of it
+        if isinstance(error.__cause__, REFUSED):  # the library reports it as a lost connection
             raise error.__cause__ from None
         raise
     return connection
@@ -243,7 +243,7 @@ async def read_reply(connection: Any) -> Any:
 
 
 class _Passing(Exception):
-    """The server is there and will be able to answer later."""
+    """The server runs and will be able to answer later."""
 
 
 def _or_none(reply: Any) -> Any:
@@ -254,7 +254,7 @@ def _or_none(reply: Any) -> Any:
 
 
 def checked(reply: Any) -> Any:
-    """The reply, or the error that it tells of, as one of ours."""
+    """The reply, or the error that it reports, as one of protocol.errors."""
     if not isinstance(reply, RedisError):
         return reply
     text = str(reply).partition(", with args")[0]  # which may be a prompt
@@ -310,7 +310,7 @@ class Subscription:
                 message = await self._connection.read_response(
                     disable_decoding=True, timeout=PING_EVERY_S, disconnect_on_error=False
                 )
-                if message is None:  # silence: ask, and hear at least the answer before the next silence
+                if message is None:  # silence: send a PING; its answer must arrive before the next timeout
                     if asked:
                         raise ConnectionResetError("the subscription does not answer")
                     await self._connection.send_command("PING", check_health=False)
@@ -329,12 +329,12 @@ class Subscription:
             if message is not None and message[0] in (b"message", b"smessage"):
                 try:
                     rows = decode_rows(message[2])
-                except msgspec.DecodeError:  # not ours; if it took the place of ours, the journals know
+                except msgspec.DecodeError:  # not a publication of ours; if one was lost, the journals have its rows
                     rows = []
                 yield rows
 
     async def _start_again(self) -> None:
-        """As `start`, for as long as it takes: nobody waits here who could be told of an outage."""
+        """As `start`, repeated for ever: no caller waits here to be told of an outage."""
         while not self._closed:
             try:
                 await self.start()

@@ -9,7 +9,7 @@ from protocol.cluster import is_cluster, primaries
 from protocol.connection import Link, ask
 from protocol.errors import StoreFailed
 
-# what each protects from is told with it: the warning is read by somebody who has to decide
+# each text says what can be lost, since the reader of the warning has to decide
 WANTED = {
     "appendonly": ("yes", "nothing survives a restart of the server"),
     "appendfsync": ("always", "a power cut may take the last second or more"),
@@ -21,8 +21,8 @@ HIDDEN = "CONFIG GET is not allowed to us"
 
 async def weaknesses(url: str, patience: float | None) -> list[str]:
     """Settings of the server (in a cluster, of each primary) that are weaker than ours, one sentence each. A server
-    that hides its settings is told by what is unknown. Unavailable if it does not answer for ``patience`` seconds,
-    StoreFailed if it does not know us."""
+    that hides its settings is reported as unknown. Unavailable if it does not answer for ``patience`` seconds,
+    StoreFailed if it refuses the user."""
     first = Link(url, patience)
     try:
         nodes = await first.repeat(lambda: primaries(url, ask))
@@ -45,7 +45,7 @@ async def _of_one(link: Link) -> list[str]:
     for name, (wanted, loss) in WANTED.items():
         try:
             reply: list[Any] = await link.command("CONFIG", "GET", name)
-        except StoreFailed:  # an ACL forbids it, or a hosting service has taken the command away
+        except StoreFailed:  # an ACL forbids it, or a hosting service has removed the command
             return [f"{HIDDEN}, so these are unknown: {', '.join(WANTED)}"]
         actual = reply[1].decode() if len(reply) > 1 else "unknown"
         if actual != wanted:

@@ -1,7 +1,7 @@
 """One error tree. Each class says whose fault it is, its wire code, and the HTTP status it becomes.
 
     HeadraceError
-    ├── RequestError                    the sender's fault: never retried as it stands
+    ├── RequestError                    the sender's fault: never retried unchanged
     │   ├── InvalidRequest        400   invalid_request
     │   │   └── StructureNotSupported 400 structure_not_supported (a schema, grammar or tokenizer that cannot be served)
     │   ├── NoTokenLeft           400   no_token_left (its own parameters rule out every token)
@@ -13,7 +13,7 @@
     │   ├── StreamDiverged        409   stream_diverged
     │   ├── Expired               410   expired
     │   └── TooLarge              413   too_large
-    ├── ServiceError                    ours, or the surroundings': may be tried again
+    ├── ServiceError                    a fault of the service or of what it depends on: may be retried
     │   ├── Overloaded            429   overloaded (carries retry_after, seconds)
     │   ├── EngineFailed          500   engine_failed
     │   ├── GrammarFailed         500   grammar_failed (a grammar that could not be followed to its end)

@@ -1,7 +1,7 @@
 """Wire structs, one section per direction. MessagePack everywhere.
 
 Structs between our own services are arrays: they grow only at their end, and readers ignore extras.
-What producers write or read (Job, Terminal) are maps, so that a person can write one by hand.
+What producers write or read (Job, Terminal) are maps, so that they can be written by hand.
 Token ids and block ids travel as little-endian int32 bytes (``pack_ids`` / ``unpack_ids``).
 """
 
@@ -85,8 +85,8 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One request as it stands in the inbox and, normalised, under ``body`` of its ``r:`` hash.
 
     ``prompt`` is a text, token ids, or a list of either; choice i of the request continues prompt
-    i // n. ``view`` is the gateway's own note of how to render the answer (endpoint, created, ...); the
-    scheduler never reads it, but for an `error` it may carry nothing that changes the outcome.
+    i // n. ``view`` is the gateway's description of how to render the answer (endpoint, created, ...); the
+    scheduler never reads it, and nothing in it changes what is generated.
     """
 
     v: int = 1
@@ -120,7 +120,7 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
 
 
 def body_hash(body: bytes) -> str:
-    """What may be kept of a body after it is gone: its SHA-256."""
+    """SHA-256 of a body: what may be kept after the body is deleted."""
     return hashlib.sha256(body).hexdigest()
 
 
@@ -131,7 +131,7 @@ def choice_seed(seed: int, choice: int) -> int:
 
 
 class ModelCard(Struct, kw_only=True, omit_defaults=True):
-    """What the registry says of a served model (a map; written by the leader)."""
+    """A served model in the registry (a map; written by the leader)."""
 
     model: str
     created: int  # Unix seconds
@@ -146,7 +146,7 @@ class ModelCard(Struct, kw_only=True, omit_defaults=True):
 
 
 class NewSequence(Struct, array_like=True):
-    """A sequence that a worker meets for the first time under this placement.
+    """A sequence that is new to a worker under this placement.
 
     ``token_ids`` are all known ids (prompt, then what the journal holds); ``computed`` of them have
     their KV in the blocks of ``block_table`` already (prefix-cache hits). ``cursor`` is the journal's
@@ -170,11 +170,11 @@ class NewSequence(Struct, array_like=True):
 
 
 class Plan(Struct, array_like=True):
-    """The token-step batch of one step.
+    """The batch of one step.
 
     Rows are parallel arrays: row k computes the next ``counts[k]`` tokens of seat ``seats[k]`` and,
-    where ``samples[k]``, samples one more. Never positions: the worker keeps, by seat, how many tokens
-    are computed and which id came last. Empty ``counts`` means 1 for every row, empty ``samples`` means
+    where ``samples[k]``, samples one more. A plan has no positions: the worker keeps, by seat, how many tokens
+    are computed and the last id. Empty ``counts`` means 1 for every row, empty ``samples`` means
     every row samples (a steady decode step).
     """
 
@@ -187,7 +187,7 @@ class Plan(Struct, array_like=True):
     new: list[NewSequence] = []
     blocks: list[tuple[int, bytes]] = []  # (seat, ids of blocks appended to its table), for known seats
     ends: list[tuple[int, str]] = []  # (seat, finish reason): write a terminal frame, then empty the seat
-    frees: list[int] = []  # seats that left silently (ended or preempted): forget them. Applied before `new`
+    frees: list[int] = []  # seats whose sequences ended or were preempted: drop their state. Applied before `new`
 
 
 class PoolCapacity(Struct, array_like=True):
@@ -216,7 +216,7 @@ class Capacity(Struct, array_like=True):
 class Frame(Struct, array_like=True):
     """One token's record in a journal. ``token`` is None in a frame that only ends the choice.
 
-    ``extra`` keys: ``held`` (text held back so far: half a character, or what may become a stop string),
+    ``extra`` keys: ``held`` (text held back so far: an incomplete character, or what may become a stop string),
     ``lp`` (the token's logprob), ``tok`` (the token's own bytes), ``top`` ([[id, bytes, logprob], ...]),
     ``cached`` (prefix-cache tokens, first frame only), ``stop`` (the stop string or id that matched), and for
     finish reason ``error``: ``code``, ``message``, ``param``.
@@ -268,9 +268,9 @@ _ONE_FRAME_BYTES = 40
 
 
 def split_stream(raw: bytes) -> Iterator[bytes]:
-    """Split concatenated MessagePack values into the bytes of each. Raises msgspec.DecodeError on a torn one.
+    """Split concatenated MessagePack values into the bytes of each. msgspec.DecodeError if one is incomplete.
 
-    msgspec has no streaming reader; the msgpack package's Unpacker tells where each value ends.
+    msgspec has no streaming reader; the msgpack package's Unpacker finds where each value ends.
     """
     import msgpack  # a direct dependency; imported here since only readers of streams need it
 
@@ -288,7 +288,7 @@ def split_stream(raw: bytes) -> Iterator[bytes]:
 
 
 def decode_frames(raw: bytes) -> list[Frame]:
-    """The frames of a journal or of a row, in order. Raises msgspec.DecodeError on a torn one."""
+    """The frames of a journal or of a row, in order. msgspec.DecodeError if one is incomplete."""
     if len(raw) <= _ONE_FRAME_BYTES:  # likely one frame, as in most rows: no need to split
         try:
             return [_frame_decoder.decode(raw)]

@@ -1,4 +1,4 @@
-"""What the bus takes and gives: plain records, and how they are read from Redis replies."""
+"""Arguments and results of the bus: plain records, and how they are read from Redis replies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Limits:
 class Accepted:
     rid: str
     joined: bool  # an idempotency key named a request that exists already
-    attached: int = 0  # the attach count that a later cancel hands back
+    attached: int = 0  # the attach count to pass to a later cancel
 
 
 @dataclass
@@ -86,7 +86,7 @@ class WorkerRecord:
 @dataclass(frozen=True)
 class LeaderRecord:
     epoch: int
-    owner: str  # "": none, or the last one handed over: a standby may lead at once
+    owner: str  # "": none, or handed over: a standby may lead at once
     beat: int
     wire: int = field(default=0, compare=False)
 
@@ -104,7 +104,7 @@ def fields_of(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 
 
 def request_record(rid: str, flat: Sequence[bytes]) -> RequestRecord | None:
-    """None if there is no such request. StoreFailed if what stands there is not ours."""
+    """None if there is no such request. StoreFailed if the key holds something else."""
     if not flat:
         return None
     try:
@@ -147,7 +147,7 @@ def inbox_entry(entry_id: bytes, flat: Sequence[bytes]) -> InboxEntry:
 
 
 def event(event_id: bytes, flat: Sequence[bytes]) -> Event | None:
-    """None for an entry that is not ours, or of a kind that this version does not know."""
+    """None for an entry of another program, or of a kind that this version does not know."""
     fields = fields_of(flat)
     out = Event(event_id.decode(), _EVENT_KINDS.get(fields.get(b"k", b""), ""))
     try:
@@ -168,7 +168,7 @@ def event(event_id: bytes, flat: Sequence[bytes]) -> Event | None:
 
 
 def worker_record(wid: str, flat: Sequence[bytes]) -> WorkerRecord | None:
-    """None if there is no such worker, or what stands there is not ours."""
+    """None if there is no such worker, or the key holds something else."""
     fields = fields_of(flat)
     try:
         capacity = fields.get(b"capacity")
@@ -185,7 +185,7 @@ def worker_record(wid: str, flat: Sequence[bytes]) -> WorkerRecord | None:
 
 
 def terminal(flat: Sequence[bytes]) -> Terminal | None:
-    """An entry of a results stream; None if it is not ours."""
+    """An entry of a results stream; None if another program wrote it."""
     try:
         return _terminal_decoder.decode(fields_of(flat)[b"result"])
     except (KeyError, msgspec.DecodeError):

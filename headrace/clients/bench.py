@@ -1,4 +1,4 @@
-"""``headrace bench``: load against any OpenAI-compatible server, and what its users would feel.
+"""``headrace bench``: load on any OpenAI-compatible server, with latencies as its users see them.
 
 Closed loop (--concurrency N: N users, each sends its next request when the last one has ended), open loop (--rate R:
 Poisson arrivals) or a burst (neither: everything at once). Latencies of open loop and burst count from the *scheduled*
@@ -44,7 +44,7 @@ def run(values: Mapping[str, Any]) -> int:
 
 @dataclass
 class Result:
-    """What one request felt like. Times are perf_counter seconds."""
+    """Measured times of one request, in perf_counter seconds."""
 
     index: int
     prompt_tokens: int

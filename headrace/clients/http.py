@@ -1,11 +1,11 @@
-"""A client of the HTTP API whose streams survive: whatever breaks, it goes on at the last event, at any gateway.
+"""HttpClient: streams over HTTP that continue after any failure, from the last event, on any gateway.
 
     async with HttpClient(["http://gateway-0:8000", "http://gateway-1:8000"]) as client:
         async for chunk in client.stream({"model": "m", "prompt": "def add(a, b):", "max_tokens": 64}):
             print(chunk["choices"][0]["text"], end="")
 
-It asks for a grace, so that the request outlives a lost connection, and sends an idempotency key, so that asking again
-after a lost answer joins the request instead of running it twice. Then it only needs each event's id.
+It asks for a grace period, so that the request continues after a lost connection, and sends an idempotency key, so that
+a repeated POST joins the request instead of running it twice. To continue, it needs only the last event's id.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ import aiohttp
 
 from protocol.errors import EngineFailed, HeadraceError, RequestError, Unavailable
 
-SILENCE_S = 45.0  # a stream that says nothing for so long is taken up elsewhere
+SILENCE_S = 45.0  # a stream without any byte for so long is resumed elsewhere
 PASSING_STATUS = (429, 500, 502, 503, 504)
-PASSING_CODES = ("unavailable", "overloaded")  # of error events: the request itself goes on
+PASSING_CODES = ("unavailable", "overloaded")  # of error events: the request itself continues
 MOST_BACKOFF_S = 5.0
 
 
 class _Interrupted(Exception):
-    """Not the end of the request: ask again. ``wait_s``: what the server asked for, if it did."""
+    """Not the end of the request: try again. ``wait_s``: what the server asked for, if it did."""
 
     def __init__(self, wait_s: float | None = None) -> None:
         self.wait_s = wait_s
 
 
 class HttpClient:
-    """``urls`` are gateways of one service. ``grace`` is how long, in seconds, a request goes on without us;
-    ``patience`` how long we try without getting anything before Unavailable is raised."""
+    """``urls`` are gateways of one service. ``grace`` is how long, in seconds, a request continues
+    without its client; ``patience`` how long to try without an answer before Unavailable is raised."""
 
     def __init__(
         self, urls: str | Sequence[str], *, api_key: str | None = None, grace: float = 60.0, patience: float = 120.0
@@ -64,7 +64,7 @@ class HttpClient:
         """The chunks of one completion or chat completion (told apart by ``messages``), each exactly once.
 
         Raises RequestError for what is wrong with the request, EngineFailed for what ended it, Unavailable when nothing
-        came through for ``patience`` seconds. Leaving the iteration early ends the request after its grace.
+        arrived for ``patience`` seconds. A request whose iteration is left early ends after its grace period.
         """
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         headers = {"Idempotency-Key": secrets.token_hex(16), "X-Headrace-Resume": f"{self.grace:g}"}
@@ -89,7 +89,7 @@ class HttpClient:
             await asyncio.sleep(backoff if wait_s is None else wait_s)
 
     async def _attempt(self, stream: _Stream) -> AsyncIterator[dict[str, Any]]:
-        """One connection: the first asks, the following go on after the last event."""
+        """One connection: the first sends the request, later ones continue after the last event."""
         if self._session is None:
             raise RuntimeError("use `async with HttpClient(...)`")
         url = next(self._next)
@@ -110,7 +110,7 @@ class HttpClient:
 
 
 class _Stream:
-    """What is known of one stream: enough to go on with it."""
+    """The state of one stream: what is needed to continue it."""
 
     def __init__(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         self.path, self.body, self.headers = path, body, headers
@@ -119,7 +119,7 @@ class _Stream:
         self.ended = False
 
     async def read(self, content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
-        """Chunks to [DONE]. An event counts as seen once its data has been handed on."""
+        """Chunks to [DONE]. An event counts as seen once its data was yielded."""
         event_id = ""
         async for line in content:
             if line.startswith(b"id:"):
@@ -131,7 +131,7 @@ class _Stream:
                 self.ended = True
                 return
             if not line.endswith(b"\n"):
-                break  # torn in the middle
+                break  # cut off
             event = json.loads(raw)
             if "error" in event:
                 raise _error_of(event["error"])
@@ -141,7 +141,7 @@ class _Stream:
 
 
 async def _refusal(reply: aiohttp.ClientResponse) -> Exception:
-    """What an HTTP error means: ask again, or the request's own fault."""
+    """What an HTTP error means: try again, or an error of the request."""
     if reply.status in PASSING_STATUS:
         try:
             return _Interrupted(float(reply.headers["Retry-After"]))

@@ -5,9 +5,9 @@
         async for piece in client.stream(request):
             print(piece.text, end="")
 
-A submitted request is durable: it goes on without its client, and any client can stream it again by its id for as
-long as its journal is kept. The journal is the stream; what is published live only saves reading it. So a lost
-publication, a restarted server or a client that comes late costs nothing: the reader goes on at its cursor.
+A submitted request is durable: it continues without its client, and any client can stream it again by its id for as
+long as its journal is kept. Publications only save polling the journal. So after a lost publication or a restart of
+Redis, or for a client that connects late, the reader continues from its cursor in the journal.
 ``headrace.Client`` (clients/sync.py) has the same methods without ``await``.
 """
 
@@ -96,7 +96,7 @@ class AsyncClient:
         self._channel = f"client-{secrets.token_hex(8)}"
         self._bus: GatewayBus | None = None
         self._listener: asyncio.Task[None] | None = None
-        self._readers: dict[str, set[asyncio.Queue[Row | None]]] = {}  # by rid; None: look into the journal
+        self._readers: dict[str, set[asyncio.Queue[Row | None]]] = {}  # by rid; None: read the journal
 
     async def __aenter__(self) -> AsyncClient:
         await self.connect()
@@ -205,8 +205,8 @@ class AsyncClient:
         return self._bus
 
     async def _listen(self, publications: AsyncIterable[list[Row]]) -> None:
-        """Hand rows to whoever reads their request. A subscription that was lost sends all to their journals; it is
-        taken up again however long the server is away: who reads is told by their own calls."""
+        """Deliver rows to the readers of their request. After a lost subscription all readers read their journals. It
+        is restored however long the server is unreachable; readers learn of an outage from their own calls."""
         while True:
             try:
                 async for rows in publications:

@@ -1,7 +1,7 @@
-"""``headrace submit``: one prompt, or a file of jobs with a bounded number of them under way.
+"""``headrace submit``: one prompt, or a file of jobs with a bounded number in progress.
 
-The results file is written as jobs end, in that order, each line with its job's id. It is also the memory of a run:
-started again, what it holds is skipped, and what was under way is joined by its id instead of being run twice.
+The results file is written as jobs end, in that order, each line with its job's id. It is also the state of a run:
+if the run is started again, jobs in the file are skipped, and jobs in progress are joined by id, not run twice.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class FileRun:
         return 1 if self.failed else 0
 
     def _done_before(self) -> set[str]:
-        """Ids that the results file holds with a real end. A torn last line (the run was killed) is cut off."""
+        """Ids that the results file holds with a real end. An incomplete last line (the run was killed) is removed."""
         done: set[str] = set()
         if not self.target.exists():
             return done

@@ -1,4 +1,4 @@
-"""What a start does about a server that is weaker than promised: it says so, or refuses."""
+"""The check of a server's durability at the start: weaker settings give a warning, or a refusal."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from protocol.bus import GatewayBus
 from protocol.durability import HIDDEN
 from protocol.errors import StartError, StoreFailed
 
-PATIENCE_S = 5.0  # of a check that a person waits for
+PATIENCE_S = 5.0  # of a check that a user waits for
 
 
 async def check_durability(
     url: str, strict: bool, tell: Callable[[str], object], *, patience: float | None = PATIENCE_S
 ) -> None:
-    """Tell of each setting by which the server could lose what it acknowledged; StartError if ``strict``."""
+    """Warn of each setting with which the server could lose what it acknowledged; StartError if ``strict``."""
     found = await GatewayBus.durability(url, patience=patience)
     if found and strict:
         raise StartError("--strict-durability: this server could lose what it acknowledged: " + "; ".join(found))
     for weakness in found:
-        # where each role has a user of its own, the scheduler's alone may look
+        # where each role has a Redis user of its own, only the scheduler's may read the settings
         known = HIDDEN not in weakness
         tell("warning: this server could lose what it acknowledged: " * known + weakness)
 
 
 async def with_check(url: str, strict: bool, service: Coroutine[Any, Any, int]) -> int:
     """Run ``service`` on a server that is checked: before it starts if ``strict``, else beside it, since a service
-    starts even while its server is away. Waits for the server as long as it takes."""
+    starts even while its server is unreachable. Waits for the server without limit."""
     log = logging.getLogger("headrace")
 
     def tell(text: str) -> None:
@@ -49,7 +49,7 @@ async def with_check(url: str, strict: bool, service: Coroutine[Any, Any, int]) 
     async def check() -> None:
         try:
             await check_durability(url, strict, tell, patience=None)
-        except StoreFailed as error:  # a gateway starts all the same, and answers 503
+        except StoreFailed as error:  # a gateway starts nevertheless, and answers 503
             log.error("%s", error)
 
     checking = asyncio.create_task(check())

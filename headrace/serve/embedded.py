@@ -81,7 +81,7 @@ def server_command(
         "daemonize": "no",
         "save": "",
         "maxmemory-policy": "noeviction",
-        "aof-load-truncated": "yes",  # a torn last write was never acknowledged
+        "aof-load-truncated": "yes",  # an incomplete last write was never acknowledged
         "tcp-backlog": "128",
         "loglevel": "warning",
         **(DURABLE if settings is None else settings),
@@ -135,7 +135,7 @@ class EmbeddedServer:
         return self
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """Ask it to end (it writes its file out first), then make it. Safe to call twice."""
+        """SIGTERM (it writes its file first), then SIGKILL. Safe to call twice."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:

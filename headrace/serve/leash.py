@@ -1,7 +1,7 @@
-"""Become another program that dies with its supervisor: ``python -I -S leash.py SUPERVISOR_PID COMMAND ARG...``.
+"""Execute another program that dies with its supervisor: ``python -I -S leash.py SUPERVISOR_PID COMMAND ARG...``.
 
-On Linux the kernel is asked to send SIGKILL when the parent ends (prctl PR_SET_PDEATHSIG); the wish survives the
-exec, so it works for programs that know nothing of it, such as the embedded server. SIGKILL is safe here: what was
+On Linux the kernel is asked to send SIGKILL when the parent ends (prctl PR_SET_PDEATHSIG); the setting survives
+exec, so it works for any program, such as the embedded server. SIGKILL is safe here: what was
 acknowledged is on disk. Elsewhere this is a plain exec. Run by path and without site, it costs some 15 ms.
 """
 
@@ -18,7 +18,7 @@ def main() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != supervisor:  # it ended before the wish was made
+        if os.getppid() != supervisor:  # it ended before the setting was made
             raise SystemExit(1)
     os.execvp(command[0], command)
 

@@ -1,4 +1,4 @@
-"""How a worker tells of its start: to a person on a terminal, to the supervisor by lines, else to the log.
+"""Progress of a worker's start: a bar on a terminal, lines for the supervisor, else log lines.
 
 Under ``serve`` (HEADRACE_SUPERVISED is set) each step of progress is one line on stderr,
 ``progress <stage> <fraction>``, which ``serve`` turns into a bar.
@@ -16,7 +16,7 @@ Progress = Callable[[str, float], None]  # (stage, fraction 0..1)
 
 
 def reporter() -> Progress:
-    """What fits this process's stderr."""
+    """The reporter that fits this process's stderr."""
     if os.environ.get(SUPERVISED):
         return _lines("progress {} {:.3f}")
     if sys.stderr.isatty():

@@ -1,6 +1,6 @@
 """``headrace serve``: everything on one machine, as separate processes that a supervisor keeps alive.
 
-Resolve what was asked for (fail early, with a sentence), start server, scheduler, gateway and workers, show their
+Resolve the options (errors before anything is started), start server, scheduler, gateway and workers, show their
 progress, print how to use them, then wait: for Ctrl-C, which drains gateway, worker, scheduler and server in this
 order, or for a process that cannot be kept alive, which ends all with a non-zero code.
 """
@@ -36,7 +36,7 @@ IMPORTANT = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL) ")  # a log line as th
 POLL_S = 0.2
 SERVER_POLL_S = 0.02
 SERVER_STOP_S = 30.0
-STOP_MARGIN_S = 15.0  # beyond --drain-timeout, before a process that does not leave is killed
+STOP_MARGIN_S = 15.0  # beyond --drain-timeout, before a process that does not exit is killed
 
 
 def serve(values: Mapping[str, Any]) -> int:
@@ -51,7 +51,7 @@ def serve(values: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Options with every default and free port decided, so that a restarted process finds all as it was."""
+    """Options with every default and free port decided, so that a restarted process gets the same."""
 
     values: dict[str, Any]
     run_dir: Path
@@ -70,7 +70,7 @@ class Layout:
 
 
 def resolve(values: Mapping[str, Any]) -> Layout:
-    """Decide all defaults. StartError for what can be seen to fail before anything is started."""
+    """Decide all defaults. StartError for what is known to fail before anything is started."""
     model = values["model"] or options.demo_model()
     if model is None:
         raise StartError("no model: pass --model with a local directory or a hub id (the demo model is not here)")
@@ -97,7 +97,7 @@ def resolve(values: Mapping[str, Any]) -> Layout:
 
 
 def check_model(model: str) -> None:
-    """StartError if ``model`` is a path that holds no model. A hub id is checked by who loads it."""
+    """StartError if ``model`` is a path that holds no model. A hub id is checked when it is loaded."""
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -214,7 +214,7 @@ class Stack:
 
     def _on_line(self, child: Child, line: str) -> None:
         if child.program.role != "redis":
-            self.view.stage(child.name, "start", 1.0)  # the first thing that a process says: it is up
+            self.view.stage(child.name, "start", 1.0)  # its first line: it is up
         if (told := progress.parse(line)) is not None:
             self.view.stage(child.name, *told)
         elif IMPORTANT.match(line):
@@ -228,7 +228,7 @@ class Stack:
         env = options.child_environment(OPTIONS, redis_url, os.environ) | {
             progress.SUPERVISED: "1",
             "PYTHONUNBUFFERED": "1",
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # busy waiting starves the neighbours
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # spinning would slow the others
         }
         await self._check_server(redis_url)
         for role in ("scheduler", "gateway", "worker"):
@@ -264,7 +264,7 @@ class Stack:
         return embedded.server_url(data_dir)
 
     async def _check_server(self, url: str) -> None:
-        """StartError if the server cannot be reached or is too old; a foreign one is told where it is weaker."""
+        """StartError if the server cannot be reached or is too old; weaker settings of a foreign one are reported."""
         bus = GatewayBus(url, self.layout.values["served_model_name"], patience=5.0)
         try:
             await bus.connect()

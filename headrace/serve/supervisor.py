@@ -1,4 +1,4 @@
-"""Keeps operating-system processes alive: starts, watches, restarts with backoff, gives up loudly.
+"""Keeps operating-system processes alive: starts, watches, restarts with backoff, gives up with an error.
 
 It knows nothing of Headrace's roles: ``serve`` says what to start and in which order to stop it. Every child is a
 session of its own (a terminal's Ctrl-C reaches only the supervisor, which orders the drain), dies with the supervisor
@@ -30,7 +30,7 @@ BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 TAIL_LINES = 12
 LOG_LINES = 2
 READ_BYTES = 1 << 16
-LAST_WORDS_S = 1.0  # how long the stderr of a dead child is read on
+LAST_WORDS_S = 1.0  # how long the stderr of a dead child is still read
 
 
 class GaveUp(HeadraceError):
@@ -68,7 +68,7 @@ class Child:
 
 
 class Supervisor:
-    """``on_line(child, line)`` sees every line of a child's stderr; ``on_notice(text)`` what a person should know."""
+    """``on_line(child, line)`` sees every line of a child's stderr; ``on_notice(text)`` what a user should know."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Supervisor:
             if child.alive:
                 _signal(child, signal.SIGTERM)
             elif child.task:
-                child.task.cancel()  # it waits for its next try
+                child.task.cancel()  # it waits for its next start
         tasks = [c.task for c in children if c.task]
         if not tasks:
             return
@@ -149,7 +149,7 @@ class Supervisor:
                 self.failed.set_exception(error)
 
     async def _run(self, child: Child) -> None:
-        """One life of the child: start, read its stderr to the end, reap."""
+        """One run of the child: start, read its stderr to the end, wait."""
         program = child.program
         child.tail.clear()
         with (self.logs / f"{program.name}.log").open("ab", buffering=0) as log, _Pipe() as pipe:
@@ -201,7 +201,7 @@ class Supervisor:
         return delay
 
     def _last_said(self, child: Child) -> list[str]:
-        """The end of its stderr, or of its log if it wrote none: the embedded server tells why it ends on stdout."""
+        """The end of its stderr, or of its log if it wrote none: the embedded server reports errors on stdout."""
         if child.tail:
             return list(child.tail)
         with (self.logs / f"{child.name}.log").open("rb") as log:
@@ -221,7 +221,7 @@ class Supervisor:
 
 
 class _Pipe:
-    """A pipe of our own, since asyncio's does not report a process's end before every heir has closed its end."""
+    """A pipe of our own: asyncio's reports the end of a process only after its children have closed the pipe too."""
 
     def __enter__(self) -> _Pipe:
         self.read_end, self.write_end = os.pipe()
@@ -229,7 +229,7 @@ class _Pipe:
         return self
 
     async def reader(self) -> asyncio.StreamReader:
-        """Once the child has its copy of the write end: ours is closed here, so that its end is seen."""
+        """Call once the child has the write end: ours is closed here, so that the end of the child's output is seen."""
         os.close(self.write_end)
         self.write_end = -1
         reader = asyncio.StreamReader()
@@ -257,7 +257,7 @@ def _signal(child: Child, number: int) -> None:
 
 
 def _end_group(child: Child) -> None:
-    """Kill the child, if it still runs, and whatever it has left behind (it leads a session of its own)."""
+    """Kill the child, if it still runs, and its remaining children (it leads a session of its own)."""
     assert child.process is not None
     try:
         os.killpg(child.process.pid, signal.SIGKILL)

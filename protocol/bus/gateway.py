@@ -73,8 +73,8 @@ class GatewayBus(RequestReads, ProducerBus):
         return bool(marked)
 
     async def attach(self, rid: str, tenant: str, name: str) -> RequestRecord:
-        """Add reply channel ``name`` (an ended request needs none). NotFound, or Overloaded at the fifth channel that
-        somebody listens to."""
+        """Add reply channel ``name`` (an ended request needs none). NotFound, or Overloaded at the fifth channel with
+        a subscriber."""
         reply = await self._run("attach", rid, tenant, check_name(name, "reply_to"), key=self.keys.live)
         if reply == b"full":
             raise Overloaded("this request has as many readers as it may", retry_after=1.0)

@@ -30,7 +30,7 @@ from protocol.messages import (
 )
 from protocol.records import Event, InboxEntry, LeaderRecord
 
-STRANDED_MS = 60_000  # an entry read this long ago and not handed out has been lost on its way
+STRANDED_MS = 60_000  # an entry read this long ago and not handed out was lost with its reply
 
 
 class LeaderBus(RequestReads):
@@ -40,12 +40,12 @@ class LeaderBus(RequestReads):
 
     def __init__(self, url: str, model: str, *, patience: float | None = None, retention_s: float = 600.0) -> None:
         super().__init__(url, model, patience=patience, retention_s=retention_s)
-        self._handed_out: set[str] = set()  # inbox entries given to the scheduler and not yet answered
-        self._missed_jobs = True  # a read of the inbox may have been lost on its way to us
+        self._handed_out: set[str] = set()  # entries of jobs given to the scheduler and not yet answered
+        self._missed_jobs = True  # the reply of a read of jobs may have been lost
 
     async def lead(self, owner: str, seen: LeaderRecord) -> int | None:
-        """Take the lead if (epoch, beat) are still as ``seen``. The new epoch, or None. ``owner`` names this process
-        alone (two that share it would both believe)."""
+        """Take the lead if (epoch, beat) are still as ``seen``. The new epoch, or None. ``owner`` must be unique
+        to this process (two with the same would both take the lead)."""
         return await self._run("lead", seen.epoch, seen.beat, owner, WIRE) or None
 
     async def renew_lead(self, epoch: int, owner: str) -> int:
@@ -61,7 +61,7 @@ class LeaderBus(RequestReads):
         await self._run("depth", epoch, *(part for field in depth.items() for part in field))
 
     async def publish_card(self, card: ModelCard, tokenizer_json: bytes | None) -> None:
-        """Enter the model into the registry. Out of memory leaves what was there."""
+        """Enter the model into the registry. Out of memory: the old entry stays."""
         registry = Link(self.url, self._link.patience, REGISTRY)
         try:
             with contextlib.suppress(OutOfMemory):
@@ -81,16 +81,16 @@ class LeaderBus(RequestReads):
             if entries:
                 return self._hand_out(entries)
         lost = self._link.losses
-        self._missed_jobs = True  # until this read has come through: a cancelled one may have taken entries
+        self._missed_jobs = True  # until this read returns: a cancelled one may have taken entries
         block = ("BLOCK", block_ms) if block_ms > 0 else ()
         reply = await self._link.command(*read, *block, "STREAMS", self.keys.jobs, ">", block_s=block_ms / 1000)
         self._missed_jobs = self._link.losses != lost
         return self._hand_out(stream_entries(reply))
 
     async def claim_jobs(self, consumer: str, count: int) -> list[InboxEntry]:
-        """Entries that another consumer (an earlier leader, or a deposed one that woke) read and did not finish with,
-        and our own whose reply was lost so late that `read_jobs` did not notice. Each is given once, so this may be
-        called again and again; once a second or so is right."""
+        """Entries that another consumer (an earlier leader, or a deposed one that runs again) read and did not finish
+        with, and our own whose reply was lost so late that `read_jobs` did not notice. Each is given once, so this may
+        be called repeatedly, about once a second."""
         jobs, start, me = self.keys.jobs, "-", consumer.encode()
         while True:
             pending = await self._link.command("XPENDING", jobs, GROUP, start, "+", count)
@@ -207,7 +207,7 @@ class LeaderBus(RequestReads):
         return str(verdicts, "ascii")
 
     async def retire(self, epoch: int, wid: str, gen: int, attempts: Sequence[str] = ()) -> None:
-        """Fence worker session ``gen`` for ever, drop its plans, raise `attempts` of these rids."""
+        """Fence worker session ``gen`` permanently, drop its plans, raise `attempts` of these rids."""
         await self._run("retire", epoch, wid, gen, *attempts)
 
     async def read_events(self, after: str, count: int, block_ms: int) -> list[Event]:
@@ -224,7 +224,7 @@ class LeaderBus(RequestReads):
         return reply[b"last-generated-id"].decode()
 
     async def trim_events(self, upto: str, *, epoch: int | None = None) -> None:
-        """Forget events up to ``upto``. With ``epoch`` fenced: a deposed leader may not trim what another needs."""
+        """Delete events up to ``upto``. With ``epoch`` fenced: a deposed leader may not trim what another needs."""
         first = next_id(upto)
         if epoch is None:
             await self._link.command("XTRIM", self.keys.events, "MINID", first)

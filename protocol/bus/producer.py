@@ -14,7 +14,7 @@ class ProducerBus(Base):
 
     async def push(self, payload: bytes) -> str:
         """XADD jobs * job payload: what a bare producer does. Returns the entry id. Repeated if the reply is lost:
-        give the job an ``id``, and it runs once all the same."""
+        with an ``id`` the job still runs only once."""
         entry: bytes = await self._link.command("XADD", self.keys.jobs, "*", "job", payload)
         return entry.decode()
 
@@ -38,5 +38,5 @@ class ProducerBus(Base):
             ]
             if results:
                 return results
-            after = entries[-1][0].decode()  # none of them ours: pass over them
+            after = entries[-1][0].decode()  # none of them is readable: skip them
         return []

@@ -1,4 +1,4 @@
-"""What a worker may do: register, show that it lives, read its plans and commit what it computed."""
+"""What a worker may do: register, send heartbeats, read its plans and commit what it computed."""
 
 from __future__ import annotations
 
