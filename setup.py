@@ -6,6 +6,7 @@ CXX and CXXFLAGS are heeded.
 """
 
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 REQUIRED = os.environ.get("HEADRACE_REQUIRE_KERNELS", "0") not in ("", "0")
+DIGEST = runpy.run_path("workers/native/sources.py")["digest"](Path("workers/native"))
 FLAGS = "-O3 -std=c++17 -fPIC -pthread -fwrapv -DNDEBUG -Wall -Wno-psabi -Wno-ignored-attributes"
 
 
@@ -27,7 +29,7 @@ class BuildKernels(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-        flags = [*shlex.split(FLAGS), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        flags = [*shlex.split(FLAGS), f'-DHEADRACE_SOURCES="{DIGEST}"', *shlex.split(os.environ.get("CXXFLAGS", ""))]
         library = Path(self.get_ext_fullpath(extension.name))
         objects = [Path(self.build_temp) / Path(source).with_suffix(".o") for source in extension.sources]
         for path in (library, *objects):

@@ -19,51 +19,19 @@ import numpy as np
 import torch
 
 from protocol.errors import StartError
+from workers.native.packed import Packed, pointer
+from workers.native.sources import digest
+from workers.native.structs import DRAW, PANEL, Layer, Linear, Pass, Pool, Rule, Step, differences, make_step
+
+__all__ = [
+    "ACTIVATIONS", "DRAW", "PANEL", "Kernels", "KernelsUnavailable", "Layer", "Linear", "Packed", "Pass", "Pool",
+    "Rule", "Step", "instruction_sets", "load_kernels", "make_step",
+]  # fmt: skip
 
 REQUIRE = "HEADRACE_REQUIRE_KERNELS"
-PANEL = 16  # outputs in a panel of packed weights, tokens in a panel of the pool
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = ("silu", "gelu by tanh")
-TASK_ROWS = 96  # query positions times heads of a group that one task of attention takes: its buffers fit the L2 cache
 
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-
-
-class Linear(ctypes.Structure):
-    _fields_ = [("weight", _P), ("scale", _P), ("bias", _P), ("N", _I), ("K", _I), ("kind", _I)]
-
-
-class Step(ctypes.Structure):
-    _fields_ = [
-        ("tasks", _P), ("tables", _P), ("starts", _P), ("contexts", _P), ("slots", _P),
-        ("task_count", _I), ("width", _I), ("T", _I), ("tile", _I),
-    ]  # fmt: skip
-    arrays: tuple[np.ndarray | torch.Tensor, ...]  # whose memory it points to
-
-
-class Rule(ctypes.Structure):
-    _fields_ = [("scale", _F), ("softcap", _F), ("window", _I), ("sinks", _P)]
-
-
-class Pool(ctypes.Structure):
-    _fields_ = [
-        ("keys", _P), ("values", _P), ("kv_heads", _I), ("key_size", _I), ("value_size", _I), ("block_size", _I),
-    ]  # fmt: skip
-
-
-class Layer(ctypes.Structure):
-    _fields_ = [
-        ("qkv", Linear), ("o", Linear), ("gate_up", Linear), ("down", Linear),
-        ("norms", _P * 6), ("eps", _F * 6), ("rule", Rule), ("heads", _I), ("act", _I), ("rot", _I),
-    ]  # fmt: skip
-
-
-class Pass(ctypes.Structure):
-    _fields_ = [
-        ("layers", _P), ("count", _I), ("cosine", _P), ("sine", _P), ("angle_row", _I), ("embedding", _P), ("head", _P),
-        ("norm", _P), ("eps", _F),
-    ]  # fmt: skip
-
 
 _SIGNATURES: dict[str, list[type]] = {
     "set_threads": [_N],
@@ -77,9 +45,6 @@ _SIGNATURES: dict[str, list[type]] = {
     "draw": [_P, _I, _P, _P, _I, _I],
     "rotary": [_P, _I, _I, _P, _P, _I, _P, _I, _I, _I, _I, _I],
 }
-
-
-DRAW = np.dtype([("temperature", "f4"), ("top_p", "f4"), ("min_p", "f4"), ("uniform", "f4"), ("top_k", "i8")])
 
 
 class KernelsUnavailable(Exception):
@@ -187,8 +152,8 @@ class Kernels:
         without an embedding in ``whole``, x [T, C]; best (int64 [k]) = the largest of each row. ``positions`` (int64
         [T]) are rows of its cosines and sines."""
         self._pass(
-            ctypes.addressof(whole), ctypes.addressof(step), ctypes.addressof(pools), _pointer(ids),
-            positions.data_ptr(), _pointer(x), rows.data_ptr(), len(rows), out.data_ptr(), best.data_ptr(),
+            ctypes.addressof(whole), ctypes.addressof(step), ctypes.addressof(pools), pointer(ids),
+            positions.data_ptr(), pointer(x), rows.data_ptr(), len(rows), out.data_ptr(), best.data_ptr(),
             ctypes.addressof(self.progress),
         )  # fmt: skip
 
@@ -220,88 +185,6 @@ class Kernels:
         return tokens
 
 
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def make_step(tables: np.ndarray, starts: np.ndarray, contexts: np.ndarray, slots: torch.Tensor, group: int) -> Step:
-    """What attention is told of a step: int32 tables [S, width], starts [S + 1], contexts [S] after the step, and
-    slots int64 [T]. Each sequence is cut into tasks of TASK_ROWS rows for ``group`` query heads to a key head; those
-    with most to read come first, so that no thread is left with a long one at the end."""
-    tile = max(1, TASK_ROWS // group)
-    if len(slots) == len(contexts):  # decodes alone, or prompts of one token
-        tasks = np.empty((len(contexts), 3), np.int32)
-        tasks[:, 0] = tasks[:, 1] = tasks[:, 2] = np.argsort(-contexts, kind="stable")
-        tasks[:, 2] += 1
-    else:
-        counts = np.diff(starts)
-        cuts = -(-counts // tile)
-        sequence = np.repeat(np.arange(len(counts), dtype=np.int32), cuts)
-        nth = np.arange(len(sequence)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-        begin = starts[sequence] + nth * tile
-        end = np.minimum(begin + tile, starts[sequence + 1])
-        cost = (contexts[sequence] - (starts[sequence + 1] - end)) * (end - begin)
-        tasks = np.ascontiguousarray(np.stack([sequence, begin, end], 1)[np.argsort(-cost, kind="stable")], np.int32)
-    step = Step(
-        tasks.ctypes.data, tables.ctypes.data, starts.ctypes.data, contexts.ctypes.data, slots.data_ptr(),
-        len(tasks), tables.shape[1], len(slots), tile,
-    )  # fmt: skip
-    step.arrays = (tasks, tables, starts, contexts, slots)
-    return step
-
-
-class Packed:
-    """A weight [N, K] in panels of 16 outputs, [ceil(N/16), K, 16], in the precision that it came in.
-
-    float16 is widened to float32 (no lossless shorter form that is quick to widen); int8 is made from any
-    precision on request, symmetric, one scale per output.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, int8: bool = False) -> None:
-        outputs, inputs = weight.shape
-        scale: torch.Tensor | None = None
-        if int8:
-            wide = weight.float()
-            scale = (wide.abs().amax(dim=1) / 127).clamp_min(1e-12)
-            weight = (wide / scale[:, None]).round().to(torch.int8)
-            scale = torch.nn.functional.pad(scale, (0, -outputs % PANEL)).contiguous()
-        elif weight.dtype == torch.float16:
-            weight = weight.float()
-        if outputs % PANEL:
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL))
-        panels = weight.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
-        self._keep(panels, outputs, scale, None if bias is None else bias.detach().float().contiguous())
-
-    def _keep(self, panels: torch.Tensor, outputs: int, scale: torch.Tensor | None, bias: torch.Tensor | None) -> None:
-        self.weight, self.outputs, self.inputs = panels, outputs, panels.shape[1]
-        self.scale, self.bias, self.kind = scale, bias, KINDS[panels.dtype]
-        self.linear = Linear(panels.data_ptr(), _pointer(scale), _pointer(bias), self.outputs, self.inputs, self.kind)
-        self.pointer = ctypes.addressof(self.linear)
-
-    def unpacked(self) -> torch.Tensor:
-        """float32 [N, K]: the weight as it is computed with."""
-        rows = self.weight.float().transpose(1, 2).reshape(-1, self.inputs)[: self.outputs]
-        return rows if self.scale is None else rows * self.scale[: self.outputs, None]
-
-    @classmethod
-    def concat(cls, parts: list[Packed]) -> Packed | None:
-        """One for several products of the same input; None where their panels do not line up."""
-        first = parts[0]
-        if any(p.kind != first.kind or p.inputs != first.inputs for p in parts):
-            return None
-        if any(p.outputs % PANEL for p in parts[:-1]):
-            return None
-        whole = cls.__new__(cls)
-        biases = [torch.zeros(p.outputs) if p.bias is None else p.bias for p in parts]
-        whole._keep(
-            torch.cat([p.weight for p in parts]),
-            sum(p.outputs for p in parts),
-            None if first.scale is None else torch.cat([p.scale for p in parts if p.scale is not None]),
-            torch.cat(biases) if any(p.bias is not None for p in parts) else None,
-        )
-        return whole
-
-
 @cache
 def load_kernels() -> Kernels:
     """The kernels for this processor. KernelsUnavailable with the reason where there are none; StartError where the
@@ -321,7 +204,22 @@ def _loaded() -> Kernels:
         raise KernelsUnavailable("not built: installing the package needs a C++ compiler for them")
     try:
         library = ctypes.CDLL(str(built[0]))
+        _check_sources(library, folder)
         chosen = next(i for i in instruction_sets() if hasattr(library, f"headrace_linear_{i}"))
+        if differ := differences(library, chosen):
+            raise KernelsUnavailable(f"cannot be used: {'; '.join(differ)}")
         return Kernels(library, chosen)
     except (OSError, AttributeError, StopIteration) as error:
         raise KernelsUnavailable(f"cannot be loaded: {error}") from error
+
+
+def _check_sources(library: ctypes.CDLL, folder: Path) -> None:
+    """A checkout's library must be of the sources beside it; an installed one has none beside it."""
+    sources = digest(folder)
+    if sources is None:
+        return
+    library.headrace_sources.restype = ctypes.c_char_p
+    if library.headrace_sources().decode() != sources:
+        raise KernelsUnavailable(
+            "built from other sources than those beside them: python setup.py build_ext --inplace builds them again"
+        )
