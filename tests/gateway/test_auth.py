@@ -16,7 +16,7 @@ import pytest
 from gateway.auth import KeyRing
 from protocol.errors import StartError
 from tests.gateway.backend import MODEL, Backend
-from tests.gateway.conftest import eventually
+from tests.gateway.front import eventually
 
 COMPLETION = {"model": MODEL, "prompt": "hi"}
 

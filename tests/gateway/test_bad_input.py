@@ -17,7 +17,7 @@ from gateway.openai import bodies
 from protocol.errors import Overloaded, RequestError
 from protocol.messages import Job, ModelCard
 from tests.gateway.backend import MAX_LEN, MODEL, VOCAB, Backend
-from tests.gateway.conftest import Front
+from tests.gateway.front import Front
 
 SECRET = "a prompt that no error may repeat"
 COMPLETION = {"model": MODEL, "prompt": SECRET}

@@ -19,7 +19,7 @@ from gateway.sse import EventReader
 from gateway.streams import Collector
 from protocol.errors import HeadraceError, InvalidRequest, StreamDiverged
 from protocol.messages import Frame, Row, encode
-from tests.gateway.conftest import event_id, split_events
+from tests.gateway.front import event_id, split_events
 
 RID = "0" * 32
 

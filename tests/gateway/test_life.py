@@ -12,7 +12,7 @@ import pytest
 
 from protocol.messages import CommitRow, Frame, Hint, encode
 from tests.gateway.backend import MODEL, Backend, word
-from tests.gateway.conftest import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of
+from tests.gateway.front import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of
 
 # ------------------------------------------------------------------ readers that go away
 

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from tests.gateway.backend import MODEL, Backend, word
-from tests.gateway.conftest import Front
+from tests.gateway.front import Front
 
 TEXT = "".join(word(0, i) for i in range(5))
 MESSAGES = [{"role": "user", "content": "hi there"}]

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 
 from tests.gateway.backend import MODEL, Backend
-from tests.gateway.conftest import eventually
+from tests.gateway.front import eventually
 
 PROGRAM = """
 import asyncio, logging, sys

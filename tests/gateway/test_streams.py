@@ -18,7 +18,7 @@ from gateway.streams import SILENCE_S, Collector, Outlet
 from headrace.serve.embedded import EmbeddedServer
 from protocol.errors import Expired, Unavailable
 from tests.gateway.backend import Backend, word
-from tests.gateway.conftest import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of, split_events
+from tests.gateway.front import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of, split_events
 
 FORMS = {
     "chat": ("/v1/chat/completions", CHAT),

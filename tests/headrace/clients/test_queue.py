@@ -6,7 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator
 
 import pytest
 
-from headrace import AsyncClient, Client
+from headrace import AsyncClient
 from protocol.errors import Conflict, InvalidRequest, NotFound, RequestError
 from protocol.messages import Row, decode_frames
 from tests.bus import Bus
@@ -107,20 +107,3 @@ async def test_results_entries_are_written_where_asked(queue_url: str) -> None:
         assert "".join(f.text for f in frames) == result.text
     finally:
         await bus.close()
-
-
-def test_without_await(queue_url: str) -> None:
-    with Client(queue_url, "org/tiny") as client:
-        request = client.submit("def f():", max_tokens=12, ignore_eos=True)
-        text = "".join(piece.text for piece in client.stream(request))
-        assert client.result(request).text == text
-        assert not client.cancel(request)
-        for _ in client.stream(request):  # a stream that is left early is closed
-            break
-
-
-def test_no_server_is_said(tmp_path: object) -> None:
-    from protocol.errors import HeadraceError
-
-    with pytest.raises(HeadraceError), Client("redis://127.0.0.1:1/0", "m"):
-        pass
