@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 import time
-from array import array
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 
 from protocol.bus import LeaderBus
-from protocol.errors import DeadlineExceeded, EngineFailed, Fenced, RequestError, ServiceError
-from protocol.jobs import decode_job
+from protocol.errors import DeadlineExceeded, EngineFailed, Fenced, RequestError, ServiceError, TooLarge
+from protocol.jobs import MAX_TIMEOUT_S
 from protocol.keys import NAME
-from protocol.messages import DEFAULT_TENANT, Job, body_hash, new_rid, pack_ids
+from protocol.messages import DEFAULT_TENANT, MAX_JOB_BYTES, Job, body_hash, encode, new_rid
 from protocol.records import InboxEntry, RequestRecord
 from scheduler.core.events import Arrive
 from scheduler.election import ServerClock
 from scheduler.metrics import Metrics
 from scheduler.recovery import UNREADABLE, arrive, terminal_row
-from scheduler.tokenization import Prompts
+from scheduler.tokenizer_pool import TokenizerPool
 
 log = logging.getLogger("headrace.scheduler")
 
@@ -40,20 +37,18 @@ class Intake:
     def __init__(
         self,
         bus: LeaderBus,
-        prompts: Prompts,
+        tokenizers: TokenizerPool,
         epoch: int,
         clock: ServerClock,
         metrics: Metrics,
-        threads: ThreadPoolExecutor,
         admit: Callable[[Arrive], None],
         recover: Callable[[str], Awaitable[None]],
     ) -> None:
         self._bus = bus
-        self._prompts = prompts
+        self._tokenizers = tokenizers
         self._epoch = epoch
         self._clock = clock
         self._metrics = metrics
-        self._threads = threads
         self._admit = admit
         self._recover = recover
 
@@ -105,17 +100,16 @@ class Intake:
             if record.deadline_ms and record.deadline_ms <= self._clock.now_ms():
                 await self._end(entry, record, "deadline")
                 return
-            prompts = await self._tokenize(record.job)
+            prepared = await self._tokenizers.accepted(encode(record.job))
         except (RequestError, ServiceError) as e:
             await self._end(entry, record, "error", e)
             return
         seed = _seed(record.job)
-        packed = [pack_ids(p) for p in prompts]
         verdict, _ = await self._bus.admit(
-            self._epoch, entry.entry_id, rid=rid, prompts=packed, seed=seed, producer_id=record.job.id
+            self._epoch, entry.entry_id, rid=rid, prompts=prepared.prompts, seed=seed, producer_id=record.job.id
         )
         if verdict == "new":
-            record.prompts, record.seed = packed, seed
+            record.prompts, record.seed = prepared.prompts, seed
             self._admit(arrive(record, self._clock))
         elif verdict == "cancelled":
             marked = await self._bus.read_request(rid)
@@ -136,65 +130,61 @@ class Intake:
 
     async def _take_push(self, entry: InboxEntry, payload: bytes) -> None:
         try:
-            job = decode_job(payload)
-            if job.timeout_s is not None and _entry_ms(entry) + job.timeout_s * 1000 <= self._clock.now_ms():
-                raise DeadlineExceeded(f"the job lay in the inbox for longer than its timeout_s ({job.timeout_s})")
-            prompts = await self._tokenize(job)
+            if len(payload) > MAX_JOB_BYTES:
+                raise TooLarge(f"a job may have at most {MAX_JOB_BYTES} bytes")
+            seconds = address(payload).timeout_s
+            if seconds is not None and entry_ms(entry) + seconds * 1000 <= self._clock.now_ms():
+                raise DeadlineExceeded(f"the job lay in the inbox for longer than its timeout_s ({seconds})")
+            prepared = await self._tokenizers.push(payload)
         except (RequestError, ServiceError) as e:
             await self._reject(entry, payload, e)
             return
-        packed = [pack_ids(p) for p in prompts]
+        job = prepared.job
+        assert job is not None
         verdict, rid = await self._bus.admit(
-            self._epoch, entry.entry_id, rid=new_rid(), prompts=packed, seed=_seed(job), job=job
+            self._epoch, entry.entry_id, rid=new_rid(), prompts=prepared.prompts, seed=_seed(job), job=job
         )
         if verdict in ("new", "repeat"):
             await self._recover(rid)
 
     async def _reject(self, entry: InboxEntry, payload: bytes, error: RequestError | ServiceError) -> None:
         """Write a dead letter, and one error result if the payload names a producer that can be told."""
-        address = _address(payload)
+        found = address(payload)
         await self._bus.reject(
             self._epoch,
             entry.entry_id,
             payload_hash=body_hash(payload),
             error=_error_fields(error),
-            reply_to=address.reply_to,
-            results=address.results,
-            tenant=address.tenant or DEFAULT_TENANT,
-            id=address.id,
+            reply_to=found.reply_to,
+            results=found.results,
+            tenant=found.tenant or DEFAULT_TENANT,
+            id=found.id,
         )
-        self._metrics.request_refused(None, address.tenant, "error", error.wire_code)
-
-    # -------------------------------------------------------------- both
-
-    async def _tokenize(self, job: Job) -> list[array[int]]:
-        """In a thread (the tokenizer releases the interpreter). Unexpected exceptions become an error of this job."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts.ids, job)
-        except (RequestError, ServiceError):
-            raise
-        except Exception as e:
-            log.error("a job could not be prepared: %s", type(e).__name__)
-            raise EngineFailed("the prompt could not be prepared for the model") from None
+        self._metrics.request_refused(None, found.tenant, "error", error.wire_code)
 
 
-class _Address(msgspec.Struct):
-    """The fields of a push that say where an answer goes, unchecked."""
+class Address(msgspec.Struct):
+    """The fields of a push that say whose it is, where an answer goes and until when, unchecked."""
 
     id: Any = None
     tenant: Any = None
     reply_to: Any = None
     results: Any = None
+    timeout_s: Any = None
 
 
-def _address(payload: bytes) -> _Address:
-    """The address fields that can be read from a payload that is no valid job; invalid names become None."""
+def address(payload: bytes) -> Address:
+    """The address fields that can be read from a payload that is no valid job; what is
+    invalid becomes None."""
     decode = msgspec.json.decode if payload[:64].lstrip()[:1] == b"{" else msgspec.msgpack.decode
     try:
-        found = decode(payload if len(payload) <= MAX_ADDRESS_BYTES else b"", type=_Address)
+        found = decode(payload if len(payload) <= MAX_ADDRESS_BYTES else b"", type=Address)
     except (msgspec.DecodeError, UnicodeError, ValueError, RecursionError):
-        return _Address()
-    for field in found.__struct_fields__:
+        return Address()
+    seconds = found.timeout_s
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_TIMEOUT_S:
+        found.timeout_s = None
+    for field in ("id", "tenant", "reply_to", "results"):
         value = getattr(found, field)
         if not isinstance(value, str) or not NAME.fullmatch(value):
             setattr(found, field, None)
@@ -210,5 +200,6 @@ def _seed(job: Job) -> int:
     return secrets.randbits(64) - 2**63 if job.sampling.seed is None else job.sampling.seed
 
 
-def _entry_ms(entry: InboxEntry) -> int:
+def entry_ms(entry: InboxEntry) -> int:
+    """Server time of the push."""
     return int(entry.entry_id.split("-")[0])

@@ -10,12 +10,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from protocol import records as wire
 from protocol.bus import LeaderBus
 from protocol.messages import LANDED, body_hash, encode
-from protocol.records import InboxEntry
 from scheduler.core.events import (
     Arrive,
     Cancel,
@@ -33,17 +31,17 @@ from scheduler.core.events import (
 )
 from scheduler.core.scheduler import Core, CoreConfig, Stats
 from scheduler.election import ServerClock, Timing
+from scheduler.inbox import Inbox
 from scheduler.intake import Intake
 from scheduler.metrics import Health, Metrics
 from scheduler.recovery import READS_AT_ONCE, UNREADABLE, arrive, read_choices, read_state, terminal_row
-from scheduler.tokenization import Prompts
+from scheduler.tokenizer_pool import TokenizerPool
 from scheduler.workers import WorkerRegistry
 
 log = logging.getLogger("headrace.scheduler")
 
 BLOCK_MS = 5000  # blocking reads: long enough to cost nothing, short enough to notice a closed server
 TICKS_PER_SECOND = 4
-CLAIM_S = 1.0  # how often to look for entries that the previous leader read after this term began
 EARLY_CANCEL_S = 60.0  # how long a cancel is kept for a request that is still being admitted
 AGAIN_S = 0.05  # pause before an end is retried whose choice had another state than expected
 RATE_S = 10.0  # time constant of the measured token rate
@@ -56,11 +54,10 @@ class Term:
         self,
         bus: LeaderBus,
         epoch: int,
-        prompts: Prompts,
+        tokenizers: TokenizerPool,
         metrics: Metrics,
         health: Health,
         clock: ServerClock,
-        threads: ThreadPoolExecutor,
         timing: Timing,
         *,
         model: str,
@@ -69,20 +66,18 @@ class Term:
     ) -> None:
         self._bus = bus
         self._epoch = epoch
-        self._consumer = f"epoch-{epoch}"  # consumer name in the group of `jobs`: of this term alone
         self._model = model
-        self._prompts = prompts
+        self._tokenizers = tokenizers
         self._longest_wanted = max_model_len  # as configured; None: what the workers can hold
         self._metrics = metrics
         self._health = health
         self._clock = clock
         self._timing = timing
-        self.core = Core(CoreConfig(max_model_len=prompts.max_model_len, tenant_weights=tenant_weights))
-        self._intake = Intake(bus, prompts, epoch, clock, metrics, threads, self._admit, self._recover)
+        self.core = Core(CoreConfig(max_model_len=tokenizers.max_model_len, tenant_weights=tenant_weights))
+        intake = Intake(bus, tokenizers, epoch, clock, metrics, self._admit, self._recover)
+        self._inbox = Inbox(bus, f"epoch-{epoch}", intake, clock, tenant_weights)
         self._known: set[str] = set()  # rids that the core holds
         self._early_cancels: dict[str, tuple[str, float]] = {}  # rid -> reason, when; the core did not know it yet
-        self._taking: set[str] = set()  # inbox entries being admitted
-        self._admission_gate = asyncio.Semaphore(READS_AT_ONCE)
         self._finish_gate = asyncio.Semaphore(READS_AT_ONCE)
         self._planning = asyncio.Event()
         self._after = "0-0"  # last event read
@@ -100,8 +95,7 @@ class Term:
             group.create_task(self._registry.watch())
             group.create_task(self._read_events())
             group.create_task(self._plan())
-            group.create_task(self._read_jobs())
-            group.create_task(self._claim_jobs())
+            group.create_task(self._inbox.run())
             group.create_task(self._tick())
 
     # -------------------------------------------------------------- taking over
@@ -123,8 +117,7 @@ class Term:
             log.info("took over %d unfinished requests", len(self._known))
 
     async def _publish_card(self) -> None:
-        card = self._prompts.card(self._model, int(time.time()))
-        await self._bus.publish_card(card, self._prompts.tokenizer_json())
+        await self._bus.publish_card(self._tokenizers.card(self._model), self._tokenizers.tokenizer_json)
 
     async def _recover(self, rid: str) -> None:
         """Give the core a request that was admitted before, from its record and journals. Others are skipped."""
@@ -188,34 +181,7 @@ class Term:
             self._apply(Cancel(rid, record.cancel))
         else:
             self._early_cancels[rid] = (record.cancel, time.monotonic())
-
-    # -------------------------------------------------------------- the inbox
-
-    async def _read_jobs(self) -> None:
-        while True:
-            for entry in await self._bus.read_jobs(self._consumer, READS_AT_ONCE, BLOCK_MS):
-                await self._start_taking(entry)
-
-    async def _claim_jobs(self) -> None:
-        """Take entries that an earlier leader read and did not finish; repeatedly, as it may still be reading."""
-        while True:
-            for entry in await self._bus.claim_jobs(self._consumer, 4 * READS_AT_ONCE):
-                await self._start_taking(entry)
-            await asyncio.sleep(CLAIM_S)
-
-    async def _start_taking(self, entry: InboxEntry) -> None:
-        if entry.entry_id in self._taking:
-            return
-        self._taking.add(entry.entry_id)
-        await self._admission_gate.acquire()
-        self._group.create_task(self._take(entry))
-
-    async def _take(self, entry: InboxEntry) -> None:
-        try:
-            await self._intake.take(entry)
-        finally:
-            self._admission_gate.release()
-            self._taking.discard(entry.entry_id)
+            self._inbox.cancelled(rid)
 
     # -------------------------------------------------------------- out of the core
 
@@ -304,7 +270,7 @@ class Term:
         """Depth every 250 ms, where it changed; once a second inbox length, metrics, card, trimming, integrity."""
         rate, ticks, checked = TokenRate(), 0, 0
         depth: dict[str, int | float] = {}
-        trimmed, card = self._after, self._prompts.max_model_len
+        trimmed, card = self._after, self._tokenizers.max_model_len
         while True:
             now, stats = time.monotonic(), self.core.stats()
             rate.note(now, stats.counters.output_tokens, idle=not stats.running)
@@ -312,8 +278,8 @@ class Term:
                 await self._bus.write_depth(self._epoch, depth)
             if ticks % TICKS_PER_SECOND == 0:
                 self._metrics.observe(stats, rate.value, await self._bus.inbox_length())
-                if self._prompts.max_model_len != card:
-                    card = self._prompts.max_model_len
+                if self._tokenizers.max_model_len != card:
+                    card = self._tokenizers.max_model_len
                     await self._publish_card()
                 if not (stats.running or stats.waiting) and checked != stats.counters.output_tokens:
                     checked = stats.counters.output_tokens  # once each time that it becomes idle
@@ -330,7 +296,7 @@ class Term:
         context."""
         offered = self._registry.max_model_len
         if offered is not None:
-            self._prompts.max_model_len = min(offered, self._longest_wanted or offered)
+            self._tokenizers.max_model_len = min(offered, self._longest_wanted or offered)
 
     def _forget_early_cancels(self, now: float) -> None:
         for rid in [r for r, (_, since) in self._early_cancels.items() if now - since > EARLY_CANCEL_S]:

@@ -80,11 +80,16 @@ class PromptGuard:
         """Build the twin before the first chat needs it. TwinFailed: chats that need it will be refused."""
         self._prepared()
 
-    def ids(self, messages: Messages, arguments: Arguments) -> list[int]:
-        """Token ids of the chat. SpecialTokensRefused for one whose special tokens cannot be told apart."""
-        return self.trace(messages, arguments)[0]
+    def ids(
+        self, messages: Messages, arguments: Arguments, rendered: Callable[[str], None] | None = None
+    ) -> list[int]:
+        """Token ids of the chat. SpecialTokensRefused for one whose special tokens cannot be told apart. ``rendered``
+        is told of the whole text before it is encoded, and may raise."""
+        return self.trace(messages, arguments, rendered)[0]
 
-    def trace(self, messages: Messages, arguments: Arguments) -> tuple[list[int], str]:
+    def trace(
+        self, messages: Messages, arguments: Arguments, rendered: Callable[[str], None] | None = None
+    ) -> tuple[list[int], str]:
         """Ids, and how they came: plain (nothing suspicious), checked (all control tokens are the template's own),
         or twin."""
         given: list[str] = []
@@ -99,6 +104,8 @@ class PromptGuard:
 
         walk(messages, arguments, look)
         text = self._render(messages, arguments)
+        if rendered is not None:
+            rendered(text)
         if not (inside or edge or alike):
             return self._encode(text), "plain"
         own = self._own_tokens(messages, arguments, Marks(self.tokens, "\0".join([text, *given])), text, edge)

@@ -13,7 +13,6 @@ import secrets
 import signal
 import socket
 from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from aiohttp.web import AppRunner
@@ -21,14 +20,14 @@ from aiohttp.web import AppRunner
 from protocol.bus import LeaderBus
 from protocol.errors import Fenced
 from protocol.keys import check_name
+from protocol.preloaded import Preloaded
 from scheduler.election import ServerClock, Timing, keep_lead, stand_by
 from scheduler.leader import Term
 from scheduler.metrics import Health, Metrics, serve_status
-from scheduler.tokenization import Prompts, SpecialTokensInContent, hide_torch
+from scheduler.tokenizer_pool import SpecialTokensInContent, TokenizerPool
 
 log = logging.getLogger("headrace.scheduler")
 
-TOKENIZER_THREADS = 4
 RELEASE_S = 3.0  # timeout of handing over the lead
 
 
@@ -49,7 +48,9 @@ class SchedulerConfig:
     timing: Timing = field(default_factory=Timing)
 
 
-async def run_scheduler(config: SchedulerConfig, stop: asyncio.Event | None = None) -> int:
+async def run_scheduler(
+    config: SchedulerConfig, stop: asyncio.Event | None = None, home: Preloaded | None = None
+) -> int:
     """Serve until stopped (0) or deposed by another leader (1). StartError and ModelRefused say what to do.
 
     ``stop`` ends it; without it, the process is a scheduler alone and SIGTERM and SIGINT end it. The lead is handed
@@ -61,8 +62,7 @@ async def run_scheduler(config: SchedulerConfig, stop: asyncio.Event | None = No
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        hide_torch()
-    life = _Life(config, alone)
+    life = _Life(config, alone, home)
     try:
         await _until(stop, life.run())
     except Fenced:
@@ -76,14 +76,16 @@ async def run_scheduler(config: SchedulerConfig, stop: asyncio.Event | None = No
 class _Life:
     """A scheduler from its start: it loads, stands by, and leads, once each. Can be cancelled at any point."""
 
-    def __init__(self, config: SchedulerConfig, alone: bool) -> None:
+    def __init__(self, config: SchedulerConfig, alone: bool, home: Preloaded | None) -> None:
         self.config = config
         self.alone = alone
         name = check_name(config.name, "name") if config.name else socket.gethostname()
         # unique to this process: a restarted scheduler must not be taken for the one before
         self.owner = f"{name}.{secrets.token_hex(4)}"
         self.bus = LeaderBus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
-        self.threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenization")
+        self.tokenizers = TokenizerPool(
+            config.model, config.max_model_len, config.special_tokens_in_content, home
+        )
         self.metrics, self.health = Metrics(config.served_model_name), Health()
         self.status: AppRunner | None = None
 
@@ -92,22 +94,19 @@ class _Life:
         config = self.config
         if config.metrics_port:
             self.status = await serve_status(self.metrics, self.health, config.metrics_host, config.metrics_port)
-        loading = asyncio.get_running_loop().run_in_executor(
-            self.threads, Prompts.load, config.model, config.max_model_len, config.special_tokens_in_content
-        )
-        prompts = await loading
+        await self.tokenizers.load()
         if self.alone:
             gc.freeze()  # imported modules are permanent: the collector can skip them
         await self.bus.connect()
         try:
-            await self._lead(prompts)
+            await self._lead()
         finally:
             self.metrics.is_leader.set(0)
             with contextlib.suppress(TimeoutError):  # the server is unreachable: standbys will notice the missing beats
                 async with asyncio.timeout(RELEASE_S):
                     await self._release()
 
-    async def _lead(self, prompts: Prompts) -> None:
+    async def _lead(self) -> None:
         config, clock = self.config, ServerClock()
         model, timing = config.served_model_name, config.timing
         self.health.state = "standby"
@@ -118,7 +117,7 @@ class _Life:
         self.health.state = "leading"
         self.metrics.leads(epoch)
         term = Term(
-            self.bus, epoch, prompts, self.metrics, self.health, clock, self.threads, timing,
+            self.bus, epoch, self.tokenizers, self.metrics, self.health, clock, timing,
             model=model, tenant_weights=config.tenant_weights or {}, max_model_len=config.max_model_len,
         )  # fmt: skip
         try:
@@ -138,7 +137,7 @@ class _Life:
         if self.status is not None:
             await self.status.cleanup()
         await self.bus.close()
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.tokenizers.close()
 
 
 async def _until(stop: asyncio.Event, life: Coroutine[None, None, None]) -> None:

@@ -64,6 +64,7 @@ class Prompts:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len  # the service lowers it to what the workers really offer
         self.eos_token_ids = eos_token_ids
+        self.longest_token: int | None = None  # bytes of text that one token can stand for; None: no bound
         self.chat = bool(getattr(tokenizer, "chat_template", None))
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._backend = backend if hasattr(backend, "encode_batch") else None
@@ -158,7 +159,7 @@ class Prompts:
         if job.messages is not None:
             prompts = [self._chat(job)]
         else:
-            prompts = [self._prompt(p) for p in job.prompts()]
+            prompts = [self._prompt(p, job) for p in job.prompts()]
         field = "prompt" if job.messages is None else "messages"
         if not prompts or not all(prompts):
             raise InvalidRequest(f"{field} must hold at least one token", param=field)
@@ -193,14 +194,16 @@ class Prompts:
             raise StructureNotSupported("this model's tokenizer has no tokenizer.json", param="structure")
         return Grammars(text.decode(), self.vocab_size, self.eos_token_ids)
 
-    def _prompt(self, prompt: str | list[int]) -> array[int]:
+    def _prompt(self, prompt: str | list[int], job: Job) -> array[int]:
         """Ids are used as they are; a text gets what the tokenizer adds by default (a bos, often)."""
         if isinstance(prompt, str):
-            return self._encode(prompt, special=True)
+            return self._encode(prompt, job, special=True)
         return array("i", prompt)
 
-    def _encode(self, text: str, special: bool) -> array[int]:
-        """Unlike ``encode``, ``encode_batch`` releases the interpreter's lock; the fast one keeps no offsets."""
+    def _encode(self, text: str, job: Job, special: bool) -> array[int]:
+        """A text that by its length alone cannot fit is refused unread. Unlike ``encode``, ``encode_batch`` releases
+        the interpreter's lock; the fast one keeps no offsets."""
+        self._check_length(text, job)
         if self._backend is not None:
             (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
             return array("i", encoded.ids)
@@ -213,8 +216,8 @@ class Prompts:
         arguments = {"add_generation_prompt": True, **(job.chat_template_kwargs or {})}
         messages = [self._as_the_template_reads(message) for message in normal_messages(job.messages)]
         if self._guard is not None:
-            return array("i", self._guard.ids(messages, arguments))
-        return self._encode(self._render(messages, arguments), special=False)
+            return array("i", self._guard.ids(messages, arguments, lambda text: self._check_length(text, job)))
+        return self._encode(self._render(messages, arguments), job, special=False)
 
     def _as_the_template_reads(self, message: dict[str, Any]) -> dict[str, Any]:
         """Reasoning under the name that the template looks for."""
@@ -236,13 +239,20 @@ class Prompts:
         complaint = str(error)
         return f": {complaint}" if complaint and complaint in str(self.tokenizer.chat_template) else ""
 
-    def _check_fit(self, tokens: int, job: Job) -> None:
+    def _check_length(self, text: str, job: Job) -> None:
+        """Refuse a text that by its length alone has more tokens than a context."""
+        if self.longest_token is not None and len(text) > self.max_model_len:
+            least = -(-len(text.encode()) // self.longest_token)
+            if least >= self.max_model_len:
+                self._check_fit(least, job, "at least ")
+
+    def _check_fit(self, tokens: int, job: Job, counted: str = "") -> None:
         wanted, limit = job.sampling.max_tokens, self.max_model_len
         field = "prompt" if job.messages is None else "messages"
         if tokens + max(wanted or 1, job.sampling.min_tokens) > limit:
             asked = "" if wanted is None else f" and max_tokens is {wanted}"
             raise ContextLengthExceeded(
-                f"the model's context holds {limit} tokens: the prompt has {tokens}{asked}",
+                f"the model's context holds {limit} tokens: the prompt has {counted}{tokens}{asked}",
                 param=field if wanted is None or tokens >= limit else "max_tokens",
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from protocol.messages import (
 )
 from protocol.records import Event, InboxEntry, LeaderRecord
 
+PAGE = 1000  # ids in one look at what is pending
 STRANDED_MS = 60_000  # an entry read this long ago and not handed out was lost with its reply
 
 
@@ -42,6 +44,7 @@ class LeaderBus(RequestReads):
         super().__init__(url, model, patience=patience, retention_s=retention_s)
         self._handed_out: set[str] = set()  # entries of jobs given to the scheduler and not yet answered
         self._missed_jobs = True  # the reply of a read of jobs may have been lost
+        self._looked = float("-inf")  # when entries of such a read were last looked for
 
     async def lead(self, owner: str, seen: LeaderRecord) -> int | None:
         """Take the lead if (epoch, beat) are still as ``seen``. The new epoch, or None. ``owner`` must be unique
@@ -74,12 +77,8 @@ class LeaderBus(RequestReads):
     async def read_jobs(self, consumer: str, count: int, block_ms: int) -> list[InboxEntry]:
         """New entries; also those of an earlier read whose reply was lost. ``consumer`` names this term alone."""
         read = ("XREADGROUP", "GROUP", GROUP, consumer, "COUNT", count)
-        if self._missed_jobs:
-            reply = await self._link.command(*read, "STREAMS", self.keys.jobs, "0")
-            entries = [e for e in stream_entries(reply) if e[0].decode() not in self._handed_out]
-            self._missed_jobs = len(entries) >= count
-            if entries:
-                return self._hand_out(entries)
+        if self._missed_jobs and (missed := await self._read_missed(read, count)):
+            return missed
         lost = self._link.losses
         self._missed_jobs = True  # until this read returns: a cancelled one may have taken entries
         block = ("BLOCK", block_ms) if block_ms > 0 else ()
@@ -87,29 +86,73 @@ class LeaderBus(RequestReads):
         self._missed_jobs = self._link.losses != lost
         return self._hand_out(stream_entries(reply))
 
+    async def _read_missed(self, read: tuple[Argument, ...], count: int) -> list[InboxEntry]:
+        """Entries that the server has given to this consumer and that were never handed out: the reply was lost."""
+        start = b"0"
+        while True:
+            page = stream_entries(await self._link.command(*read, "STREAMS", self.keys.jobs, start))
+            if entries := [e for e in page if e[1] and e[0].decode() not in self._handed_out]:
+                return self._hand_out(entries)
+            if len(page) < count:
+                return []
+            start = page[-1][0]
+
     async def claim_jobs(self, consumer: str, count: int) -> list[InboxEntry]:
         """Entries that another consumer (an earlier leader, or a deposed one that runs again) read and did not finish
         with, and our own whose reply was lost so late that `read_jobs` did not notice. Each is given once, so this may
         be called repeatedly, about once a second."""
-        jobs, start, me = self.keys.jobs, "-", consumer.encode()
-        while True:
-            pending = await self._link.command("XPENDING", jobs, GROUP, start, "+", count)
-            stranded = [
-                entry
-                for entry, owner, idle, _ in pending
-                if owner != me or (idle >= STRANDED_MS and entry.decode() not in self._handed_out)
-            ]
-            if stranded:
-                claimed = await self._link.command("XCLAIM", jobs, GROUP, consumer, 0, *stranded)
-                present = [entry for entry in claimed if entry and entry[1]]
-                gone = set(stranded) - {entry_id for entry_id, _ in present}
-                if gone:
-                    await self._link.command("XACK", jobs, GROUP, *gone)
-                if present:
-                    return self._hand_out(present)
-            if len(pending) < count:
-                return []
-            start = "(" + pending[-1][0].decode()
+        _, _, _, consumers = await self._link.command("XPENDING", self.keys.jobs, GROUP)
+        for name, _ in consumers or ():
+            while name != consumer.encode() and (stranded := await self._pending(count, name)):
+                if claimed := await self._claim(consumer, stranded):
+                    return claimed
+        if time.monotonic() - self._looked < STRANDED_MS / 1000:
+            return []
+        start = b"-"
+        while page := await self._pending(PAGE, consumer, start, STRANDED_MS):
+            stranded = [entry for entry in page if entry.decode() not in self._handed_out][:count]
+            if stranded and (claimed := await self._claim(consumer, stranded)):
+                return claimed
+            start = b"(" + page[-1]
+        self._looked = time.monotonic()
+        return []
+
+    async def _pending(self, count: int, consumer: str | bytes, start: bytes = b"-", idle_ms: int = 0) -> list[bytes]:
+        """Ids of entries that ``consumer`` has read and not finished with, for ``idle_ms`` at least."""
+        found = await self._link.command(
+            "XPENDING", self.keys.jobs, GROUP, "IDLE", idle_ms, start, "+", count, consumer
+        )  # fmt: skip
+        return [entry for entry, *_ in found]
+
+    async def _claim(self, consumer: str, stranded: list[bytes]) -> list[InboxEntry]:
+        """Those of ``stranded`` that are there; the others are struck off."""
+        claimed = await self._link.command("XCLAIM", self.keys.jobs, GROUP, consumer, 0, *stranded)
+        present = [entry for entry in claimed if entry and entry[1]]
+        if gone := set(stranded) - {entry_id for entry_id, _ in present}:
+            await self._link.command("XACK", self.keys.jobs, GROUP, *gone)
+        return self._hand_out(present)
+
+    async def weigh_requests(self, rids: Sequence[str]) -> dict[str, tuple[str, int, int]]:
+        """Of each accepted request tenant, bytes of its body, and deadline in server ms (0: none), in one round trip.
+        What is not there, or is not ours, weighs nothing."""
+        commands: list[tuple[Argument, ...]] = []
+        for rid in rids:
+            key = self.keys.request(rid)
+            commands += [("HMGET", key, "tenant", "deadline"), ("HSTRLEN", key, "body")]
+        replies = await self._link.pipeline(commands, tolerant=True)
+        weights = {}
+        for rid, fields, size in zip(rids, replies[::2], replies[1::2], strict=True):
+            tenant, deadline = fields or (None, None)
+            weights[rid] = ((tenant or b"").decode("utf-8", "replace"), size or 0, int(deadline or 0))
+        return weights
+
+    async def read_push(self, entry_id: str) -> bytes | None:
+        """The payload of an entry of the inbox; None if it is there no more."""
+        found = await self._link.command("XRANGE", self.keys.jobs, entry_id, entry_id)
+        if not found:
+            self._handed_out.discard(entry_id)
+            return None
+        return records.inbox_entry(*found[0]).payload
 
     def _hand_out(self, entries: list[tuple[bytes, list[bytes]]]) -> list[InboxEntry]:
         out = [records.inbox_entry(entry_id, flat) for entry_id, flat in entries]

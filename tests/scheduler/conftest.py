@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from protocol.messages import Frame, Job, decode_frames, new_rid
+from protocol.preloaded import Preloaded
 from protocol.sampling import SamplingParams
 from scheduler.election import Timing
 from scheduler.service import SchedulerConfig, run_scheduler
+from scheduler.tokenizer_pool import MODULE
 from tests.bus import Bus
 from tests.conftest import MODEL
 from tests.models import CONFIGS, EOS, VOCAB, byte_tokenizer
@@ -37,13 +39,24 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def home(model_dir: Path) -> Iterator[Preloaded]:
+    """The process that holds the model's tokenizer: one for all schedulers of the tests, since it takes seconds."""
+    home = Preloaded(MODULE)
+    home.start()
+    home.load(str(model_dir), None, "guard")
+    yield home
+    home.close()
+
+
 class Stage:
     """What a test of the service needs: schedulers and workers that end with the test, and waits on conditions."""
 
-    def __init__(self, bus: Bus, url: str, model_dir: Path) -> None:
+    def __init__(self, bus: Bus, url: str, model_dir: Path, home: Preloaded) -> None:
         self.bus = bus
         self.url = url
         self._model_dir = model_dir
+        self._home = home
         self._tasks: list[asyncio.Task[Any]] = []
         self._stops: list[asyncio.Event] = []
 
@@ -53,7 +66,9 @@ class Stage:
             model=str(self._model_dir), served_model_name=MODEL, redis_url=self.url, timing=fields.pop("timing", QUICK)
         )
         stop = asyncio.Event()
-        task = asyncio.ensure_future(run_scheduler(dataclasses.replace(config, **fields), stop))
+        config = dataclasses.replace(config, **fields)
+        shared = config.model == str(self._model_dir) and config.max_model_len is None
+        task = asyncio.ensure_future(run_scheduler(config, stop, self._home if shared else None))
         self._tasks.append(task)
         self._stops.append(stop)
         return task, stop
@@ -119,7 +134,7 @@ class Stage:
 
 
 @pytest.fixture
-async def stage(bus: Bus, redis_url: str, model_dir: Path) -> AsyncIterator[Stage]:
-    stage = Stage(bus, redis_url, model_dir)
+async def stage(bus: Bus, redis_url: str, model_dir: Path, home: Preloaded) -> AsyncIterator[Stage]:
+    stage = Stage(bus, redis_url, model_dir, home)
     yield stage
     await stage.close()

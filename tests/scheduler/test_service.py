@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -14,7 +16,6 @@ import pytest
 import redis
 
 from protocol.messages import Admitted, Frame, Job, Row, decode_frames, encode, new_rid
-from scheduler.tokenization import Prompts
 from tests.bus import Bus
 from tests.conftest import leaked_keys
 from tests.models import BOS, byte_tokenizer
@@ -240,24 +241,17 @@ async def test_an_accepted_request_that_cannot_run_gets_one_error_per_choice(sta
 
 
 async def test_what_nobody_foresaw_ends_that_job_alone(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    stage: Stage, model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    real = Prompts.ids
-
-    def broken(self: Prompts, job: Job) -> Any:
-        if job.prompt == "poison":
-            raise ZeroDivisionError("poison")
-        return real(self, job)
-
-    monkeypatch.setattr(Prompts, "ids", broken)
-    stage.scheduler()
+    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ 1 / messages[0].content|length }}")
+    stage.scheduler(model=str(tmp_path))
     stage.worker()
-    bad = await stage.accept("poison")
-    good = await stage.accept("fine", max_tokens=2)
+    bad = await stage.accept(job={"messages": [{"role": "user", "content": ""}]})
+    good = await stage.accept(job={"messages": [{"role": "user", "content": "fine"}]}, max_tokens=2)
     assert error_of(await stage.frames(bad)) == ("error", "engine_failed", None)
     assert len(await stage.tokens(good)) == 2
-    assert "ZeroDivisionError" in caplog.text
-    assert "poison" not in caplog.text
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 async def test_a_foreign_type_under_our_key_stops_nothing(stage: Stage, raw: redis.Redis) -> None:

@@ -1,0 +1,137 @@
+"""The loops over the inbox of one term: entries are read ahead as tickets, and seen through in the order of admission.
+
+Reading ahead is what makes a fair order possible, since a stream is first in, first out. A ticket is some hundred
+bytes: of an accepted request its tenant and length are asked for, not its body, and the payload of a push is dropped
+unless it is small, to be read again when its turn comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Mapping
+
+from protocol.bus import LeaderBus
+from protocol.messages import DEFAULT_TENANT
+from protocol.records import InboxEntry
+from scheduler.admission import Admission, FairQueue, Ticket
+from scheduler.election import ServerClock
+from scheduler.intake import Intake, address, entry_ms
+from scheduler.recovery import READS_AT_ONCE
+from scheduler.tokenizer_pool import LONG_BOUNDS, SHORT
+
+BLOCK_MS = 5000  # blocking reads: long enough to cost nothing, short enough to notice a closed server
+CLAIM_S = 1.0  # how often entries are looked for that a deposed leader read after our own start
+AT_ONCE = 64  # entries in one read
+READ_BYTES = 8 << 20  # wanted of one read
+READ_AHEAD = 65_536  # tickets that wait
+KEPT_BYTES = 16 << 20  # payloads of all tickets that wait
+TENANT_BYTES = 2 << 20  # of one tenant's long texts in preparation
+
+
+class Inbox:
+    """``taking``: sees one entry through. One of these per term."""
+
+    def __init__(
+        self, bus: LeaderBus, consumer: str, intake: Intake, clock: ServerClock, weights: Mapping[str, float]
+    ) -> None:
+        self._bus = bus
+        self._consumer = consumer  # of the stream's group: this term alone
+        self._intake = intake
+        self._clock = clock
+        short = FairQueue(READS_AT_ONCE, READS_AT_ONCE * SHORT, weights)
+        # one more than there are processes, so that it has been read when its turn comes
+        long = FairQueue(LONG_BOUNDS.processes + 1, TENANT_BYTES, weights)
+        self._admission = Admission(short, long, SHORT, READS_AT_ONCE)
+        self._held: set[str] = set()  # entries that wait or are seen through
+        self._kept = 0  # bytes of payloads
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._read())
+            group.create_task(self._claim())
+            while True:
+                self._changed.clear()
+                self._admission.late(self._clock.now_ms())
+                while (ticket := self._admission.next()) is not None:
+                    group.create_task(self._see_through(ticket))
+                if len(self._admission) < READ_AHEAD:
+                    self._room.set()
+                try:
+                    async with asyncio.timeout(CLAIM_S):
+                        await self._changed.wait()
+                except TimeoutError:
+                    pass
+
+    def cancelled(self, rid: str) -> None:
+        """Request ``rid`` is to end: at once, if it waits here."""
+        if self._admission.cancelled(rid):
+            self._changed.set()
+
+    async def _read(self) -> None:
+        count = AT_ONCE
+        while True:
+            await self._room.wait()
+            entries = await self._bus.read_jobs(self._consumer, count, BLOCK_MS)
+            count = _next_count(entries)
+            await self._add(entries)
+
+    async def _claim(self) -> None:
+        """What an earlier leader read and did not finish with; now, and again for what it reads while it is deposed."""
+        while True:
+            await self._room.wait()
+            entries = await self._bus.claim_jobs(self._consumer, AT_ONCE // 4)
+            await self._add(entries)
+            if not entries:
+                await asyncio.sleep(CLAIM_S)
+
+    async def _add(self, entries: list[InboxEntry]) -> None:
+        new = [entry for entry in entries if entry.entry_id not in self._held]
+        self._held.update(entry.entry_id for entry in new)
+        weights = await self._bus.weigh_requests([entry.rid for entry in new if entry.rid is not None])
+        now = time.monotonic()
+        for entry in new:
+            if entry.rid is not None:
+                tenant, size, deadline_ms = weights[entry.rid]
+                ticket = Ticket(entry.entry_id, entry.rid, sys.intern(tenant), size, deadline_ms)
+            else:
+                ticket = self._push(entry)
+            self._admission.add(ticket, now)
+        if len(self._admission) >= READ_AHEAD:
+            self._room.clear()
+        self._changed.set()
+
+    def _push(self, entry: InboxEntry) -> Ticket:
+        payload = entry.payload or b""
+        found = address(payload)
+        deadline_ms = entry_ms(entry) + int(found.timeout_s * 1000) if found.timeout_s else 0
+        ticket = Ticket(
+            entry.entry_id, None, sys.intern(found.tenant or DEFAULT_TENANT), len(payload), deadline_ms
+        )  # fmt: skip
+        if len(payload) <= SHORT and self._kept + len(payload) <= KEPT_BYTES:
+            ticket.payload = payload
+            self._kept += len(payload)
+        return ticket
+
+    async def _see_through(self, ticket: Ticket) -> None:
+        try:
+            payload = ticket.payload
+            if payload is not None:
+                self._kept -= len(payload)
+            elif ticket.rid is None:
+                payload = await self._bus.read_push(ticket.entry_id)
+            await self._intake.take(InboxEntry(ticket.entry_id, ticket.rid, payload))
+        finally:
+            self._admission.done(ticket)
+            self._held.discard(ticket.entry_id)
+            self._changed.set()
+
+
+def _next_count(entries: list[InboxEntry]) -> int:
+    """How many entries to ask for, if they are as large as those before."""
+    largest = max((len(entry.payload or b"") for entry in entries), default=0)
+    return max(1, min(AT_ONCE, READ_BYTES // max(1, largest)))
