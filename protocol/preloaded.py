@@ -264,6 +264,7 @@ def run(load: Callable[[Message, Tell], Answer]) -> None:
     del arguments
     gc.collect()
     gc.freeze()  # a collection in a worker would write to every page that it shares
+    give_back()
     _Nursery(control, answer).run()
 
 
@@ -360,6 +361,13 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it ended before the wish was made
             raise SystemExit(1)
+
+
+def give_back() -> None:
+    """Return to the system what the C library keeps of freed memory, where it can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def limit_memory(more: int) -> None:

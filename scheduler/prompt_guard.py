@@ -80,9 +80,7 @@ class PromptGuard:
         """Build the twin before the first chat needs it. TwinFailed: chats that need it will be refused."""
         self._prepared()
 
-    def ids(
-        self, messages: Messages, arguments: Arguments, rendered: Callable[[str], None] | None = None
-    ) -> list[int]:
+    def ids(self, messages: Messages, arguments: Arguments, rendered: Callable[[str], None] | None = None) -> list[int]:
         """Token ids of the chat. SpecialTokensRefused for one whose special tokens cannot be told apart. ``rendered``
         is told of the whole text before it is encoded, and may raise."""
         return self.trace(messages, arguments, rendered)[0]

@@ -5,12 +5,13 @@ What crosses: a job's bytes in, token ids or an error of the one error tree out.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
 import msgspec
 
-from protocol.errors import EngineFailed, InvalidRequest, RequestError, ServiceError
+from protocol.errors import EngineFailed, InvalidRequest, RequestError, ServiceError, StructureNotSupported
 from protocol.jobs import decode_job
 from protocol.messages import Job, encode, pack_ids
 from protocol.preloaded import LAST, Answer, Message, Tell, run
@@ -33,6 +34,8 @@ def load(arguments: Message, tell: Tell) -> Answer:
     prompts.longest_token = longest_token(text) if text is not None else None
     tell(encode(prompts.card("", 0)), text)
     prompts.prepare()
+    with contextlib.suppress(StructureNotSupported):  # each request for structure is told so
+        prompts.grammars()
     return lambda question: answer(prompts, question)
 
 
