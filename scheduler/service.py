@@ -83,9 +83,7 @@ class _Life:
         # unique to this process: a restarted scheduler must not be taken for the one before
         self.owner = f"{name}.{secrets.token_hex(4)}"
         self.bus = LeaderBus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
-        self.tokenizers = TokenizerPool(
-            config.model, config.max_model_len, config.special_tokens_in_content, home
-        )
+        self.tokenizers = TokenizerPool(config.model, config.max_model_len, config.special_tokens_in_content, home)
         self.metrics, self.health = Metrics(config.served_model_name), Health()
         self.status: AppRunner | None = None
 
