@@ -138,9 +138,9 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     args = parser.parse_args()
     from workers.torch_engine.config import EngineConfig
-    from workers.torch_engine.engine import TorchEngine
+    from workers.torch_engine.make import make_engine
 
-    engine = TorchEngine(EngineConfig(model=args.model, max_model_len=args.max_model_len, threads=args.threads))
+    engine = make_engine(EngineConfig(model=args.model, max_model_len=args.max_model_len, threads=args.threads))
     capacity = engine.load(lambda stage, fraction: None)
     vocabulary = Vocabulary(size=capacity.vocab_size)
     loop = BareLoop(engine, capacity)

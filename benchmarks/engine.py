@@ -28,6 +28,7 @@ from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.engine import TorchEngine
+from workers.torch_engine.make import make_engine
 
 
 class Batch:
@@ -42,7 +43,7 @@ class Batch:
         """(seconds until all are done, seconds until the first token of the last one started)."""
         rng = random.Random(seed)
         size, budget = self.engine.config.block_size, self.engine.config.max_num_batched_tokens
-        vocab = self.engine.model.config.get_text_config().vocab_size
+        vocab = self.engine.backend.model.config.get_text_config().vocab_size
         todo, left, new, block = [], [], [], 0
         self.decodes = []
         for seat, (prompt, output) in enumerate(lengths):
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("--steps-only", action="store_true", help="no workloads")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    engine = TorchEngine(
+    engine = make_engine(
         EngineConfig(
             model=args.model or str(checkpoint(args.shape)),
             dtype=args.dtype,
@@ -168,7 +169,7 @@ def main() -> None:
     if capacity.device == "cpu":
         read, product = ceilings()
         found["read_gb_s"], found["product_gflop_s"] = round(read / 1e9, 1), round(product / 1e9, 1)
-        weights = matrix_weights(engine.model.config.get_text_config())
+        weights = matrix_weights(engine.backend.model.config.get_text_config())
     for rows in map(int, args.batches.split(",")):
         values = [decode_ms(batch, rows, args.context, 24) for _ in range(args.rounds)]
         found[f"decode_ms_{rows}"] = round(statistics.median(values), 2)

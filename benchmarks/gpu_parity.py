@@ -19,6 +19,7 @@ from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.make import make_engine
+from workers.torch_engine.verify import paged_logits
 
 CPU = torch.device("cpu")
 
@@ -179,7 +180,7 @@ def bf16_distance(part: Part) -> None:
         )  # fmt: skip
         engine.load(lambda stage, fraction: None)
     texts = [torch.arange(start, start + 21, device=part.device) for start in (3, 500)]
-    ours = torch.cat(engine._paged_logits(texts))
+    ours = torch.cat(paged_logits(engine.backend, texts))
     model = draw_model(fields, CPU, dtype, "eager", lively=True).to(part.device)
     theirs = torch.cat([model(text[None], use_cache=False).logits[0].float() for text in texts])
     exact = torch.cat([model.float()(text[None], use_cache=False).logits[0] for text in texts])

@@ -108,9 +108,9 @@ def load_engine(part: Part, shape: str, dtype: torch.dtype = torch.bfloat16, **g
     with without_files(fields, dtype):
         engine = make_engine(EngineConfig(**{**config, **given}))
         capacity = engine.load(lambda stage, fraction: None)
-    steps = getattr(engine, "steps", None)
+    steps = getattr(engine.backend, "steps", None)
     part.note(
-        engine=type(engine).__name__,
+        engine=engine.backend.name,
         load_s=round(time.perf_counter() - began, 1),
         graphs=len(steps.buckets) if steps is not None else 0,
         capture_s=round(getattr(steps, "capture_s", 0.0), 1),

@@ -66,7 +66,7 @@ def decode(part: Part, engine: Any, rows: int, context: int, params: SamplingPar
     size, warm = engine.config.block_size, 4
     steps = 6 if part.tiny else STEPS
     width = -(-(context + steps + warm + 2) // size)
-    width = min(width, engine.pool.blocks // rows)
+    width = min(width, engine.backend.pool.blocks // rows)
     context = min(context, width * size - steps - warm - 2)
     new = [
         NewSequence(
@@ -78,7 +78,7 @@ def decode(part: Part, engine: Any, rows: int, context: int, params: SamplingPar
     seats = b"".join(seat.to_bytes(2, "little") for seat in range(rows))
     running: deque[Any] = deque()
     ends, began = [], 0.0
-    stepper = getattr(engine, "steps", None) if part.cuda else None
+    stepper = getattr(engine.backend, "steps", None) if part.cuda else None
     for step in range(steps + warm):
         if step == warm:
             part.wait()
@@ -136,7 +136,7 @@ def engine_alone(part: Part, shape: str) -> None:
         steps.append(best)
         part.note(steps=steps)
     loop(part, engine, capacity)
-    stepper = getattr(engine, "steps", None)
+    stepper = getattr(engine.backend, "steps", None)
     if stepper is not None:
         stepper.forget()
         for found in steps:

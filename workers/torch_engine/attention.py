@@ -2,26 +2,31 @@
 
 transformers calls ``headrace_paged`` once per layer with that layer's queries, keys and values for the flat
 batch. The function finds the engine's PagedAttention on the module itself (``adopt`` put it there: some
-models do not hand keyword arguments down to their layers), writes keys and values to the pool by slot, and
-lets a backend read them back by block table. No mask function is registered under the name, so transformers
-builds no mask (masking_utils, early exit); the rules that a mask would carry, causality and the sliding
-window, are the backend's.
+models do not hand keyword arguments down to their layers), which writes keys and values to the pool by slot
+and reads them back by block table. No mask function is registered under the name, so transformers builds no
+mask (masking_utils, early exit); the rules that a mask would carry, causality and the sliding window, are
+those of the PagedAttention.
+
+PagedAttention is the base; its implementations are TorchAttention (torch_attention.py, any device),
+NativeAttention (cpu/attention.py) and TableAttention (cuda/attention.py).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from transformers import AttentionInterface
 
 from protocol.errors import EngineFailed, ModelRefused
-from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.kv_pool import KVPool, LayerShape
 
 NAME = "headrace_paged"
+
+Step = TypeVar("Step")  # how an implementation is told of a step: inputs.StepInputs, or tables on the device
 
 
 @dataclass(frozen=True)
@@ -33,63 +38,37 @@ class AttentionRule:
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
 
 
-class Backend(Protocol):
-    """Where the arithmetic is done, and with it how keys and values lie in the pool's memory.
-
-    ``keys`` and ``values`` are one layer's pool tensors; ``write`` is called before ``attend``.
-    """
-
-    panel: int  # a block's slots are rounded up to a multiple of this
-
-    def write(
-        self,
-        key: torch.Tensor,  # [T, kv_heads, key_size]
-        value: torch.Tensor,  # [T, kv_heads, value_size]
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        step: StepInputs,
-    ) -> None: ...
-
-    def attend(
-        self,
-        query: torch.Tensor,  # [T, heads, key_size]
-        key: torch.Tensor,  # [T, kv_heads, key_size], this step's, as written to the pool
-        value: torch.Tensor,  # [T, kv_heads, value_size]
-        keys: torch.Tensor,  # [slots, kv_heads, key_size]
-        values: torch.Tensor,  # [slots, kv_heads, value_size]
-        step: StepInputs,
-        rule: AttentionRule,
-        sinks: torch.Tensor | None,  # [heads]: a further score per head that takes weight but gives no value
-    ) -> torch.Tensor:  # [T, heads, value_size]
-        ...
-
-
-class PagedAttention:
+class PagedAttention(ABC, Generic[Step]):
     """One engine's attention: knows the current step, the pool, and which of its layers is called.
 
     A layer of the pool is the n-th call of a pass: a module that attends twice (diffllama) has two. Until a pool
-    is given, calls are those of the probe, which only notes their shapes. ``calls`` counts for ever: it is the
-    engine's heartbeat.
+    is given, calls are those of the probe (verify.py), which only notes their shapes. ``calls`` is never reset: it
+    is the engine's heartbeat.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.step: StepInputs | None = None
+    panel = 1  # a block's slots are rounded up to a multiple of this: keys and values may lie in panels of tokens
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
         self.pool: KVPool | None = None
         self.shapes: list[LayerShape] = []
+        self.groups: list[int] = []  # query heads per key head of each layer
         self.modules: set[torch.nn.Module] = set()
         self.dtype = torch.float32  # of keys and values, as the probe found them
         self.calls = 0
         self.layer = 0  # of the next call
         self.watch: Callable[[AttentionRule, torch.Tensor | None, int], None] | None = None  # told rule, sinks, heads
 
-    def begin(self, step: StepInputs | None, layer: int = 0) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a copied module calls the same attention
+
+    def begin(self, step: Step | None, layer: int = 0) -> None:
         """A pass over ``step`` begins, at ``layer``."""
         self.step = step
         self.layer = layer
 
     def next_layers(self, count: int = 1) -> int:
-        """Which layer of the pool the first of the ``count`` calls that now begin has."""
+        """Take ``count`` layers of the pool for the call that now begins; the index of the first."""
         self.calls += count
         self.layer += count
         return self.layer - count
@@ -100,7 +79,7 @@ class PagedAttention:
         if self.layer != len(self.shapes):
             raise EngineFailed(f"a pass called {self.layer} attention layers instead of {len(self.shapes)}")
 
-    def attend(
+    def call(
         self,
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -112,22 +91,41 @@ class PagedAttention:
         """Arguments and result as transformers has them: [1, heads, T, size] in, [1, T, heads, value_size] out."""
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
         if self.pool is None:
-            self.modules.add(module)
-            self.calls += 1
-            self.shapes.append(LayerShape(key.shape[1], key.shape[2], value.shape[2]))
-            self.dtype = key.dtype
-            return query.new_zeros(1, query.shape[0], query.shape[1], value.shape[2])
+            return self._note(module, query, key, value)
         assert self.step is not None
         layer = self.next_layers()
         if self.watch:
             self.watch(rule, sinks, query.shape[1])
         keys, values = self.pool.keys[layer], self.pool.values[layer]
-        self.backend.write(key, value, keys, values, self.step)
-        out = self.backend.attend(query, key, value, keys, values, self.step, rule, sinks)
-        return out[None]
+        return self.attend(query, key, value, keys, values, self.step, rule, sinks)[None]
+
+    def _note(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Remember the layer's shape; zeros in place of its result."""
+        self.modules.add(module)
+        self.calls += 1
+        self.shapes.append(LayerShape(key.shape[1], key.shape[2], value.shape[2]))
+        self.groups.append(query.shape[1] // key.shape[1])
+        self.dtype = key.dtype
+        return query.new_zeros(1, query.shape[0], query.shape[1], value.shape[2])
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,  # [T, heads, key_size]
+        key: torch.Tensor,  # [T, kv_heads, key_size]
+        value: torch.Tensor,  # [T, kv_heads, value_size]
+        keys: torch.Tensor,  # one layer of the pool: [slots, kv_heads, key_size]
+        values: torch.Tensor,  # [slots, kv_heads, value_size]
+        step: Step,
+        rule: AttentionRule,
+        sinks: torch.Tensor | None,  # [heads]: a further score per head that takes weight but gives no value
+    ) -> torch.Tensor:  # [T, heads, value_size]
+        """Write ``key`` and ``value`` at the step's slots, then attend to all that the pool holds of the rows."""
 
 
-def adopt(model: torch.nn.Module, attention: PagedAttention) -> None:
+def adopt(model: torch.nn.Module, attention: PagedAttention[Any]) -> None:
     """Let every attention call of ``model`` find ``attention``."""
     for module in model.modules():
         module.__dict__["headrace"] = attention
@@ -169,7 +167,7 @@ def headrace_paged(
         window=kwargs["sliding_window"] if "sliding_window" in kwargs else window_of(module),
         softcap=softcap,
     )
-    return attention.attend(module, query, key, value, rule, s_aux), None
+    return attention.call(module, query, key, value, rule, s_aux), None
 
 
 def refuse_foreign_masks(module: torch.nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from protocol.messages import NewSequence, Plan
 class StepInputs:
     """The flat batch of one step: T tokens of R rows, row after row.
 
-    Arrays are on the host, tensors on the device. ``memo`` lets attention backends keep what they derive
+    Arrays are on the host, tensors on the device. ``memo`` lets an attention keep what they derive
     from these once per step and use it in every layer.
     """
 
@@ -73,6 +73,7 @@ class Seats:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.device = device
+        self.max_model_len = max_model_len
         self.widest = -(-max_model_len // block_size)
         self.ids: list[np.ndarray] = []
         self.taken = np.zeros(0, bool)

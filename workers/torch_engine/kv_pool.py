@@ -1,23 +1,19 @@
 """The KV pool: where the keys and values of all running sequences lie, in blocks, layer by layer.
 
 The scheduler owns the accounting (which sequence has which block); the pool is only memory, and how keys and
-values lie in it is the attention backend's. Block b holds slots b * block_size to (b + 1) * block_size - 1.
+values lie in it is the attention's. Block b holds slots b * block_size to (b + 1) * block_size - 1.
 One block more than is offered lies at the end: slot -1, where padding may be written, is its last.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import sys
-import threading
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from protocol.errors import StartError
-from workers.native.library import Kernels
 
 _LINE = 64  # bytes of a cache line, on which tensors begin
 
@@ -58,22 +54,6 @@ class KVPool:
     def zero_(self) -> None:
         for tensor in (*self.keys, *self.values):
             tensor.zero_()
-
-    def touch(self, kernels: Kernels) -> None:
-        """Take the memory of the whole pool, on a thread of the lowest priority.
-
-        A page's first write makes the system find and clear it; on a virtual machine that may take milliseconds, and
-        would in the middle of a step.
-        """
-
-        def run() -> None:
-            if sys.platform == "linux":
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread alone
-            for parts in zip(*(tensor.chunk(64) for tensor in (*self.keys, *self.values)), strict=True):
-                for part in parts:  # those of the blocks that are given out first come first
-                    kernels.touch(part)
-
-        threading.Thread(target=run, name="touch", daemon=True).start()
 
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -1,23 +1,65 @@
-"""Which engine serves a configuration: on a GPU the one with Triton kernels and CUDA graphs, if there is Triton."""
+"""The factory: which backends may serve a configuration, best first. The one common file that knows cpu/ and cuda/."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
+import torch
+
+from protocol.errors import StartError
+from workers.native.library import KernelsUnavailable, load_kernels
+from workers.torch_engine.backend import Backend
 from workers.torch_engine.config import EngineConfig
+from workers.torch_engine.cpu.backend import NativeBackend
+from workers.torch_engine.draw import Threshold, TorchDraw, threshold_by_bisection, threshold_by_histogram
 from workers.torch_engine.engine import TorchEngine
 from workers.torch_engine.loader import choose_device
+from workers.torch_engine.torch_backend import TorchBackend
 
 log = logging.getLogger(__name__)
 
 
 def make_engine(config: EngineConfig) -> TorchEngine:
-    """Raises StartError for a device that is not there."""
-    if choose_device(config.device).type == "cuda":
-        try:
-            from workers.torch_engine.cuda.backend import CudaEngine
-        except ImportError as error:
-            log.warning("no Triton kernels (%s): torch alone serves, which is slower", error)
-        else:
-            return CudaEngine(config)
-    return TorchEngine(config)
+    """Raises StartError for a device that is not there, or a precision that it does not serve."""
+    device = choose_device(config.device)
+    int8 = config.quantization is not None
+    if int8 and device.type != "cpu":
+        raise StartError("--quantization int8 is served on a CPU only: leave it out, or say --device cpu")
+    return TorchEngine(config, device, _on_cpu(config, device) if device.type == "cpu" else _on_gpu(config, device))
+
+
+def _on_cpu(config: EngineConfig, device: torch.device) -> list[Backend[Any]]:
+    int8 = config.quantization is not None
+    try:
+        native = NativeBackend(config, device, load_kernels())
+    except KernelsUnavailable as reason:
+        if int8:
+            raise StartError(f"--quantization int8 needs the native CPU kernels: {reason}") from reason
+        log.warning("native CPU kernels %s; torch serves alone, more slowly", reason)
+        return [torch_alone(config, device)]
+    return [native] if int8 else [native, torch_alone(config, device)]
+
+
+def _on_gpu(config: EngineConfig, device: torch.device) -> list[Backend[Any]]:
+    try:
+        from workers.torch_engine.cuda.backend import CudaBackend
+    except ImportError as error:
+        log.warning("no Triton kernels (%s): torch alone serves, which is slower", error)
+        return [torch_alone(config, device)]
+    return [CudaBackend(config, device), torch_alone(config, device)]
+
+
+def torch_alone(config: EngineConfig, device: torch.device) -> TorchBackend:
+    return TorchBackend(config, device, TorchDraw(_threshold(device)))
+
+
+def _threshold(device: torch.device) -> Threshold:
+    """The quickest search for the nucleus of top_p on ``device``."""
+    if device.type == "cpu":
+        return threshold_by_histogram
+    try:
+        from workers.torch_engine.cuda.triton_sampling import nucleus_threshold
+    except ImportError:
+        return threshold_by_bisection
+    return nucleus_threshold

@@ -27,8 +27,7 @@ def kv_budget(wanted: int | None, device: torch.device, warm_up: Callable[[], No
     if wanted is not None:
         return wanted
     torch.cuda.empty_cache()
-    _, total = torch.cuda.mem_get_info(device)
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
     peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
     return int(free - peak - total * (1 - GPU_SHARE))
 

@@ -1,9 +1,7 @@
 """Sampling: from logits to one token id per row, in batch, on the device, without waiting for it.
 
-Order, per row: logprobs are read off the model's own logits; then penalties, logit_bias, min_tokens, and for
-a greedy row the argmax. Otherwise temperature, min_p, top_k, top_p, each renormalising what the one before it
-kept, and one draw by inverse CDF in vocabulary order. The draw's uniform is a hash of (seed, choice, position)
-alone, so a request draws the same tokens wherever and beside whomever it runs.
+Order, per row: logprobs are read off the model's own logits; then penalties, logit_bias, min_tokens; then the draw
+(draw.py), which the engine's backend hands in.
 
 What no row of a step asks for is not computed. Counts of earlier tokens exist only for seats with penalties.
 """
@@ -18,7 +16,7 @@ import torch
 from protocol.messages import NewSequence, choice_seed
 from protocol.sampling import SamplingParams
 from workers.masks import StepMasks
-from workers.native.library import DRAW, Kernels
+from workers.torch_engine.draw import DRAW_FIELDS, Draw
 from workers.torch_engine.inputs import to_device
 
 COLDEST = 1e-5  # temperatures below are greedy: dividing by them overflows
@@ -38,26 +36,19 @@ class Drawn:
 class Sampler:
     """Keeps what sampling needs by seat: parameters in arrays, penalty counts on the device."""
 
-    def __init__(
-        self,
-        seats: int,
-        vocab_size: int,
-        eos_token_ids: list[int],
-        device: torch.device,
-        kernels: Kernels | None = None,
-    ) -> None:
+    def __init__(self, seats: int, vocab_size: int, eos_token_ids: list[int], device: torch.device, draw: Draw) -> None:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.device = device
-        self.kernels = kernels  # which draw on a CPU, where there are any
+        self.draw = draw
         self.penalties = Penalties(vocab_size, device)
         self.bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # seat -> ids, values
         self.banned: dict[int, tuple[int, np.ndarray]] = {}  # seat -> position of the first free token, banned ids
-        self._fields = np.zeros(0, _SEAT)
+        self._fields = np.zeros(0, DRAW_FIELDS)
         self._grow(seats)
 
     def _grow(self, seats: int) -> None:
-        self._fields = np.concatenate([self._fields, np.zeros(seats - len(self._fields), _SEAT)])
+        self._fields = np.concatenate([self._fields, np.zeros(seats - len(self._fields), DRAW_FIELDS)])
 
     def add(self, new: NewSequence) -> None:
         """Take up the parameters of ``new``; its earlier outputs count as if they had been drawn here."""
@@ -106,15 +97,15 @@ class Sampler:
         Where there are ``masks``, what they rule out is written into ``logits``, in their own rows alone.
         """
         fields = self._fields[seats]
-        random, lp_rows = np.flatnonzero(fields["temperature"] > 0), np.flatnonzero(fields["logprobs"] >= 0)
-        if not len(random) and not len(lp_rows) and not self._has_processors:
+        lp_rows = np.flatnonzero(fields["logprobs"] >= 0)
+        if not len(lp_rows) and not self._has_processors and not (fields["temperature"] > 0).any():
             return Drawn(_largest(logits, best, masks))  # 16-bit logits order as if widened
         logits = logits.float()
         logprobs = torch.log_softmax(logits[self._index(lp_rows)], dim=-1) if len(lp_rows) else None
         logits = self._process_logits(logits, seats, positions)
         if masks is not None:
             rule_out(logits, masks)
-        tokens = self._choose(logits, fields, positions, random)
+        tokens = self.draw(logits, fields, positions)
         self.penalties.count(seats, tokens)
         if logprobs is None:
             return Drawn(tokens)
@@ -123,22 +114,6 @@ class Sampler:
         top = logprobs.topk(most, dim=-1)
         drawn = logprobs.gather(-1, of_rows[:, None])[:, 0]
         return Drawn(tokens, lp_rows, drawn, top.indices, top.values)
-
-    def _choose(
-        self, logits: torch.Tensor, fields: np.ndarray, positions: np.ndarray, random: np.ndarray
-    ) -> torch.Tensor:
-        """int64 [k] from the processed logits; ``random``: the rows that are not greedy."""
-        if self.kernels is not None:
-            draws = np.empty(len(fields), DRAW)
-            for name in ("temperature", "top_p", "min_p", "top_k"):
-                draws[name] = fields[name]
-            draws["uniform"] = uniforms(fields["key"], positions)
-            return self.kernels.draw(logits, draws)
-        tokens = logits.argmax(dim=-1)
-        if len(random):
-            rows = slice(None) if len(random) == len(fields) else self._index(random)
-            tokens[rows] = draw(logits[rows], fields[random], uniforms(fields["key"][random], positions[random]))
-        return tokens
 
     def tops(self, seats: np.ndarray) -> np.ndarray:
         """How many alternatives each seat asked for; -1: no logprobs at all."""
@@ -177,16 +152,6 @@ class Sampler:
         return to_device(np.ascontiguousarray(array), self.device)
 
 
-_SEAT = np.dtype(
-    [
-        ("key", np.uint64),
-        ("temperature", np.float32),
-        ("top_p", np.float32),
-        ("min_p", np.float32),
-        ("top_k", np.int64),
-        ("logprobs", np.int64),
-    ]
-)
 _NEVER: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
 
@@ -286,97 +251,3 @@ def _largest(logits: torch.Tensor, best: torch.Tensor | None, masks: StepMasks |
         return logits.argmax(dim=-1)
     rows = to_device(masks.rows, logits.device)
     return best.index_copy(0, rows, logits[rows].argmax(dim=-1))
-
-
-def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """float32 in [0, 1) with 24 random bits for each (key, position): splitmix64's finaliser, twice."""
-    with np.errstate(over="ignore"):
-        mixed = _mix(keys ^ _mix(positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)))
-    return np.asarray((mixed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
-
-
-def draw(logits: torch.Tensor, fields: np.ndarray, uniform: np.ndarray) -> torch.Tensor:
-    """int64 [k]: one draw per row of ``logits`` [k, vocabulary] under the rows' temperature, min_p, top_k, top_p."""
-    device = logits.device
-
-    def column(name: str) -> torch.Tensor:
-        return to_device(np.ascontiguousarray(fields[name]), device)[:, None]
-
-    weights = torch.softmax(logits / column("temperature"), dim=-1)
-    weights.nan_to_num_(0.0)  # a row whose model has gone astray must not take the others along
-    if (fields["min_p"] > 0).any():
-        weights = weights.masked_fill(weights < column("min_p") * weights.amax(-1, keepdim=True), 0)
-    if ((fields["top_k"] > 0) & (fields["top_k"] < weights.shape[-1])).any():
-        weights = keep_top_k(weights, fields["top_k"])
-    if (fields["top_p"] < 1).any():
-        weights = keep_top_p(weights, column("top_p"))
-    cdf = weights.cumsum(-1)
-    total = cdf[:, -1:]
-    target = torch.minimum(to_device(uniform, device)[:, None] * total, torch.nextafter(total, total.new_zeros(())))
-    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-
-
-def keep_top_k(weights: torch.Tensor, top_k: np.ndarray) -> torch.Tensor:
-    """Zero all but each row's ``top_k`` largest weights (0: keep all); ties with the last one stay."""
-    limits = np.where(top_k > 0, np.minimum(top_k, weights.shape[-1]), weights.shape[-1])
-    asked = limits < weights.shape[-1]
-    most = int(limits[asked].max())
-    ranked = weights.topk(most, dim=-1).values
-    last = to_device(np.where(asked, limits, 1).astype(np.int64) - 1, weights.device)[:, None]
-    least = torch.where(to_device(asked, weights.device)[:, None], ranked.gather(-1, last), 0.0)
-    return weights.masked_fill(weights < least, 0)
-
-
-def keep_top_p(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Zero what lies outside each row's nucleus: the fewest largest weights that hold ``top_p`` [k, 1] of the sum.
-
-    The nucleus is {weights >= t}; only t is searched, nothing is sorted. Ties with t stay.
-    """
-    goal = top_p * weights.sum(-1, keepdim=True)
-    if weights.device.type == "cpu":
-        return weights.masked_fill(weights < _threshold_by_histogram(weights, goal), 0)
-    try:
-        from workers.torch_engine.cuda.triton_sampling import nucleus_threshold as threshold
-    except ImportError:
-        threshold = _threshold_by_bisection
-    return weights.masked_fill(weights < threshold(weights, goal), 0)
-
-
-def _threshold_by_histogram(weights: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """The same t as by bisection, in a few passes: on a CPU, where every pass over the vocabulary is paid for.
-
-    Buckets are the upper 16 bits of a float in [0, 1], which order as the floats do. The mass of each tells which
-    bucket holds t; only what lies in that one is ranked.
-    """
-    buckets = weights.view(torch.int32).bitwise_right_shift(16).long()
-    mass = weights.new_zeros(len(weights), 0x3F81).scatter_add_(1, buckets, weights)
-    down_to = mass.flip(-1).cumsum(-1).flip(-1)  # mass of each bucket and all above
-    bucket = ((down_to >= goal).sum(-1, keepdim=True) - 1).clamp(min=0)
-    above = down_to.gather(-1, bucket) - mass.gather(-1, bucket)
-    rows, columns = (buckets == bucket).nonzero(as_tuple=True)
-    sizes = rows.bincount(minlength=len(weights))
-    ranked = weights.new_zeros(len(weights), int(sizes.max()))
-    ranked[rows, torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]] = weights[rows, columns]
-    ranked = ranked.sort(-1, descending=True).values
-    last = (above + ranked.cumsum(-1) < goal).sum(-1, keepdim=True)
-    return ranked.gather(-1, torch.minimum(last, sizes[:, None] - 1).clamp(min=0))
-
-
-def _threshold_by_bisection(weights: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """The largest t [k, 1] with sum(weights >= t) >= goal, halving the interval of float32 bit patterns.
-
-    Positive floats order as their bits do, so 31 halvings end at neighbouring floats: exact, no host sync.
-    """
-    low = torch.zeros_like(goal, dtype=torch.int32)  # sum(weights >= low) >= goal holds throughout
-    high = weights.amax(-1, keepdim=True).view(torch.int32) + 1
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        enough = (weights * (weights >= middle.view(torch.float32))).sum(-1, keepdim=True) >= goal
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return low.view(torch.float32)

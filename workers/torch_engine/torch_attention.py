@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from workers.torch_engine.attention import AttentionRule
+from workers.torch_engine.attention import AttentionRule, PagedAttention
 from workers.torch_engine.inputs import StepInputs, to_device
 
 
@@ -26,16 +26,8 @@ class Gather:
     mask: torch.Tensor  # bool [r, 1, queries, B * S]: which keys are seen
 
 
-class TorchAttention:
-    """Backend that runs wherever torch runs. Slot s of the pool is row s of its tensors."""
-
-    panel = 1
-
-    def write(
-        self, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: StepInputs
-    ) -> None:
-        keys.index_put_((step.slots,), key)
-        values.index_put_((step.slots,), value)
+class TorchAttention(PagedAttention[StepInputs]):
+    """Runs wherever torch runs. Slot s of the pool is row s of its tensors."""
 
     def attend(
         self,
@@ -48,6 +40,8 @@ class TorchAttention:
         rule: AttentionRule,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
+        keys.index_put_((step.slots,), key)
+        values.index_put_((step.slots,), value)
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
         for group in step.once(("decodes", rule.window), lambda: decode_groups(step, rule.window)):
             k, v = gather(keys, group.blocks, step.block_size), gather(values, group.blocks, step.block_size)

@@ -9,19 +9,22 @@ against its own eager attention over the whole text (``compare``).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from protocol.errors import ModelRefused
+from protocol.messages import NewSequence, Plan, pack_ids
+from protocol.sampling import SamplingParams
 from workers.torch_engine.attention import NAME, PagedAttention
+from workers.torch_engine.backend import Backend
 
 LENGTH = 21  # tokens of the text that is compared: longer than one block, short enough to cost little
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest logit
 
 
-def probe(model: Any, attention: PagedAttention, device: torch.device) -> None:
+def probe(model: Any, attention: PagedAttention[Any], device: torch.device) -> None:
     """One pass in which ``attention`` notes its layers. Raises ModelRefused unless every layer called once."""
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -59,26 +62,41 @@ def own_logits(model: Any, device: torch.device) -> list[torch.Tensor]:
         model.set_attn_implementation(NAME)
 
 
-def compare(
-    model: Any,
-    paged_logits: Callable[[list[torch.Tensor]], list[torch.Tensor]],
-    whole: list[torch.Tensor],
-    device: torch.device,
-) -> None:
-    """Raise ModelRefused if the paged path and ``whole``, what the model itself says, disagree.
-
-    ``paged_logits`` runs sequences in pieces, side by side, and returns the logits [tokens, vocabulary] of each.
-    """
-    name = type(model).__name__
-    for own, paged in zip(whole, paged_logits(_texts(model, device)), strict=True):
+def compare(backend: Backend[Any], whole: list[torch.Tensor]) -> None:
+    """Raise ModelRefused if the paged path and ``whole``, what the model itself says, disagree."""
+    model = backend.model
+    for own, paged in zip(whole, paged_logits(backend, _texts(model, backend.device)), strict=True):
         distance = (own - paged).abs().amax(-1) / own.abs().amax()
         # A token near a router's tie may take another expert in low precision: most must agree, not all.
         worst = distance.quantile(0.75 if model.dtype != torch.float32 else 0.9).item()
         if not worst <= TOLERANCE.get(model.dtype, 2e-3):
             raise ModelRefused(
-                f"{name} gives other logits through paged attention than through its own "
+                f"{type(model).__name__} gives other logits through paged attention than through its own "
                 f"(they differ by {worst:.1%} of the largest): it relies on something that is not served"
             )
+
+
+def paged_logits(backend: Backend[Any], texts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits [tokens, vocabulary] of each of ``texts`` (int64 ids, at most LENGTH), run side by side on the backend's
+    empty seats: two chunks each, then token by token."""
+    size = backend.config.block_size
+    width = -(-LENGTH // size)
+    for seat, text in enumerate(texts):
+        blocks = pack_ids(range(seat * width, (seat + 1) * width))
+        ids = pack_ids(text.tolist())
+        backend.seats.add(NewSequence(seat, "", 0, 0, ids, len(text), SamplingParams(), 0, 0, blocks, 0))
+    done = [0] * len(texts)
+    pieces: list[list[torch.Tensor]] = [[] for _ in texts]
+    while any(at < len(text) for at, text in zip(done, texts, strict=True)):
+        rows = [seat for seat, text in enumerate(texts) if done[seat] < len(text)]
+        counts = [min((9, 4)[done[seat] > 0] if done[seat] < 13 else 1, len(texts[seat]) - done[seat]) for seat in rows]
+        plan = Plan(0, 0, 0, np.array(rows, "<u2").tobytes(), pack_ids(counts), bytes(len(rows)))
+        logits, _ = backend.forward(backend.build(plan, every_token=True))
+        for seat, piece in zip(rows, torch.split(logits.float(), counts), strict=True):
+            pieces[seat].append(piece)
+            done[seat] += len(piece)
+    backend.seats.clear()
+    return [torch.cat(piece) for piece in pieces]
 
 
 def _texts(model: Any, device: torch.device) -> list[torch.Tensor]:

@@ -24,7 +24,7 @@ from tests.workers.torch_engine.test_parity import (
     reference_of,
 )
 from workers.native.library import KernelsUnavailable
-from workers.torch_engine import engine as engine_module
+from workers.torch_engine import make
 
 __all__ = ["one_thread"]  # the autouse fixture
 
@@ -139,7 +139,7 @@ def test_int8_is_refused_where_it_cannot_be_kept(tmp_path_factory, monkeypatch):
     def unavailable():
         raise KernelsUnavailable("not wanted here")
 
-    monkeypatch.setattr(engine_module, "load_kernels", unavailable)
+    monkeypatch.setattr(make, "load_kernels", unavailable)
     with pytest.raises(StartError, match="quantization int8 needs the native CPU kernels"):
         make_engine(tiny_model(tmp_path_factory, "llama"), quantization="int8")
 

@@ -12,15 +12,15 @@ from transformers import AutoConfig
 
 from protocol.errors import ModelRefused, StartError
 from tests.models import CONFIGS, EOS, VOCAB, build, byte_tokenizer, tiny_model
-from workers.torch_engine import engine as engine_module
 from workers.torch_engine import loader
 from workers.torch_engine.config import EngineConfig
-from workers.torch_engine.engine import TorchEngine
+from workers.torch_engine.cpu import backend as cpu_backend
+from workers.torch_engine.make import make_engine
 
 
 def load(path, **fields):
     given = {"device": "cpu", "threads": 1, "max_num_seqs": 4, "kv_cache_memory": 4 << 20, "max_num_batched_tokens": 64}
-    engine = TorchEngine(EngineConfig(model=str(path), **{**given, **fields}))
+    engine = make_engine(EngineConfig(model=str(path), **{**given, **fields}))
     stages = []
     capacity = engine.load(lambda stage, fraction: stages.append((stage, fraction)))
     return engine, capacity, stages
@@ -175,14 +175,13 @@ def test_byte_tokenizer_round_trip():
 
 def test_kernels_that_change_the_model_are_not_used(tmp_path_factory, monkeypatch, caplog):
     """Whatever a replacement gets wrong is seen in the logits, and torch serves alone."""
-    real = engine_module.fuse
+    real = cpu_backend.fuse
 
-    def faulty(model, kernels, **options):
-        report = real(model, kernels, **options)
+    def faulty(model, kernels, report, **options):
+        real(model, kernels, report, **options)
         model.model.norm.weight.data[:8] *= 3
-        return report
 
-    monkeypatch.setattr(engine_module, "fuse", faulty)
+    monkeypatch.setattr(cpu_backend, "fuse", faulty)
     engine, _, _ = load(tiny_model(tmp_path_factory, "llama"))
-    assert type(engine.attention.backend).__name__ == "TorchAttention"
+    assert type(engine.backend).__name__ == "TorchBackend"
     assert "other logits" in caplog.text

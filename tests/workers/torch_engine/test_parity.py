@@ -20,7 +20,7 @@ from tests.models import SERVED, tiny_model
 from tests.workers.core_driver import CoreDriver
 from tests.workers.plan_maker import PlanMaker, Sequence
 from workers.native.library import KernelsUnavailable
-from workers.torch_engine import engine as engine_module
+from workers.torch_engine import make
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.engine import TorchEngine
 
@@ -41,7 +41,7 @@ def one_thread():
 
 
 def make_engine(path: Path, max_model_len: int | None = None, blocks: int = 96, **more: Any) -> TorchEngine:
-    engine = TorchEngine(
+    engine = make.make_engine(
         EngineConfig(
             model=str(path),
             device="cpu",
@@ -137,11 +137,11 @@ def test_torch_alone_equals_generate(tmp_path_factory, monkeypatch, name):
     def unavailable():
         raise KernelsUnavailable("not wanted here")
 
-    monkeypatch.setattr(engine_module, "load_kernels", unavailable)
+    monkeypatch.setattr(make, "load_kernels", unavailable)
     path = tiny_model(tmp_path_factory, name)
     requests = make_requests(4, 76)[:16]
     engine = make_engine(path)
-    assert type(engine.attention.backend).__name__ == "TorchAttention"
+    assert type(engine.backend).__name__ == "TorchBackend"
     PlanMaker(engine, blocks=40, block_size=BLOCK, budget=24).run(requests)
     reference = reference_of(path)
     wrong = [text for text in (first_difference(reference, request) for request in requests) if text]
@@ -153,6 +153,8 @@ def test_zeroing_the_pool_is_noticed(tmp_path_factory):
     path = tiny_model(tmp_path_factory, "llama")
     engine = make_engine(path)
     requests = make_requests(4, 76)[:8]
-    PlanMaker(engine, blocks=90, block_size=BLOCK, budget=24).run(requests, before_step=lambda _: engine.pool.zero_())
+    PlanMaker(engine, blocks=90, block_size=BLOCK, budget=24).run(
+        requests, before_step=lambda _: engine.backend.pool.zero_()
+    )
     reference = reference_of(path)
     assert sum(first_difference(reference, request) is not None for request in requests) >= 6

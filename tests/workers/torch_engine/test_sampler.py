@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 from protocol.messages import NewSequence, pack_ids
 from protocol.sampling import SamplingParams
 from workers.native.library import KernelsUnavailable, load_kernels
-from workers.torch_engine import sampler as module
-from workers.torch_engine.sampler import Sampler, keep_top_k, keep_top_p, uniforms
+from workers.torch_engine.cpu.backend import NativeDraw
+from workers.torch_engine.draw import (
+    TorchDraw,
+    keep_top_k,
+    keep_top_p,
+    threshold_by_bisection,
+    threshold_by_histogram,
+    uniforms,
+)
+from workers.torch_engine.sampler import Sampler
 
 V = 50
 CPU = torch.device("cpu")
@@ -24,12 +32,13 @@ def kernels(request, monkeypatch):
     """Every test with both ways to draw on a CPU."""
     if request.param == "native":
         try:
-            monkeypatch.setitem(DRAWN_BY, "kernels", load_kernels())
+            monkeypatch.setitem(DRAWN_BY, "this", NativeDraw(load_kernels()))
         except KernelsUnavailable as error:
             pytest.skip(f"native kernels: {error}")
 
 
-DRAWN_BY = {"kernels": None}
+TORCH = TorchDraw(threshold_by_histogram)
+DRAWN_BY = {"this": TORCH}
 
 
 def sequence(seat, params, prompt=(1, 2, 3), outputs=(), seed=0, choice=0):
@@ -39,7 +48,7 @@ def sequence(seat, params, prompt=(1, 2, 3), outputs=(), seed=0, choice=0):
 
 def make(*params, **kwargs):
     """A sampler with one seat for each of ``params``, seat 0 first."""
-    made = Sampler(4, V, [7, 9], CPU, DRAWN_BY["kernels"])
+    made = Sampler(4, V, [7, 9], CPU, DRAWN_BY["this"])
     for seat, each in enumerate(params):
         made.add(sequence(seat, each, **kwargs))
     return made
@@ -147,8 +156,8 @@ def test_top_p_keeps_the_nucleus(seed, top_p, spread, size):
     before = ranked.cumsum(-1) - ranked
     clear = ((ranked.cumsum(-1) - top_p).abs() > 1e-5).all()  # no sum within rounding of the goal
     wanted = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, order, before < top_p)
-    kept = keep_top_p(weights, goal) > 0
-    bisected = weights >= module._threshold_by_bisection(weights, goal * weights.sum(-1, keepdim=True))
+    kept = keep_top_p(weights, goal, threshold_by_histogram) > 0
+    bisected = weights >= threshold_by_bisection(weights, goal * weights.sum(-1, keepdim=True))
     if clear:
         assert torch.equal(kept, wanted & (weights > 0))
         assert torch.equal(bisected, wanted)
@@ -161,11 +170,11 @@ def test_top_p_keeps_the_nucleus(seed, top_p, spread, size):
 )  # fmt: skip
 def test_both_ways_draw_the_same(seed, top_p, min_p, top_k, spread, size):
     """But for a draw on the very edge between two tokens, or a threshold within rounding of another weight."""
-    if DRAWN_BY["kernels"] is None:
+    if DRAWN_BY["this"] is TORCH:
         return
     logits = torch.randn(2, size, generator=torch.Generator().manual_seed(seed)) * spread
     params = SamplingParams(top_p=top_p, min_p=min_p, top_k=top_k, temperature=0.9)
-    samplers = [Sampler(4, size, [], CPU, kernels) for kernels in (None, DRAWN_BY["kernels"])]
+    samplers = [Sampler(4, size, [], CPU, draw) for draw in (TORCH, DRAWN_BY["this"])]
     drawn = []
     for made in samplers:
         for seat in range(2):

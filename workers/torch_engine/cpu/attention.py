@@ -6,23 +6,18 @@ import numpy as np
 import torch
 
 from workers.native.library import PANEL, Kernels, Pool, Rule, Step, make_step
-from workers.torch_engine.attention import AttentionRule
+from workers.torch_engine.attention import AttentionRule, PagedAttention
 from workers.torch_engine.inputs import StepInputs
 
 
-class NativeAttention:
-    """Backend for float32 pools on the CPU, which it lays out in panels of its own (elementwise.inc, Pool)."""
+class NativeAttention(PagedAttention[StepInputs]):
+    """For float32 pools on the CPU, whose keys and values lie in panels of tokens (elementwise.inc, Pool)."""
 
     panel = PANEL
 
     def __init__(self, kernels: Kernels) -> None:
+        super().__init__()
         self.kernels = kernels
-
-    def write(
-        self, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: StepInputs
-    ) -> None:
-        key, value = _adjacent(key), _adjacent(value)
-        self.kernels.store(key, value, pool_of(keys, values, step.block_size), step.slots)
 
     def attend(
         self,
@@ -35,11 +30,13 @@ class NativeAttention:
         rule: AttentionRule,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
+        pool = pool_of(keys, values, step.block_size)
+        self.kernels.store(_adjacent(key), _adjacent(value), pool, step.slots)
         sinks = None if sinks is None else sinks.float().contiguous()
         out = torch.empty(query.shape[0], query.shape[1], values.shape[2])
         return self.kernels.attention(
             _adjacent(query),
-            pool_of(keys, values, step.block_size),
+            pool,
             native_step(step, query.shape[1] // keys.shape[1]),
             native_rule(rule, sinks),
             out,

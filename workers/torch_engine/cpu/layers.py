@@ -148,7 +148,12 @@ class NativeLayers(nn.Module):
     ``attention``."""
 
     def __init__(
-        self, kernels: Kernels, attention: PagedAttention, layers: list[Layer], owners: list[Any], group: int
+        self,
+        kernels: Kernels,
+        attention: PagedAttention[StepInputs],
+        layers: list[Layer],
+        owners: list[Any],
+        group: int,
     ) -> None:
         super().__init__()
         self.kernels, self.attention = kernels, attention
@@ -189,7 +194,9 @@ class NativeLayers(nn.Module):
         return NativeLayers(self.kernels, self.attention, layers, owners, self.group)
 
 
-def native_layer(kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen, rot: int) -> NativeLayers:
+def native_layer(
+    kernels: Kernels, attention: PagedAttention[StepInputs], parts: Parts, seen: Seen, rot: int
+) -> NativeLayers:
     """A layer by itself. ``rot``: how much of each head is rotated."""
     layer = Layer(
         parts.qkv.linear, parts.o.linear, parts.gate_up.linear, parts.down.linear,
@@ -247,7 +254,11 @@ def names_of(module: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def fuse_layers(
-    model: nn.Module, kernels: Kernels, attention: PagedAttention, run: Callable[[], Any], report: FuseReport
+    model: nn.Module,
+    kernels: Kernels,
+    attention: PagedAttention[StepInputs],
+    run: Callable[[], Any],
+    report: FuseReport,
 ) -> None:
     """Replace the layers that can be. ``run`` makes one pass of ``model`` over the pool."""
     candidates = {module: parts for module in model.modules() if (parts := parts_of(module)) is not None}
@@ -301,7 +312,9 @@ def _like(ours: nn.Module, original: nn.Module) -> nn.Module:
     return ours
 
 
-def _same_layer(kernels: Kernels, attention: PagedAttention, parts: Parts, seen: Seen) -> NativeLayers | None:
+def _same_layer(
+    kernels: Kernels, attention: PagedAttention[StepInputs], parts: Parts, seen: Seen
+) -> NativeLayers | None:
     """A native layer that gives the output that was seen; without rotary embedding if that is what it takes."""
     shape = attention.shapes[seen.index]
     sizes = (seen.heads + shape.kv_heads) * shape.key_size + shape.kv_heads * shape.value_size
@@ -317,7 +330,7 @@ def _same_layer(kernels: Kernels, attention: PagedAttention, parts: Parts, seen:
 
 
 def _watch(
-    candidates: dict[nn.Module, Parts], attention: PagedAttention, run: Callable[[], Any]
+    candidates: dict[nn.Module, Parts], attention: PagedAttention[StepInputs], run: Callable[[], Any]
 ) -> dict[nn.Module, Seen]:
     """Make a pass and note each candidate's last call, if it attends once and is called as transformers does today."""
     seen: dict[nn.Module, Seen] = {}

@@ -121,9 +121,8 @@ class Slice(nn.Module):
 
 
 @torch.no_grad()
-def fuse(model: nn.Module, kernels: Kernels, *, int8: bool = False) -> FuseReport:
+def fuse(model: nn.Module, kernels: Kernels, report: FuseReport, *, int8: bool = False) -> None:
     """Replace what can be in ``model`` (on the CPU, any floating dtype); all else becomes float32."""
-    report = FuseReport()
     generator = torch.Generator().manual_seed(0)
     fuse_experts(model, kernels, report, generator, int8)
     _pack_linears(model, kernels, report, generator, int8)
@@ -132,7 +131,6 @@ def fuse(model: nn.Module, kernels: Kernels, *, int8: bool = False) -> FuseRepor
     _fuse_mlps(model, kernels, report, generator)
     _merge_projections(model, kernels, report)
     _fuse_rotary(model, kernels, report, generator)
-    return report
 
 
 def _named_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -1,105 +1,62 @@
-"""TorchEngine on a GPU: Triton kernels, steps in tables, CUDA graphs. The protocol and the seats are the same.
-
-What it cannot serve so, because a comparison at load fails, it serves as TorchEngine does: torch alone, launch by
-launch, said in the log.
-"""
+"""CudaBackend: a model on a GPU by Triton kernels, with steps as tables in device memory and passes as CUDA graphs."""
 
 from __future__ import annotations
 
-import gc
-import inspect
 import logging
-from array import array
 from typing import Any
 
 import numpy as np
 import torch
 
-from protocol.errors import ModelRefused, StartError
-from protocol.messages import Capacity, NewSequence, Plan, pack_ids
+from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from workers.engines.base import Progress
-from workers.native.library import Kernels
-from workers.torch_engine import loader, verify
-from workers.torch_engine.attention import adopt
+from workers.torch_engine import verify
+from workers.torch_engine.attention import PagedAttention
+from workers.torch_engine.backend import Backend, Logits
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.cuda.attention import TableAttention
 from workers.torch_engine.cuda.graphs import Bucket, CudaRecorder, Rerun, TableSteps, choose_buckets
 from workers.torch_engine.cuda.modules import fuse
 from workers.torch_engine.cuda.step_tables import StepTables, TableSeats
 from workers.torch_engine.cuda.triton_attention import tile_tokens
+from workers.torch_engine.cuda.triton_sampling import nucleus_threshold
 from workers.torch_engine.cuda.work_list import WorkShape
-from workers.torch_engine.engine import TorchEngine
+from workers.torch_engine.draw import TorchDraw
 from workers.torch_engine.inputs import HostStep
 
 log = logging.getLogger(__name__)
 
 
-class CudaEngine(TorchEngine):
-    """``steps`` is None where torch serves alone."""
+class CudaBackend(Backend[HostStep]):
+    """``steps`` runs the model's passes, recorded ones where there are any. The device may be a CPU where the kernels
+    are interpreted (tests): passes are then called again instead of being replayed."""
 
-    attention: Any
-    seats: Any
+    name = "Triton kernels"
+    fallback_on = (Exception,)  # also a kernel that does not compile for the model's sizes
+    attention: TableAttention
+    seats: TableSeats
+    steps: TableSteps
 
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
-        self.steps: TableSteps | None = None
-        self._tables = True
+    def __init__(self, config: EngineConfig, device: torch.device) -> None:
+        super().__init__(config, device, TorchDraw(nucleus_threshold))
         self._executed = 0
 
     # ------------------------------------------------------------------ load
 
-    @torch.inference_mode()
-    def load(self, progress: Progress) -> Capacity:
-        if self.device.index is not None:
-            torch.cuda.set_device(self.device)  # streams and kernels go to the current one
-        capacity = super().load(progress)
-        if self.steps is not None and self.config.graphs:
-            self._record(self.steps, progress)
-        return capacity
+    def _make_attention(self) -> PagedAttention[Any]:
+        return TableAttention(self.device)
 
-    def _load_checked(self, model_config: Any, progress: Progress) -> None:
-        try:
-            self._load_model(model_config, None, progress)
-            return
-        except torch.OutOfMemoryError:
-            raise
-        except StartError as error:
-            if not isinstance(error, ModelRefused):
-                raise
-            reason = str(error)
-        except Exception as error:  # a kernel that does not compile for these sizes
-            log.warning("the Triton kernels failed", exc_info=True)
-            reason = f"{type(error).__name__}: {error}"
-        log.warning("not on Triton kernels: %s; torch alone serves, which is slower", reason)
-        self._tables, self.steps = False, None
-        del self.model
-        gc.collect()
-        super()._load_model(model_config, None, progress)
-
-    def _load_model(self, model_config: Any, kernels: Kernels | None, progress: Progress) -> None:
-        self.kernels = kernels
-        self.model = loader.load_model(self.config, model_config, self.device, progress)
-        self.attention = TableAttention(self.device)
-        self._keeps_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        adopt(self.model, self.attention)
-        loader.fix_rotary(self.model, self.max_model_len)
-        progress("check", 0.0)
-        own = verify.own_logits(self.model, self.device)
-        _group_experts(self.model)
-        report = fuse(self.model, self.attention)
-        verify.probe(self.model, self.attention, self.device)
-        self._make_pool(4 * verify.LENGTH, max(self.max_model_len, verify.LENGTH))
-        verify.compare(self.model, self._paged_logits, own, self.device)
-        log.info("Triton kernels: %s", report)
-
-    def _make_pool(self, tokens: int, longest: int) -> None:
-        super()._make_pool(tokens, longest)
-        if not self._tables:
-            return
+    def _make_seats(self, longest: int) -> TableSeats:
         # Plans name seats below twice the number of sequences (protocol.messages.NewSequence)
-        vocab_size = self.model.config.get_text_config().vocab_size
-        self.seats = TableSeats(2 * self.config.max_num_seqs, longest, self.config.block_size, vocab_size, self.device)
+        return TableSeats(2 * self.config.max_num_seqs, longest, self.config.block_size, self.vocab_size, self.device)
+
+    def replace_modules(self) -> None:
+        _group_experts(self.model)
+        fuse(self.model, self.attention, self.report)
+
+    def make_pool(self, tokens: int, longest: int) -> None:
+        super().make_pool(tokens, longest)
         self.steps = TableSteps(self._pass, self._shape, self.seats, self.device)
         for bucket in (Bucket(1, 1, True), Bucket(1, 1, False)):
             for layer, group in zip(self.attention.shapes, self.attention.groups, strict=True):
@@ -111,46 +68,48 @@ class CudaEngine(TorchEngine):
         tile = 1 if bucket.single else tile_tokens(max(self.attention.groups), self.attention.dtype.itemsize)
         return WorkShape.of(bucket.tokens, bucket.rows, tile, extra)
 
-    def _warm_up(self) -> None:
-        """The largest step there can be, all of it padding as far as the pool is concerned, and what graphs keep."""
-        if self.steps is None:
-            super()._warm_up()
-            return
+    def warm_up(self) -> None:
+        """The largest step, beside as much memory as the logits of all graphs will keep."""
         config = self.config
         tokens = config.max_num_batched_tokens if self.device.type == "cuda" else 4
-        length = max(min(tokens, self.max_model_len), -(-tokens // config.max_num_seqs))
-        counts = np.array([min(length, tokens - at) for at in range(0, tokens, length)], np.int64)
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        wanted = np.arange(min(tokens, config.max_num_seqs))
-        none = np.zeros(0, np.int64)
-        step = HostStep(
-            np.arange(len(counts)), counts, np.full(len(counts), 1 << 40), counts, starts,  # beyond all given ids
-            np.concatenate([np.arange(n) for n in counts]), np.full(tokens, -1), wanted, none, none,
-        )  # fmt: skip
         rows = sum(bucket.rows for bucket in self._buckets()) if config.graphs and self.device.type == "cuda" else 0
-        vocab_size = self.model.config.get_text_config().vocab_size
-        kept = torch.empty(rows * vocab_size, dtype=self.model.dtype, device=self.device)  # each graph's logits
-        self.steps.run(step)
+        kept = torch.empty(rows * self.vocab_size, dtype=self.model.dtype, device=self.device)
+        self.steps.run(self._padding(tokens))
         del kept
 
+    def _padding(self, tokens: int) -> HostStep:
+        """A step of ``tokens`` tokens whose keys and values go nowhere."""
+        length = max(min(tokens, self.seats.max_model_len), -(-tokens // self.config.max_num_seqs))
+        counts = np.array([min(length, tokens - at) for at in range(0, tokens, length)], np.int64)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        wanted, none = np.arange(min(tokens, self.config.max_num_seqs)), np.zeros(0, np.int64)
+        computed = np.full(len(counts), 1 << 40)  # beyond all ids that the host knows
+        positions = np.concatenate([np.arange(n) for n in counts])
+        return HostStep(
+            np.arange(len(counts)), counts, computed, counts, starts, positions, np.full(tokens, -1), wanted, none, none
+        )
+
     # ------------------------------------------------------------------ graphs
+
+    def ready(self, progress: Progress) -> None:
+        """Record the graphs, and see to it that a replay gives what the same step gives launch by launch."""
+        if not self.config.graphs:
+            return
+        steps, recorder = self.steps, CudaRecorder(self.device) if self.device.type == "cuda" else Rerun
+        steps.record(self._buckets(), recorder, progress)
+        if steps.buckets and (worst := self._replay_differs()) > verify.TOLERANCE.get(self.model.dtype, 2e-3):
+            log.warning("this model runs without CUDA graphs: replayed logits differ by %.1f%%", 100 * worst)
+            steps.forget()
 
     def _buckets(self) -> list[Bucket]:
         return choose_buckets(self.config.max_num_batched_tokens, self.config.max_num_seqs)
 
-    def _record(self, steps: TableSteps, progress: Progress) -> None:
-        recorder = CudaRecorder(self.device) if self.device.type == "cuda" else Rerun
-        steps.record(self._buckets(), recorder, progress)
-        if steps.buckets and (worst := self._replay_differs(steps)) > verify.TOLERANCE.get(self.model.dtype, 2e-3):
-            log.warning("this model runs without CUDA graphs: replayed logits differ by %.1f%%", 100 * worst)
-            steps.forget()
-
-    def _replay_differs(self, steps: TableSteps) -> float:
+    def _replay_differs(self) -> float:
         """Largest difference, relative to the largest logit, between replayed steps and the same ones run at once.
 
         A model that keeps something of a step outside of the tables would show it here.
         """
-        size, count = self.config.block_size, min(20, self.max_model_len - 1)
+        steps, size, count = self.steps, self.config.block_size, min(20, self.seats.max_model_len - 1)
         width = -(-(count + 1) // size)
         rows = max(1, min(3, self.config.max_num_seqs, self.pool.blocks // width))
         params = SamplingParams()
@@ -159,9 +118,9 @@ class CudaEngine(TorchEngine):
             blocks = pack_ids(range(seat * width, (seat + 1) * width))
             self.seats.add(NewSequence(seat, "", 0, 0, pack_ids(ids), count, params, 0, 0, blocks, 0))
         worst = 0.0
-        seats = array("H", range(rows)).tobytes()
+        seats = np.arange(rows, dtype="<u2").tobytes()
         for counts in (pack_ids([count] * rows), b""):
-            step = self.seats.build(Plan(0, 0, 0, seats, counts))
+            step = self.build(Plan(0, 0, 0, seats, counts))
             plain = steps.run(step, replay=False).float().clone()
             replayed = steps.run(step).float()
             worst = max(worst, float((plain - replayed).abs().max() / plain.abs().max().clamp_min(1e-6)))
@@ -170,26 +129,25 @@ class CudaEngine(TorchEngine):
 
     # ------------------------------------------------------------------ steps
 
+    def build(self, plan: Plan, every_token: bool = False) -> HostStep:
+        step = self.seats.arrange(plan)
+        if every_token:
+            step.logit_rows = np.arange(step.row_starts[-1])
+        return step
+
+    def forward(self, step: HostStep) -> Logits:
+        self._executed += 1
+        return self.steps.run(step), None
+
     def _pass(self, tables: StepTables) -> torch.Tensor:
         """Logits [R, vocabulary] of the tables' logit rows. Reads tensors alone: this is what is recorded."""
         self.attention.begin(tables)
-        kept = {"logits_to_keep": tables.logit_rows} if self._keeps_rows else {}
-        logits: torch.Tensor = self.model(
-            input_ids=tables.input_ids(), position_ids=tables.positions[None], use_cache=False, **kept
-        ).logits
+        logits = self._run_model(tables.input_ids(), tables.positions[None], tables.logit_rows)
         self.attention.end()
-        return logits[0] if kept else logits[0, tables.logit_rows]
-
-    def _forward(self, step: Any) -> torch.Tensor:
-        if self.steps is None:
-            return super()._forward(step)
-        if isinstance(step.logit_rows, torch.Tensor):
-            step.logit_rows = step.logit_rows.cpu().numpy()
-        self._executed += 1
-        return self.steps.run(step)
+        return logits
 
     def beat(self) -> int:
-        return int(self.attention.calls) + self._executed
+        return self.attention.calls + self._executed
 
 
 def _group_experts(model: Any) -> None:

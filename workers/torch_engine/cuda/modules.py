@@ -98,9 +98,8 @@ class MergedSlice(nn.Module):
 
 
 @torch.no_grad()
-def fuse(model: Any, attention: TableAttention) -> FuseReport:
+def fuse(model: Any, attention: TableAttention, report: FuseReport) -> None:
     """Replace what can be in ``model``, whose attention is to be ``attention``'s."""
-    report = FuseReport()
     device = next(model.parameters()).device
     draw = _Draw(model.dtype, device)
     _fuse_norms(model, report, draw)
@@ -110,7 +109,6 @@ def fuse(model: Any, attention: TableAttention) -> FuseReport:
     _fuse_rotary(model, attention, report, draw)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the weights that were merged
-    return report
 
 
 class _Draw:

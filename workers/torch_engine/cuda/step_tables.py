@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from protocol.errors import EngineFailed
-from protocol.messages import NewSequence, Plan
+from protocol.messages import NewSequence
 from workers.torch_engine.cuda.triton_attention import Work
 from workers.torch_engine.cuda.work_list import ITEM, MERGE, WorkShape, fill_work
 from workers.torch_engine.inputs import HostStep, Seats, to_device
@@ -105,9 +105,6 @@ class TableSeats(Seats):
         super().extend(seat, packed)
         if packed:
             self._appended.append((at, np.frombuffer(packed, "<i4")))
-
-    def build(self, plan: Plan) -> HostStep:  # type: ignore[override]  # the tables are filled by who runs it
-        return self.arrange(plan)
 
     def known_ids(self, step: HostStep) -> tuple[np.ndarray, np.ndarray]:
         """(ids, id_seats), int64 [T] each, as StepTables has them."""

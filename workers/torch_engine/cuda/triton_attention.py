@@ -185,8 +185,6 @@ def choose_launch(rows: int, key_size: int, value_size: int, itemsize: int, shar
 class TritonAttention:
     """The kernels over one pool. Partial results have one buffer for all layers and steps: a stream runs in order."""
 
-    panel = 1  # slot s of the pool is row s of its tensors
-
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.programs = 2 * _multiprocessors(device)  # that keep the device busy

@@ -27,7 +27,7 @@ CAPPED = {"gemma2", "gemma3"}  # more happens in a pass than embedding, layers, 
 
 def calls(engine) -> list[int]:
     """How many layers each native call computes."""
-    return [len(module.layers) for module in engine.model.modules() if isinstance(module, NativeLayers)]
+    return [len(module.layers) for module in engine.backend.model.modules() if isinstance(module, NativeLayers)]
 
 
 @pytest.mark.parametrize("name", [name for name in SERVED if name != "phi3_longrope"])
@@ -36,13 +36,13 @@ def test_layers_of_the_usual_build_become_one_call(tmp_path_factory, name):
     assert sum(calls(engine)) == (3 if name in WHOLE else 0)
     if name in WHOLE - {"gemma3"}:
         assert calls(engine) == [3]
-        assert sum(isinstance(module, Done) for module in engine.model.modules()) == 2
+        assert sum(isinstance(module, Done) for module in engine.backend.model.modules()) == 2
 
 
 @pytest.mark.parametrize("name", [name for name in SERVED if name != "phi3_longrope"])
 def test_a_model_with_nothing_around_its_layers_takes_the_whole_pass(tmp_path_factory, name):
     """That what comes out is the model's own is what test_parity asks of the same engines."""
-    assert (make_engine(tiny_model(tmp_path_factory, name)).whole_pass is not None) == (name in WHOLE - CAPPED)
+    assert (make_engine(tiny_model(tmp_path_factory, name)).backend.whole_pass is not None) == (name in WHOLE - CAPPED)
 
 
 @pytest.mark.parametrize("where", ["LlamaModel", "LlamaForCausalLM"])
@@ -57,7 +57,7 @@ def test_a_model_that_mentions_more_takes_no_whole_pass(tmp_path_factory, monkey
         return original(self, *args, position_ids=position_ids, **kwargs)
 
     monkeypatch.setattr(model, "forward", forward)
-    assert make_engine(tiny_model(tmp_path_factory, "llama")).whole_pass is None
+    assert make_engine(tiny_model(tmp_path_factory, "llama")).backend.whole_pass is None
 
 
 def test_a_whole_pass_that_gives_something_else_is_not_taken(tmp_path_factory, monkeypatch):
@@ -73,12 +73,12 @@ def test_a_whole_pass_that_gives_something_else_is_not_taken(tmp_path_factory, m
 
     assert forward.__code__.co_names == ()
     monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", forward)
-    assert make_engine(tiny_model(tmp_path_factory, "llama")).whole_pass is None
+    assert make_engine(tiny_model(tmp_path_factory, "llama")).backend.whole_pass is None
 
 
 def test_layers_with_angles_of_their_own_are_not_joined(tmp_path_factory):
     engine = make_engine(tiny_model(tmp_path_factory, "gemma3"))
-    kinds = engine.model.config.get_text_config().layer_types
+    kinds = engine.backend.model.config.get_text_config().layer_types
     runs = 1 + sum(a != b for a, b in pairwise(kinds))
     assert len(calls(engine)) == runs > 1
 
@@ -101,10 +101,10 @@ def test_layers_of_a_model_that_does_more_between_them_are_not_joined(tmp_path_f
 @torch.inference_mode()
 def test_a_long_call_shows_signs_of_life(tmp_path_factory):
     engine = make_engine(tiny_model(tmp_path_factory, "llama"))
-    engine._make_pool(verify.LENGTH, 64)
-    beats, before = engine.beat(), engine.kernels.progress.value
-    engine._paged_logits([torch.arange(2)])
-    assert engine.kernels.progress.value - before >= 3
+    engine.backend.make_pool(verify.LENGTH, 64)
+    beats, before = engine.beat(), engine.backend.kernels.progress.value
+    verify.paged_logits(engine.backend, [torch.arange(2)])
+    assert engine.backend.kernels.progress.value - before >= 3
     assert engine.beat() > beats
 
 
@@ -128,11 +128,11 @@ def test_a_layer_that_mentions_more_is_left_alone(tmp_path_factory, monkeypatch)
 def test_logits_do_not_depend_on_the_batch(tmp_path_factory, name):
     """Bit by bit, alone or beside others, in chunks or token by token: so a draw is the same wherever it is made."""
     engine = make_engine(tiny_model(tmp_path_factory, name))
-    engine._make_pool(8 * verify.LENGTH, 64)
+    engine.backend.make_pool(8 * verify.LENGTH, 64)
     texts = [torch.randint(5, 200, (verify.LENGTH,), generator=torch.Generator().manual_seed(i)) for i in range(5)]
-    together = engine._paged_logits(texts)
+    together = verify.paged_logits(engine.backend, texts)
     for text, theirs in zip(texts, together, strict=True):
-        (alone,) = engine._paged_logits([text])
+        (alone,) = verify.paged_logits(engine.backend, [text])
         assert torch.equal(alone, theirs)
 
 
@@ -143,15 +143,15 @@ def test_threads_that_lose_their_cores_change_nothing(tmp_path_factory, name, co
     """More threads than cores: again and again one stands in the middle of a piece, another makes it too, and the first
     comes back when all others are further on."""
     engine = make_engine(tiny_model(tmp_path_factory, name))
-    engine._make_pool((count + 1) * (verify.LENGTH + BLOCK), 64)
+    engine.backend.make_pool((count + 1) * (verify.LENGTH + BLOCK), 64)
     texts = [torch.randint(5, 200, (verify.LENGTH,), generator=torch.Generator().manual_seed(i)) for i in range(count)]
-    alone = engine._paged_logits(texts)
-    engine.kernels.set_threads(3 * (os.cpu_count() or 1) + 1)
+    alone = verify.paged_logits(engine.backend, texts)
+    engine.backend.kernels.set_threads(3 * (os.cpu_count() or 1) + 1)
     try:
         for _ in range(60):
-            assert all(map(torch.equal, engine._paged_logits(texts), alone))
+            assert all(map(torch.equal, verify.paged_logits(engine.backend, texts), alone))
     finally:
-        engine.kernels.set_threads(1)
+        engine.backend.kernels.set_threads(1)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 200])

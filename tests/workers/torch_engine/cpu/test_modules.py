@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from tests.models import tiny_model
 from workers.native.library import KernelsUnavailable, load_kernels
 from workers.torch_engine.cpu.modules import PackedLinear, fuse
+from workers.torch_engine.replace import FuseReport
 
 try:
     kernels = load_kernels()
@@ -35,7 +36,8 @@ def test_logits_are_the_originals(tmp_path_factory: pytest.TempPathFactory, name
     path = tiny_model(tmp_path_factory, name)
     original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     fused = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    report = fuse(fused, kernels)
+    report = FuseReport()
+    fuse(fused, kernels, report)
     assert {kind: report.fused[kind] for kind in EXPECTED[name]} == EXPECTED[name], str(report)
     ids = torch.randint(5, 200, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -51,7 +53,7 @@ def test_bf16_weights_keep_their_precision_with_fp32_arithmetic(
     path = tiny_model(tmp_path_factory, name)
     original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval().float()
     fused = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-    fuse(fused, kernels)
+    fuse(fused, kernels, FuseReport())
     mlp = fused.model.layers[0].mlp
     packed = mlp.gate_up if name == "llama" else mlp.experts.gate_up[0]
     assert packed.weight.dtype == torch.bfloat16
@@ -77,7 +79,8 @@ def test_what_differs_is_left_to_torch() -> None:
             return 2 * super().forward(x)
 
     model = nn.ModuleDict({"norm": OddRMSNorm(), "linear": DoubledLinear(8, 8), "plain": nn.Linear(8, 8)})
-    report = fuse(model, kernels)
+    report = FuseReport()
+    fuse(model, kernels, report)
     assert isinstance(model["norm"], OddRMSNorm)
     assert isinstance(model["linear"], DoubledLinear)
     assert isinstance(model["plain"], PackedLinear)
@@ -93,7 +96,7 @@ def test_a_tied_embedding_shares_the_packed_head() -> None:
 
     model = Tied()
     weight = model.embed.weight.detach().clone()
-    fuse(model, kernels)
+    fuse(model, kernels, FuseReport())
     assert model.embed.packed is model.head.packed
     ids = torch.tensor([[0, 36, 5]])
     torch.testing.assert_close(model.embed(ids), weight[ids])

@@ -13,6 +13,7 @@ from protocol.sampling import SamplingParams
 from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence
 from workers.torch_engine.config import EngineConfig
+from workers.torch_engine.draw import TorchDraw, threshold_by_histogram
 from workers.torch_engine.sampler import Sampler
 
 pytestmark = [
@@ -41,16 +42,18 @@ def new(seat, kind, ids=range(9)):
 
 def test_queueing_a_step_never_waits_for_the_device(tmp_path_factory):
     engine = load(tiny_model(tmp_path_factory, "llama"))
-    assert type(engine).__name__ == "CudaEngine"
-    assert engine.steps.buckets
+    assert type(engine.backend).__name__ == "CudaBackend"
+    assert engine.backend.steps.buckets
     assert host_waits(engine) == []
 
 
 def test_draws_on_the_device_are_those_on_the_host():
+    from workers.torch_engine.cuda.triton_sampling import nucleus_threshold
+
     logits = torch.randn(len(KINDS), 300, generator=torch.Generator().manual_seed(1)) * 3
     drawn = []
-    for device in (torch.device("cpu"), torch.device("cuda")):
-        sampler = Sampler(8, 300, [7], device)
+    for device, search in ((torch.device("cpu"), threshold_by_histogram), (torch.device("cuda"), nucleus_threshold)):
+        sampler = Sampler(8, 300, [7], device, TorchDraw(search))
         for seat, kind in enumerate(KINDS):
             sampler.add(new(seat, kind))
         tokens = []
@@ -65,7 +68,7 @@ def test_a_bf16_model_gives_the_tokens_of_transformers_or_a_near_tie(tmp_path):
     build(CONFIGS["qwen2"]).to(torch.bfloat16).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     engine = load(tmp_path)
-    assert engine.model.dtype == torch.bfloat16
+    assert engine.backend.model.dtype == torch.bfloat16
     served = [
         Sequence(list(range(k, k + 5 + 7 * k)), SamplingParams(temperature=0, max_tokens=12)) for k in range(1, 6)
     ]  # fmt: skip
@@ -81,12 +84,17 @@ def test_a_bf16_model_gives_the_tokens_of_transformers_or_a_near_tie(tmp_path):
 
 def test_torch_alone_serves_on_the_device_too(tmp_path_factory, monkeypatch):
     from workers.torch_engine.engine import TorchEngine
+    from workers.torch_engine.make import torch_alone
 
     config = EngineConfig(
         model=str(tiny_model(tmp_path_factory, "llama")), device="cuda", max_model_len=96, max_num_seqs=4,
         max_num_batched_tokens=32, kv_cache_memory=4 << 20, block_size=8,
     )  # fmt: skip
-    plain, fused = TorchEngine(config), load(config.model, max_model_len=96, block_size=8)
+    device = torch.device("cuda")
+    plain, fused = (
+        TorchEngine(config, device, [torch_alone(config, device)]),
+        load(config.model, max_model_len=96, block_size=8),
+    )
     plain.load(lambda stage, fraction: None)
     tokens = []
     for engine in (plain, fused):

@@ -17,8 +17,10 @@ from tests.workers.plan_maker import PlanMaker, Sequence
 from tests.workers.torch_engine.cuda.triton_device import DEVICE
 from tests.workers.torch_engine.test_parity import first_difference, one_thread, reference_of
 from workers.torch_engine.config import EngineConfig
-from workers.torch_engine.cuda.backend import CudaEngine
+from workers.torch_engine.cuda.backend import CudaBackend
 from workers.torch_engine.cuda.graphs import Bucket, choose_buckets
+from workers.torch_engine.engine import TorchEngine
+from workers.torch_engine.make import torch_alone
 
 __all__ = ["one_thread"]  # the autouse fixture
 
@@ -31,7 +33,8 @@ def make_engine(path, **fields):
         "device": str(DEVICE), "dtype": "float32", "max_model_len": 96, "max_num_seqs": 4,
         "max_num_batched_tokens": BUDGET, "kv_cache_memory": 1 << 20, "block_size": BLOCK, "threads": 1,
     }  # fmt: skip
-    engine = CudaEngine(EngineConfig(model=str(path), **{**given, **fields}))
+    config = EngineConfig(model=str(path), **{**given, **fields})
+    engine = TorchEngine(config, DEVICE, [CudaBackend(config, DEVICE), torch_alone(config, DEVICE)])
     engine.stages = []
     engine.load(lambda stage, fraction: engine.stages.append((stage, fraction)))
     return engine
@@ -71,9 +74,9 @@ def llama(tmp_path_factory):
 
 def test_replayed_steps_give_what_transformers_gives(llama):
     path, engine = llama
-    assert engine.steps.buckets
+    assert engine.backend.steps.buckets
     replays = []
-    for recorded in engine.steps._recorded:
+    for recorded in engine.backend.steps._recorded:
         run = recorded.recording.replay
         recorded.recording.replay = lambda run=run, bucket=recorded.bucket: (replays.append(bucket), run())
     served = serve(engine)
@@ -84,12 +87,12 @@ def test_replayed_steps_give_what_transformers_gives(llama):
 
 def test_the_kernels_are_in(llama):
     _, engine = llama
-    layers = engine.model.config.num_hidden_layers
-    names = [type(module).__name__ for module in engine.model.modules()]
+    layers = engine.backend.model.config.num_hidden_layers
+    names = [type(module).__name__ for module in engine.backend.model.modules()]
     assert names.count("FusedNorm") == 2 * layers + 1
     assert names.count("FusedMLP") == layers
     assert names.count("MergedSlice") == 3 * layers
-    assert engine.attention._puts_off
+    assert engine.backend.attention._defers
 
 
 def test_the_beat_grows_with_replayed_steps(llama):
@@ -115,7 +118,7 @@ MORE = ("mistral", "qwen3", "deepseek_v3", "phi3", "gpt2", "mixtral")
 def test_every_rule_of_attention_launch_by_launch(tmp_path_factory, name):
     path = tiny_model(tmp_path_factory, name)
     engine = make_engine(path, graphs=False)
-    assert engine.steps is not None, "the kernels refused"
+    assert type(engine.backend) is CudaBackend, "the kernels refused"
     served = serve(engine, count=3, output=4)
     assert not wrong(path, served)
 
@@ -128,7 +131,7 @@ def test_a_model_that_cannot_be_recorded_runs_launch_by_launch(tmp_path, monkeyp
     monkeypatch.setattr("workers.torch_engine.cuda.backend.CudaRecorder", lambda device: fails)
     path = small_llama(tmp_path, 1)
     engine = make_engine(path)
-    assert not engine.steps.buckets
+    assert not engine.backend.steps.buckets
     assert "without CUDA graphs" in caplog.text
     served = serve(engine, count=2, output=3)
     assert not wrong(path, served)
@@ -141,7 +144,7 @@ def test_a_replay_that_differs_is_noticed(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("workers.torch_engine.cuda.backend.CudaRecorder", lambda device: Stuck)
     path = small_llama(tmp_path, 1)
     engine = make_engine(path)
-    assert not engine.steps.buckets
+    assert not engine.backend.steps.buckets
     assert "replayed logits differ" in caplog.text
 
 
@@ -160,7 +163,7 @@ def test_where_the_kernels_fail_torch_serves_alone(tmp_path, monkeypatch, caplog
     monkeypatch.setattr("workers.torch_engine.cuda.triton_attention.TritonAttention.attend", broken)
     path = small_llama(tmp_path, 1)
     engine = make_engine(path)
-    assert engine.steps is None
+    assert type(engine.backend).__name__ == "TorchBackend"
     assert "torch alone serves" in caplog.text
     served = serve(engine, count=2, output=4)
     assert not wrong(path, served)

@@ -54,7 +54,8 @@ class Case:
         slot = torch.from_numpy(self.step.block_tables[row, positions // PAGE].astype(np.int64) * PAGE)
         slot = (slot + torch.from_numpy(positions % PAGE)).to(DEVICE)
         pools = (self.keys.float(), self.values.float())
-        fresh = (pool[slot] for pool in pools)
+        fresh = tuple(pool[slot] for pool in pools)
+        self.step.slots = slot
         return TorchAttention().attend(self.query.float(), *fresh, *pools, self.step, rule, sinks)
 
     def ours(self, rule, sinks=None, *, tile=None, extra=4, shortest=16, spare=(0, 0)):
