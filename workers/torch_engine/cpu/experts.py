@@ -8,6 +8,7 @@ is not the usual one (gpt-oss's) stays the model's own function.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from workers.native.library import ACTIVATIONS, PANEL, Kernels, Packed
-from workers.torch_engine.replace import FuseReport, agrees
+from workers.torch_engine.replace import Candidate, children_of
 
 
 class NativeExperts(nn.Module):
@@ -50,21 +51,17 @@ class NativeExperts(nn.Module):
         return self.kernels.linear(hidden, down, torch.empty(len(x), down.outputs))
 
 
-@torch.no_grad()
-def fuse_experts(
-    model: nn.Module, kernels: Kernels, report: FuseReport, generator: torch.Generator, int8: bool
-) -> None:
-    """Replace the experts that can be, before anything widens their weights."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if not _is_experts(child):
-                continue
-            ours = _same_experts(child, kernels, generator, int8)
-            if ours is None:
-                report.kept[type(child).__name__] += 1
-            else:
-                setattr(parent, name, ours)
-                report.fused["experts" + (" (int8)" if int8 else "")] += 1
+def expert_candidates(
+    model: nn.Module, kernels: Kernels, generator: torch.Generator, int8: bool
+) -> Iterator[Candidate]:
+    """The experts that can be replaced, before anything widens their weights."""
+    for owner, name, child in children_of(model):
+        if not _is_experts(child):
+            continue
+        yield _candidate(owner, name, child, kernels, generator, int8)
+        ours = getattr(owner, name)
+        if isinstance(ours, NativeExperts) and ours.act is None:  # its gate is bound to the module: without weights
+            del child.gate_up_proj, child.down_proj
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -72,28 +69,29 @@ def _is_experts(module: nn.Module) -> bool:
     return all(isinstance(w, torch.Tensor) and w.dim() == 3 for w in weights) and hasattr(module, "_apply_gate")
 
 
-def _same_experts(experts: Any, kernels: Kernels, generator: torch.Generator, int8: bool) -> NativeExperts | None:
+def _candidate(
+    owner: nn.Module, name: str, experts: Any, kernels: Kernels, generator: torch.Generator, int8: bool
+) -> Candidate:
+    kind = "experts" + (" (int8)" if int8 else "")
     if not getattr(experts, "has_gate", True) or getattr(experts, "has_post_expert_norm", False):
-        return None
+        return Candidate(kind, owner, (name,), ())
     own = copy.deepcopy(experts).float()
-    gate_up, down = (_pack(experts, name, int8) for name in ("gate_up_proj", "down_proj"))
+    gate_up, down = (_pack(experts, part, int8) for part in ("gate_up_proj", "down_proj"))
     count, width = len(down), down[0].outputs
     x = torch.randn(5, width, generator=generator)
     index = torch.stack([torch.randperm(count, generator=generator)[: min(2, count)] for _ in range(5)])
     weights = torch.rand(index.shape, generator=generator)
     if int8:  # compared with the experts of the rounded weights
-        for name, packed in (("gate_up_proj", gate_up), ("down_proj", down)):
+        for part, packed in (("gate_up_proj", gate_up), ("down_proj", down)):
             rounded = torch.stack([each.unpacked() for each in packed])
-            getattr(own, name).copy_(rounded.transpose(1, 2) if experts.is_transposed else rounded)
-    theirs = own(x, index, weights)
+            getattr(own, part).copy_(rounded.transpose(1, 2) if experts.is_transposed else rounded)
     acts: list[int | None] = [*range(len(ACTIVATIONS))] if down[0].inputs % PANEL == 0 else []
-    for act in [*acts, None]:
-        ours = NativeExperts(kernels, gate_up, down, act, experts._apply_gate if act is None else None)
-        if agrees(ours(x, index, weights), theirs):
-            if act is None:  # the function is bound to the module: without its weights
-                del experts.gate_up_proj, experts.down_proj
-            return ours
-    return None
+    attempts = [
+        (NativeExperts(kernels, gate_up, down, act, experts._apply_gate if act is None else None),)
+        for act in [*acts, None]
+    ]
+    inputs = (x, index, weights)
+    return Candidate(kind, owner, (name,), attempts, inputs, (own(*inputs),))
 
 
 def _pack(experts: Any, name: str, int8: bool) -> list[Packed]:

@@ -2,20 +2,20 @@
 
 Between the products of a layer lie only microseconds of arithmetic; in a small model the calls from Python between
 them cost more than the arithmetic does, and each may have to wait for the interpreter, which the event loop of the
-same process uses meanwhile. So layers whose parts all run natively (fuse.py) become one call as far as they follow each
-other.
+same process uses meanwhile. So layers whose parts all run natively (modules.py) become one call as far as they follow
+each other.
 
-What a layer is, is seen rather than believed. One pass is run and each layer's input, output, angles and attention
-rule are noted; a layer is replaced only if its forwards mention nothing but the names below (so that nothing can
-come into play later that the pass did not show, as a scale beyond some position would), and if the native layer
-gives the same output for the same input. Layers are joined if one's output was the next one's input, with the same
-angles, and the model's own forward mentions nothing but the names below.
+A layer's build is observed in a pass, not taken from its class: each layer's input, output, angles and attention
+rule are noted, and a layer is replaced only if the native one gives the same output for the same input. What one pass
+cannot show (a scale beyond some position, say) is excluded by the names that the layer's forwards mention: only those
+listed below. Layers are joined if one's output was the next one's input, with the same angles, and the model's own
+forward mentions only the names below.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,10 +26,11 @@ from torch import nn
 from workers.native.library import Kernels, Layer, Packed, Pool, Step
 from workers.torch_engine.attention import AttentionRule, PagedAttention
 from workers.torch_engine.cpu.attention import native_rule, native_step, pool_of
-from workers.torch_engine.cpu.modules import NativeMLP, NativeRMSNorm, PackedLinear, Slice
+from workers.torch_engine.cpu.modules import NativeMLP, NativeRMSNorm, PackedLinear, PackedProjections
 from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.kv_pool import KVPool
-from workers.torch_engine.replace import FuseReport, agrees
+from workers.torch_engine.replace import Candidate, FuseReport, replace
+from workers.torch_engine.shared_input import Slice
 
 _ATTENTION_NAMES = frozenset(
     [
@@ -235,7 +236,8 @@ def parts_of(layer: nn.Module) -> Parts | None:
     build = next((b for b in _NORMS if {name for name in b if name} == set(norms)), None)
     inner = dict(attention.named_children())
     query = inner.pop("q_proj", inner.pop("qkv_proj", None))
-    qkv = query.shared.packed if isinstance(query, Slice) else getattr(query, "packed", None)
+    shared = query.shared if isinstance(query, Slice) else query
+    qkv = shared.packed if isinstance(shared, PackedProjections | PackedLinear) else None
     o = inner.pop("o_proj", None)
     heads: list[Any] = [inner.pop("q_norm", None), inner.pop("k_norm", None)]
     if build is None or qkv is None or not isinstance(o, PackedLinear) or set(inner) - {"k_proj", "v_proj"}:
@@ -260,26 +262,56 @@ def fuse_layers(
     run: Callable[[], Any],
     report: FuseReport,
 ) -> None:
-    """Replace the layers that can be. ``run`` makes one pass of ``model`` over the pool."""
-    candidates = {module: parts for module in model.modules() if (parts := parts_of(module)) is not None}
-    seen = _watch(candidates, attention, run)
-    for parent in list(model.modules()):
-        for name, stack in list(parent.named_children()):
+    """Replace the layers that can be, then join them. ``run`` makes one pass of ``model`` over the pool."""
+    parts = {module: found for module in model.modules() if (found := parts_of(module)) is not None}
+    seen = _watch(parts, attention, run)
+    for owner in list(model.modules()):
+        for name, stack in list(owner.named_children()):
             if not isinstance(stack, nn.ModuleList) or not any(layer in seen for layer in stack):
                 continue
-            found: list[NativeLayers | None] = []
-            for layer in stack:
-                parts, at = candidates.get(layer), seen.get(layer)
-                ours = _same_layer(kernels, attention, parts, at) if parts and at else None
-                found.append(ours)
-                if ours is not None:
-                    report.fused["layer"] += 1
-                elif parts is not None:
-                    report.kept[type(layer).__name__] += 1
-            watched = [seen.get(layer) for layer in stack]
-            known = names_of(parent) <= MODEL_NAMES
+            originals = list(stack)
+            replace(_candidates(stack, parts, seen, kernels, attention), report)
+            watched = [seen.get(layer) for layer in originals]
+            known = names_of(owner) <= MODEL_NAMES
             follows = [known and a is not None and b is not None and _follows(a, b) for a, b in pairwise(watched)]
-            setattr(parent, name, _stack(list(stack), found, [False, *follows]))
+            setattr(owner, name, _joined(originals, list(stack), [False, *follows]))
+
+
+def _candidates(
+    stack: nn.ModuleList,
+    parts: dict[nn.Module, Parts],
+    seen: dict[nn.Module, Seen],
+    kernels: Kernels,
+    attention: PagedAttention[StepInputs],
+) -> Iterator[Candidate]:
+    """A native layer for each of usual build, with rotary embedding or without: whichever gives the output seen."""
+    for index, layer in enumerate(stack):
+        if layer not in parts:
+            continue
+        found, at = parts[layer], seen.get(layer)
+        if at is None or not _fits(attention, found, at):
+            yield Candidate("layer", stack, (str(index),), ())
+            continue
+        attempts = _attempts(kernels, attention, found, at)
+        keywords = {"position_embeddings": at.angles}
+        yield Candidate("layer", stack, (str(index),), attempts, (at.x[None],), (at.output[None],), keywords)
+
+
+def _fits(attention: PagedAttention[StepInputs], parts: Parts, seen: Seen) -> bool:
+    """Whether the sizes of the parts are those of the attention that was seen."""
+    shape = attention.shapes[seen.index]
+    sizes = (seen.heads + shape.kv_heads) * shape.key_size + shape.kv_heads * shape.value_size
+    norms_fit = all(norm is None or norm.weight.shape[0] == shape.key_size for norm in parts.norms[4:])
+    return parts.qkv.outputs == sizes and parts.o.inputs == seen.heads * shape.value_size and norms_fit
+
+
+def _attempts(
+    kernels: Kernels, attention: PagedAttention[StepInputs], parts: Parts, seen: Seen
+) -> Iterator[tuple[NativeLayers]]:
+    for rot in (seen.angles[0].shape[-1], 0):
+        ours = native_layer(kernels, attention, parts, seen, rot)
+        attention.begin(seen.step, seen.index)  # the layer of the pool that the call will use
+        yield (ours,)
 
 
 def _follows(before: Seen, after: Seen) -> bool:
@@ -288,18 +320,19 @@ def _follows(before: Seen, after: Seen) -> bool:
     return same_angles and after.index == before.index + 1 and torch.equal(before.output, after.x)
 
 
-def _stack(originals: list[nn.Module], found: list[NativeLayers | None], follows: list[bool]) -> Stack:
-    """``originals`` with those ``found`` in their places, each joined to the one before it where it ``follows``."""
+def _joined(originals: list[nn.Module], layers: list[nn.Module], follows: list[bool]) -> Stack:
+    """``layers`` with each native one joined to the one before it where it ``follows``."""
     stack = Stack()
     at = 0  # where the call is that the next layer may join
-    for i, (original, ours) in enumerate(zip(originals, found, strict=True)):
+    for i, (original, layer) in enumerate(zip(originals, layers, strict=True)):
         first = stack[at] if follows[i] else None
-        joined = first.joined(ours) if isinstance(first, NativeLayers) and ours is not None else None
+        native = isinstance(first, NativeLayers) and isinstance(layer, NativeLayers)
+        joined = first.joined(layer) if native else None
         if joined is not None:
             stack[at] = _like(joined, originals[at])
             stack.append(_like(Done(), original))
         else:
-            stack.append(original if ours is None else _like(ours, original))
+            stack.append(_like(layer, original) if isinstance(layer, NativeLayers) else layer)
             at = i
     return stack
 
@@ -310,23 +343,6 @@ def _like(ours: nn.Module, original: nn.Module) -> nn.Module:
         if not key.startswith("_") and isinstance(value, str | int | float):
             setattr(ours, key, value)
     return ours
-
-
-def _same_layer(
-    kernels: Kernels, attention: PagedAttention[StepInputs], parts: Parts, seen: Seen
-) -> NativeLayers | None:
-    """A native layer that gives the output that was seen; without rotary embedding if that is what it takes."""
-    shape = attention.shapes[seen.index]
-    sizes = (seen.heads + shape.kv_heads) * shape.key_size + shape.kv_heads * shape.value_size
-    norms_fit = all(norm is None or norm.weight.shape[0] == shape.key_size for norm in parts.norms[4:])
-    if parts.qkv.outputs != sizes or parts.o.inputs != seen.heads * shape.value_size or not norms_fit:
-        return None
-    for rot in (seen.angles[0].shape[-1], 0):
-        ours = native_layer(kernels, attention, parts, seen, rot)
-        attention.begin(seen.step, seen.index)
-        if agrees(ours(seen.x[None], position_embeddings=seen.angles)[0], seen.output):
-            return ours
-    return None
 
 
 def _watch(

@@ -1,14 +1,10 @@
-"""Put the native CPU kernels into a transformers model without rewriting it.
-
-Every replacement is found by structure, built, and compared with what it replaces on seeded input; one that
-differs is left to torch and named in the report. Class names are no evidence: gemma's RMSNorm multiplies by
-1 + w, olmo2 casts elsewhere. What is replaced:
+"""Put the native CPU kernels into a transformers model: what replaces its modules (see replace.py for how).
 
 - Linear and Conv1D: packed weights in the checkpoint's precision, fp32 arithmetic; a tied embedding reads
   the same packed weights, so nothing is stored twice;
 - the experts of a mixture (experts.py);
 - RMSNorm; gated MLPs (gate and up as one product); q, k and v as one product;
-- `apply_rotary_pos_emb`, in a copy of the attention's forward, so that no other model in the process changes;
+- `apply_rotary_pos_emb`;
 - whole decoder layers, once there is a pool to attend to (layers.py).
 """
 
@@ -23,8 +19,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from workers.native.library import ACTIVATIONS, PANEL, Kernels, Packed
-from workers.torch_engine.cpu.experts import fuse_experts
-from workers.torch_engine.replace import FuseReport, agrees
+from workers.torch_engine.cpu.experts import expert_candidates
+from workers.torch_engine.replace import (
+    QKV,
+    Candidate,
+    FuseReport,
+    SeededInput,
+    agrees,
+    children_of,
+    norm_candidates,
+    replace,
+    rotary_candidates,
+)
+from workers.torch_engine.shared_input import SharedInput, Slice, bounds
 
 
 class PackedLinear(nn.Module):
@@ -45,7 +52,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """The embedding that is tied to a packed head: one lane of one panel is a token's row."""
+    """The embedding that is tied to a packed head: a token's row is one column of one panel."""
 
     def __init__(self, packed: Packed) -> None:
         super().__init__()
@@ -85,65 +92,35 @@ class NativeMLP(nn.Module):
         return out.view(*x.shape[:-1], self.down.outputs)
 
 
-class SharedInput:
-    """One product for projections of the same input: the first to be asked computes all of them.
-
-    Model code calls q_proj, k_proj, v_proj one after another with the same tensor object; another object
-    is another input and is computed anew, so a model that does otherwise is merely slower.
-    """
+class PackedProjections(SharedInput):
+    """q, k and v as one packed weight."""
 
     def __init__(self, kernels: Kernels, packed: Packed) -> None:
+        super().__init__(packed.inputs, packed.outputs)
         self.kernels, self.packed = kernels, packed
-        self.input: torch.Tensor | None = None
-        self.output = torch.empty(0)
 
-    def slice(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        if x is not self.input:
-            rows = x.reshape(-1, self.packed.inputs)
-            out = self.kernels.linear(rows, self.packed, torch.empty(rows.shape[0], self.packed.outputs))
-            self.input, self.output = x, out.view(*x.shape[:-1], self.packed.outputs)
-        part = self.output[..., begin:end]
-        if end == self.packed.outputs:  # the last of them: let the memory go
-            self.input, self.output = None, self.output[:0]
-        return part
-
-
-class Slice(nn.Module):
-    """One of the projections that share an input."""
-
-    def __init__(self, shared: SharedInput, begin: int, end: int) -> None:
-        super().__init__()
-        self.shared, self.begin, self.end = shared, begin, end
-        self.in_features, self.out_features = shared.packed.inputs, end - begin
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.shared.slice(x, self.begin, self.end)
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.inputs)
+        out = self.kernels.linear(rows, self.packed, torch.empty(rows.shape[0], self.outputs))
+        return out.view(*x.shape[:-1], self.outputs)
 
 
 @torch.no_grad()
 def fuse(model: nn.Module, kernels: Kernels, report: FuseReport, *, int8: bool = False) -> None:
     """Replace what can be in ``model`` (on the CPU, any floating dtype); all else becomes float32."""
-    generator = torch.Generator().manual_seed(0)
-    fuse_experts(model, kernels, report, generator, int8)
-    _pack_linears(model, kernels, report, generator, int8)
+    sample = SeededInput()
+    replace(expert_candidates(model, kernels, sample.generator, int8), report)
+    replace(_linears(model, kernels, sample, int8), report)
     model.float()
-    _fuse_norms(model, kernels, report, generator)
-    _fuse_mlps(model, kernels, report, generator)
-    _merge_projections(model, kernels, report)
-    _fuse_rotary(model, kernels, report, generator)
+    replace(norm_candidates(model, sample, lambda _, gain, eps: NativeRMSNorm(kernels, gain.contiguous(), eps)), report)
+    replace(_mlps(model, kernels, sample), report)
+    replace(_projections(model, kernels), report)
+    replace(rotary_candidates(model, lambda original: _same_rotary(kernels, original, sample)), report)
 
 
-def _named_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            yield parent, name, child
-
-
-def _pack_linears(
-    model: nn.Module, kernels: Kernels, report: FuseReport, generator: torch.Generator, int8: bool
-) -> None:
+def _linears(model: nn.Module, kernels: Kernels, sample: SeededInput, int8: bool) -> Iterator[Candidate]:
     packed_by_weight: dict[int, Packed] = {}  # a weight tied to several modules is packed once
-    for parent, name, child in _named_children(model):
+    for owner, name, child in children_of(model):
         if type(child) is nn.Linear:
             weight, bias = child.weight, child.bias
         elif type(child) is Conv1D:
@@ -152,39 +129,21 @@ def _pack_linears(
             continue
         packed = packed_by_weight.get(id(child.weight)) or Packed(weight.detach(), bias, int8=int8)
         ours = PackedLinear(kernels, packed)
-        x = torch.randn(3, packed.inputs, generator=generator)
+        x = sample(3, packed.inputs)
         theirs = torch.nn.functional.linear(x, weight.float(), None if bias is None else bias.float())
-        if not int8 and not agrees(ours(x), theirs):
-            report.kept["linear"] += 1
-            continue
-        packed_by_weight[id(child.weight)] = packed
-        setattr(parent, name, ours)
-        report.fused["linear" + (" (int8)" if int8 else "")] += 1
-    for parent, name, child in _named_children(model):
+        kind = "linear" + (" (int8)" if int8 else "")  # int8 gives other results by design
+        expected = None if int8 else (theirs,)
+        yield Candidate(kind, owner, (name,), [(ours,)], (x,), expected, left_as="linear")
+        if getattr(owner, name) is ours:
+            packed_by_weight[id(child.weight)] = packed
+    for owner, name, child in children_of(model):
         if type(child) is nn.Embedding and id(child.weight) in packed_by_weight:
-            setattr(parent, name, PackedEmbedding(packed_by_weight[id(child.weight)]))
-            report.fused["tied embedding"] += 1
+            embedding = PackedEmbedding(packed_by_weight[id(child.weight)])
+            yield Candidate("tied embedding", owner, (name,), [(embedding,)])
 
 
-def _fuse_norms(model: nn.Module, kernels: Kernels, report: FuseReport, generator: torch.Generator) -> None:
-    for parent, name, child in _named_children(model):
-        weight = getattr(child, "weight", None)
-        eps = getattr(child, "variance_epsilon", getattr(child, "eps", None))
-        if "RMSNorm" not in type(child).__name__ or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
-            continue
-        x = torch.randn(3, weight.shape[0], generator=generator) * 2
-        for scale in (weight.detach(), 1 + weight.detach()):
-            ours = NativeRMSNorm(kernels, scale.contiguous(), float(eps or 0))
-            if isinstance(eps, float) and agrees(ours(x), child(x)):
-                setattr(parent, name, ours)
-                report.fused["norm"] += 1
-                break
-        else:
-            report.kept[type(child).__name__] += 1
-
-
-def _fuse_mlps(model: nn.Module, kernels: Kernels, report: FuseReport, generator: torch.Generator) -> None:
-    for parent, name, child in _named_children(model):
+def _mlps(model: nn.Module, kernels: Kernels, sample: SeededInput) -> Iterator[Candidate]:
+    for owner, name, child in children_of(model):
         down = getattr(child, "down_proj", None)
         if not isinstance(down, PackedLinear):
             continue
@@ -195,35 +154,20 @@ def _fuse_mlps(model: nn.Module, kernels: Kernels, report: FuseReport, generator
             gate_up = both.packed if isinstance(both, PackedLinear) else None
         if gate_up is None or gate_up.outputs != 2 * down.packed.inputs or down.packed.inputs % PANEL:
             continue
-        x = torch.randn(1, 3, gate_up.inputs, generator=generator)
-        theirs = child(x)
-        for act in range(len(ACTIVATIONS)):
-            ours = NativeMLP(kernels, gate_up, down.packed, act)
-            if agrees(ours(x), theirs):
-                setattr(parent, name, ours)
-                report.fused["mlp"] += 1
-                break
-        else:
-            report.kept[type(child).__name__] += 1
+        x = sample(1, 3, gate_up.inputs)
+        attempts = [(NativeMLP(kernels, gate_up, down.packed, act),) for act in range(len(ACTIVATIONS))]
+        yield Candidate("mlp", owner, (name,), attempts, (x,), (child(x),))
 
 
-def _merge_projections(model: nn.Module, kernels: Kernels, report: FuseReport) -> None:
+def _projections(model: nn.Module, kernels: Kernels) -> Iterator[Candidate]:
     for module in model.modules():
-        parts = [getattr(module, n, None) for n in ("q_proj", "k_proj", "v_proj")]
-        if not all(isinstance(p, PackedLinear) for p in parts):
-            continue
-        packed = Packed.concat([p.packed for p in parts])  # type: ignore[union-attr]
+        parts = [part for name in QKV if isinstance(part := getattr(module, name, None), PackedLinear)]
+        packed = Packed.concat([part.packed for part in parts]) if len(parts) == len(QKV) else None
         if packed is None:
             continue
-        shared, begin = SharedInput(kernels, packed), 0
-        for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
-            end = begin + part.out_features  # type: ignore[union-attr]
-            setattr(module, name, Slice(shared, begin, end))
-            begin = end
-        report.fused["qkv"] += 1
-
-
-ROTARY = "apply_rotary_pos_emb"
+        shared = PackedProjections(kernels, packed)  # the same sums: there is nothing to compare
+        slices = tuple(Slice(shared, *ends) for ends in bounds([part.out_features for part in parts]))
+        yield Candidate("qkv", module, QKV, [slices])
 
 
 def _native_rotary(kernels: Kernels, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,40 +185,14 @@ def _native_rotary(kernels: Kernels, original: Callable[..., Any]) -> Callable[.
     return apply_rotary
 
 
-def _rotary_agrees(ours: Callable[..., Any], original: Callable[..., Any], generator: torch.Generator) -> bool:
-    q, k = (torch.randn(1, heads, 5, 16, generator=generator) for heads in (4, 2))
-    angles = torch.randn(1, 5, 8, generator=generator).repeat(1, 1, 2)
+def _same_rotary(kernels: Kernels, original: Callable[..., Any], sample: SeededInput) -> Callable[..., Any] | None:
+    """The native function if it rotates as ``original`` does."""
+    ours = _native_rotary(kernels, original)
+    q, k = (sample(1, heads, 5, 16) for heads in (4, 2))
+    angles = sample(1, 5, 8).repeat(1, 1, 2)
     try:
         theirs = original(q, k, angles.cos(), angles.sin())
     except (TypeError, RuntimeError, IndexError):  # another signature or shape: not the function we know
-        return False
-    return all(agrees(a, b) for a, b in zip(ours(q, k, angles.cos(), angles.sin()), theirs, strict=True))
-
-
-def with_rotary(forward: types.FunctionType, ours: Callable[..., Any]) -> types.FunctionType:
-    """A copy of ``forward`` that calls ``ours`` for its rotary embedding; no other model in the process changes."""
-    known = {**forward.__globals__, ROTARY: ours}
-    copied = types.FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    return copied
-
-
-def _fuse_rotary(model: nn.Module, kernels: Kernels, report: FuseReport, generator: torch.Generator) -> None:
-    forwards: dict[type, Callable[..., Any] | None] = {}
-    for module in model.modules():
-        forward = type(module).forward
-        if not isinstance(forward, types.FunctionType) or ROTARY not in forward.__code__.co_names:
-            continue
-        if type(module) not in forwards:
-            original = forward.__globals__[ROTARY]
-            ours = _native_rotary(kernels, original)
-            copied = None
-            if _rotary_agrees(ours, original, generator):
-                copied = with_rotary(forward, ours)
-            forwards[type(module)] = copied
-        bound = forwards[type(module)]
-        if bound is None:
-            report.kept["rotary"] += 1
-            continue
-        module.forward = types.MethodType(bound, module)
-        report.fused["rotary"] += 1
+        return None
+    same = all(agrees(a, b) for a, b in zip(ours(q, k, angles.cos(), angles.sin()), theirs, strict=True))
+    return ours if same else None

@@ -1,7 +1,5 @@
-"""Put the Triton kernels and merged products into a transformers model without rewriting it.
-
-The rule is fuse.py's: what is replaced is found by structure, compared on seeded input with what it replaces, and left
-to torch where it differs, said in the report. What is replaced:
+"""Put the Triton kernels and merged products into a transformers model: what replaces its modules (see replace.py for
+how).
 
 - q, k and v as one product, gate and up as one product with a gate kernel behind it;
 - RMSNorm; and where a decoder layer is the common one (norm, attention, add, norm, MLP, add), each addition together
@@ -12,7 +10,6 @@ to torch where it differs, said in the report. What is replaced:
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,13 +18,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from workers.torch_engine.attention import NAME
-from workers.torch_engine.cpu.modules import ROTARY, with_rotary
 from workers.torch_engine.cuda import triton_kernels as kernels
 from workers.torch_engine.cuda.attention import TableAttention
-from workers.torch_engine.replace import FuseReport
+from workers.torch_engine.replace import (
+    QKV,
+    Candidate,
+    FuseReport,
+    SeededInput,
+    agrees,
+    children_of,
+    norm_candidates,
+    replace,
+    rotary_candidates,
+)
+from workers.torch_engine.shared_input import SharedInput, Slice, bounds
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the original's largest value
-QKV = ("q_proj", "k_proj", "v_proj")
 TEXT = 21  # tokens of the pass by which whole layers are compared
 
 
@@ -66,92 +71,38 @@ class FusedMLP(nn.Module):
         return down.view(*x.shape[:-1], down.shape[-1])
 
 
-class MergedLinear:
-    """One product for projections of the same input: the first to be asked computes all (see fuse.SharedInput)."""
+class MergedLinear(SharedInput):
+    """Linear layers of the same input with their weights joined."""
 
     def __init__(self, parts: list[nn.Linear]) -> None:
         self.weight = torch.cat([part.weight for part in parts])
         self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-        self._input: torch.Tensor | None = None
-        self._output = self.weight.new_empty(0)
+        super().__init__(self.weight.shape[1], self.weight.shape[0])
 
-    def slice(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        if x is not self._input:
-            self._input, self._output = x, F.linear(x, self.weight, self.bias)
-        part = self._output[..., begin:end]
-        if end == len(self.weight):  # the last of them: let the memory go
-            self._input, self._output = None, self._output[:0]
-        return part
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
-class MergedSlice(nn.Module):
-    """One of the projections that share an input."""
+class MergedSlice(Slice):
+    """One of the linear layers; models ask theirs for its weight."""
 
     def __init__(self, merged: MergedLinear, begin: int, end: int) -> None:
-        super().__init__()
-        self.merged, self.begin, self.end = merged, begin, end
-        self.in_features, self.out_features = merged.weight.shape[1], end - begin
+        super().__init__(merged, begin, end)
         self.weight = nn.Parameter(merged.weight[begin:end], requires_grad=False)  # a view
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.merged.slice(x, self.begin, self.end)
 
 
 @torch.no_grad()
 def fuse(model: Any, attention: TableAttention, report: FuseReport) -> None:
     """Replace what can be in ``model``, whose attention is to be ``attention``'s."""
     device = next(model.parameters()).device
-    draw = _Draw(model.dtype, device)
-    _fuse_norms(model, report, draw)
-    _fuse_mlps(model, report, draw)
-    _merge_projections(model, report, draw)
-    _fuse_layers(model, report)
-    _fuse_rotary(model, attention, report, draw)
+    sample = SeededInput(model.dtype, device)
+    replace(norm_candidates(model, sample, FusedNorm, kernels.WIDEST_NORM), report)
+    replace(_mlps(model, sample), report)
+    replace(_projections(model, sample), report)
+    _replace_layers(model, report)
+    replace(rotary_candidates(model, lambda original: _same_rotary(original, attention, sample)), report)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the weights that were merged
-
-
-class _Draw:
-    """Seeded random input in the model's precision."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.device, dtype or self.dtype)
-
-
-def _equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return False
-    scale = theirs.float().abs().max().clamp_min(1e-6)
-    return bool((ours.float() - theirs.float()).abs().max() / scale < TOLERANCE.get(theirs.dtype, 1e-4))
-
-
-def _named_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            yield parent, name, child
-
-
-def _fuse_norms(model: nn.Module, report: FuseReport, draw: _Draw) -> None:
-    for parent, name, child in _named_children(model):
-        weight = getattr(child, "weight", None)
-        eps = getattr(child, "variance_epsilon", getattr(child, "eps", None))
-        if "RMSNorm" not in type(child).__name__ or not isinstance(weight, nn.Parameter) or weight.dim() != 1:
-            continue
-        x = draw(3, len(weight)) * 2
-        for gain in (weight.detach(), 1 + weight.detach().float()):
-            if not isinstance(eps, float) or len(weight) > kernels.WIDEST_NORM:
-                continue
-            ours = FusedNorm(weight, gain, eps)
-            if _equal(ours(x), child(x)):
-                setattr(parent, name, ours)
-                report.fused["norm"] += 1
-                break
-        else:
-            report.kept[type(child).__name__] += 1
 
 
 def _linear(module: Any) -> nn.Linear | None:
@@ -168,8 +119,8 @@ def _mergeable(parts: list[nn.Linear]) -> bool:
     )
 
 
-def _fuse_mlps(model: nn.Module, report: FuseReport, draw: _Draw) -> None:
-    for parent, name, child in _named_children(model):
+def _mlps(model: nn.Module, sample: SeededInput) -> Iterator[Candidate]:
+    for owner, name, child in children_of(model):
         gate, up, both, down = (
             _linear(getattr(child, n, None)) for n in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
         )
@@ -179,33 +130,20 @@ def _fuse_mlps(model: nn.Module, report: FuseReport, draw: _Draw) -> None:
         assert merged is not None
         if len(merged.weight) != 2 * down.in_features:
             continue
-        x = draw(1, 3, merged.weight.shape[1])
-        theirs = child(x)
-        for act in (kernels.SILU, kernels.GELU_TANH):
-            ours = FusedMLP(merged.weight, merged.bias, down, act)
-            if _equal(ours(x), theirs):
-                setattr(parent, name, ours)
-                report.fused["mlp"] += 1
-                break
-        else:
-            report.kept[type(child).__name__] += 1
+        x = sample(1, 3, merged.weight.shape[1])
+        attempts = [(FusedMLP(merged.weight, merged.bias, down, act),) for act in (kernels.SILU, kernels.GELU_TANH)]
+        yield Candidate("mlp", owner, (name,), attempts, (x,), (child(x),))
 
 
-def _merge_projections(model: nn.Module, report: FuseReport, draw: _Draw) -> None:
+def _projections(model: nn.Module, sample: SeededInput) -> Iterator[Candidate]:
     for module in model.modules():
         parts = [part for n in QKV if (part := _linear(getattr(module, n, None))) is not None]
         if len(parts) < len(QKV) or not _mergeable(parts):
             continue
         merged = MergedLinear(parts)
-        ends = [sum(part.out_features for part in parts[: k + 1]) for k in range(len(parts))]
-        slices = [MergedSlice(merged, end - part.out_features, end) for part, end in zip(parts, ends, strict=True)]
-        x = draw(1, 3, parts[0].in_features)
-        if not all(_equal(ours(x), part(x)) for ours, part in zip(slices, parts, strict=True)):
-            report.kept["qkv"] += 1
-            continue
-        for n, ours in zip(QKV, slices, strict=True):
-            setattr(module, n, ours)
-        report.fused["qkv"] += 1
+        slices = tuple(MergedSlice(merged, *ends) for ends in bounds([part.out_features for part in parts]))
+        x = sample(1, 3, parts[0].in_features)
+        yield Candidate("qkv", module, QKV, [slices], (x,), tuple(part(x) for part in parts), left_as="qkv")
 
 
 # ------------------------------------------------------------------ whole layers
@@ -213,18 +151,9 @@ def _merge_projections(model: nn.Module, report: FuseReport, draw: _Draw) -> Non
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 
 
-def _fuse_layers(model: Any, report: FuseReport) -> None:
+def _replace_layers(model: Any, report: FuseReport) -> None:
     """Layers made of the common parts get a forward of ours if it gives what theirs gave in a pass of the model."""
-    found: list[tuple[nn.Module, FusedNorm | None]] = []
-    for parent in model.modules():
-        for stack in (child for child in parent.children() if isinstance(child, nn.ModuleList)):
-            norms = [child for child in parent.children() if isinstance(child, FusedNorm)]
-            last = norms[0] if len(norms) == 1 else None
-            layers = list(stack)
-            for layer, following in zip(layers, [*layers[1:], None], strict=True):
-                if _is_common(layer):
-                    after = last if following is None else getattr(following, "input_layernorm", None)
-                    found.append((layer, after if isinstance(after, FusedNorm) else None))
+    found = list(_common_layers(model))
     seen: dict[nn.Module, tuple[dict[str, Any], Any]] = {}
     hooks = [layer.register_forward_hook(_note(seen, layer), with_kwargs=True) for layer, _ in found]
     model.set_attn_implementation("eager")
@@ -233,16 +162,36 @@ def _fuse_layers(model: Any, report: FuseReport) -> None:
         model(input_ids=ids, use_cache=False)
         for hook in hooks:
             hook.remove()
-        forwards = [(layer, _common_forward(layer, following)) for layer, following in found]
-        agree = [layer in seen and _gives(forward, *seen[layer]) for layer, forward in forwards]
+        replace((_layer_candidate(layer, following, seen.get(layer)) for layer, following in found), report)
     finally:
         for hook in hooks:
             hook.remove()
         model.set_attn_implementation(NAME)
-    for (layer, forward), agrees in zip(forwards, agree, strict=True):
-        if agrees:
-            layer.forward = forward
-        (report.fused if agrees else report.kept)["layer"] += 1
+
+
+def _common_layers(model: nn.Module) -> Iterator[tuple[nn.Module, FusedNorm | None]]:
+    """Layers of the common parts, and the norm that follows each: the next layer's first, or the model's last."""
+    for parent in model.modules():
+        for stack in (child for child in parent.children() if isinstance(child, nn.ModuleList)):
+            norms = [child for child in parent.children() if isinstance(child, FusedNorm)]
+            last = norms[0] if len(norms) == 1 else None
+            layers = list(stack)
+            for layer, following in zip(layers, [*layers[1:], None], strict=True):
+                if _is_common(layer):
+                    after = last if following is None else getattr(following, "input_layernorm", None)
+                    yield layer, after if isinstance(after, FusedNorm) else None
+
+
+def _layer_candidate(
+    layer: nn.Module, following: FusedNorm | None, seen: tuple[dict[str, Any], Any] | None
+) -> Candidate:
+    if seen is None or not isinstance(seen[1], torch.Tensor):
+        return Candidate("layer", layer, ("forward",), (), left_as="layer")
+    keywords, output = seen
+    attempts = [(_common_forward(layer, following),)]
+    return Candidate(
+        "layer", layer, ("forward",), attempts, (), (output,), keywords, left_as="layer", errors=(Exception,)
+    )
 
 
 def _is_common(layer: nn.Module) -> bool:
@@ -279,53 +228,23 @@ def _common_forward(layer: Any, following: FusedNorm | None) -> Callable[..., to
     return forward
 
 
-def _gives(ours: Callable[..., Any], arguments: dict[str, Any], theirs: Any) -> bool:
-    if not isinstance(theirs, torch.Tensor):
-        return False
-    try:
-        out = ours(**arguments)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # another calling convention: not the layer that we know
-        return False
-    return isinstance(out, torch.Tensor) and _equal(out, theirs)
-
-
 # ------------------------------------------------------------------ rotary
 
 
-def _fuse_rotary(model: nn.Module, attention: TableAttention, report: FuseReport, draw: _Draw) -> None:
-    """Attentions get a copy of their forward in which rotary goes to ``attention``; no other model changes."""
-    forwards: dict[type, Callable[..., Any] | None] = {}
-    for module in model.modules():
-        forward = type(module).forward
-        if not isinstance(forward, types.FunctionType) or ROTARY not in forward.__code__.co_names:
-            continue
-        if type(module) not in forwards:
-            original = forward.__globals__[ROTARY]
-            copied = None
-            if _rotary_agrees(original, draw):
-                copied = with_rotary(forward, attention.rotary(original))
-            forwards[type(module)] = copied
-        bound = forwards[type(module)]
-        if bound is None:
-            report.kept["rotary"] += 1
-            continue
-        module.forward = types.MethodType(bound, module)
-        report.fused["rotary"] += 1
-
-
-def _rotary_agrees(original: Callable[..., Any], draw: _Draw) -> bool:
-    """Whether the kernel rotates as ``original`` does."""
-    q, k = draw(1, 4, 5, 16), draw(1, 2, 5, 16)
-    angles = draw(1, 5, 8, dtype=torch.float32).repeat(1, 1, 2)
+def _same_rotary(
+    original: Callable[..., Any], attention: TableAttention, sample: SeededInput
+) -> Callable[..., Any] | None:
+    """``attention``'s rotary if the kernel rotates as ``original`` does."""
+    q, k = sample(1, 4, 5, 16), sample(1, 2, 5, 16)
+    angles = sample(1, 5, 8, dtype=torch.float32).repeat(1, 1, 2)
     cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
     keys, values = (torch.zeros(8, 2, 16, dtype=q.dtype, device=q.device) for _ in range(2))
     slots = torch.arange(5, device=q.device)
     try:
         theirs_q, theirs_k = original(q, k, cos, sin)
     except (TypeError, RuntimeError, IndexError, ValueError):  # another signature or shape: not the one we know
-        return False
+        return None
     query, key = q[0].transpose(0, 1), k[0].transpose(0, 1)
     rotated = kernels.rotate_and_store_kv(key, key, keys, values, slots, query, cos[0], sin[0])
-    return _equal(rotated, theirs_q[0].transpose(0, 1)) and _equal(keys[:5], theirs_k[0].transpose(0, 1))
+    same = agrees(rotated, theirs_q[0].transpose(0, 1)) and agrees(keys[:5], theirs_k[0].transpose(0, 1))
+    return attention.rotary(original) if same else None
