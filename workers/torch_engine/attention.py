@@ -7,7 +7,7 @@ and reads them back by block table. No mask function is registered under the nam
 mask (masking_utils, early exit); the rules that a mask would carry, causality and the sliding window, are
 those of the PagedAttention.
 
-PagedAttention is the base; its implementations are TorchAttention (torch_attention.py, any device),
+PagedAttention is the base; its implementations are TorchAttention (plain/attention.py, any device),
 NativeAttention (cpu/attention.py) and TableAttention (cuda/attention.py).
 """
 

@@ -2,7 +2,7 @@
 
 A backend owns what depends on the device: which modules of the model are replaced by kernels, the attention and the KV
 pool that it reads, how a plan becomes a step's inputs, how a pass over them is launched, and how tokens are drawn.
-Beside this base are TorchBackend (torch_backend.py, any device), NativeBackend (cpu/backend.py) and CudaBackend
+Beside this base are TorchBackend (plain/backend.py, any device), NativeBackend (cpu/backend.py) and CudaBackend
 (cuda/backend.py); make.py chooses.
 """
 

@@ -15,7 +15,7 @@ from workers.torch_engine.cpu.backend import NativeBackend
 from workers.torch_engine.draw import Threshold, TorchDraw, threshold_by_bisection, threshold_by_histogram
 from workers.torch_engine.engine import TorchEngine
 from workers.torch_engine.loader import choose_device
-from workers.torch_engine.torch_backend import TorchBackend
+from workers.torch_engine.plain.backend import TorchBackend
 
 log = logging.getLogger(__name__)
 

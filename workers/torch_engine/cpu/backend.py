@@ -23,8 +23,8 @@ from workers.torch_engine.cpu.whole_pass import WholePass, whole_pass_of
 from workers.torch_engine.draw import uniforms
 from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.kv_pool import KVPool
+from workers.torch_engine.plain.backend import TorchBackend
 from workers.torch_engine.replace import agrees
-from workers.torch_engine.torch_backend import TorchBackend
 
 
 class NativeBackend(TorchBackend):

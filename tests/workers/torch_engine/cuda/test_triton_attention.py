@@ -13,7 +13,7 @@ from workers.torch_engine.attention import AttentionRule
 from workers.torch_engine.cuda.triton_attention import TritonAttention, Work, choose_launch, tile_tokens
 from workers.torch_engine.cuda.work_list import ITEM, MERGE, WorkShape, fill_work
 from workers.torch_engine.inputs import StepInputs
-from workers.torch_engine.torch_attention import TorchAttention
+from workers.torch_engine.plain.attention import TorchAttention
 
 PAGE = 8
 

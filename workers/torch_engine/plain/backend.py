@@ -11,7 +11,7 @@ from protocol.messages import Plan
 from workers.torch_engine.attention import PagedAttention
 from workers.torch_engine.backend import Backend, Logits
 from workers.torch_engine.inputs import StepInputs
-from workers.torch_engine.torch_attention import TorchAttention
+from workers.torch_engine.plain.attention import TorchAttention
 
 CPU_WARM_UP = 32  # tokens: a CPU's memory does not depend on the largest step
 
