@@ -326,8 +326,9 @@ def _joined(originals: list[nn.Module], layers: list[nn.Module], follows: list[b
     at = 0  # where the call is that the next layer may join
     for i, (original, layer) in enumerate(zip(originals, layers, strict=True)):
         first = stack[at] if follows[i] else None
-        native = isinstance(first, NativeLayers) and isinstance(layer, NativeLayers)
-        joined = first.joined(layer) if native else None
+        joined = None
+        if isinstance(first, NativeLayers) and isinstance(layer, NativeLayers):
+            joined = first.joined(layer)
         if joined is not None:
             stack[at] = _like(joined, originals[at])
             stack.append(_like(Done(), original))
