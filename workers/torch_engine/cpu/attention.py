@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from workers.native.library import PANEL, Kernels, Pool, Rule, Step, make_step
+from workers.native.library import Kernels
+from workers.native.structs import PANEL, Pool, Rule, Step, make_step
 from workers.torch_engine.attention import AttentionRule, PagedAttention
 from workers.torch_engine.inputs import StepInputs
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from workers.engines.base import Progress
-from workers.native.library import DRAW, Kernels
+from workers.native.library import Kernels
+from workers.native.structs import DRAW
 from workers.torch_engine import verify
 from workers.torch_engine.attention import PagedAttention
 from workers.torch_engine.backend import Logits

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from workers.native.library import ACTIVATIONS, PANEL, Kernels, Packed
+from workers.native.library import ACTIVATIONS, Kernels
+from workers.native.packed import Packed
+from workers.native.structs import PANEL
 from workers.torch_engine.replace import Candidate, children_of
 
 

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from workers.native.library import Kernels, Layer, Packed, Pool, Step
+from workers.native.library import Kernels
+from workers.native.packed import Packed
+from workers.native.structs import Layer, Pool, Step
 from workers.torch_engine.attention import AttentionRule, PagedAttention
 from workers.torch_engine.cpu.attention import native_rule, native_step, pool_of
 from workers.torch_engine.cpu.modules import NativeMLP, NativeRMSNorm, PackedLinear, PackedProjections

@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from workers.native.library import ACTIVATIONS, PANEL, Kernels, Packed
+from workers.native.library import ACTIVATIONS, Kernels
+from workers.native.packed import Packed
+from workers.native.structs import PANEL
 from workers.torch_engine.cpu.experts import expert_candidates
 from workers.torch_engine.replace import (
     QKV,

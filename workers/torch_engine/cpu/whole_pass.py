@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workers.native.library import Pass
+from workers.native.structs import Pass
 from workers.torch_engine.cpu.layers import MODEL_NAMES, Done, NativeLayers, names_of
 from workers.torch_engine.cpu.modules import NativeRMSNorm, PackedEmbedding, PackedLinear
 from workers.torch_engine.inputs import StepInputs
