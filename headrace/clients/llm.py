@@ -98,7 +98,7 @@ class LLM:
         if len(each) != len(contents):
             raise InvalidRequest(f"{len(each)} sampling_params for {len(contents)} prompts", param="sampling_params")
         jobs = [Job(**content, sampling=params) for content, params in zip(contents, each, strict=True)]
-        return self._client.run(_results(self._client.on_loop, jobs, self._window))
+        return self._client.run(run_all(self._client.on_loop, jobs, self._window))
 
 
 def serve_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _prompt(prompt: Any) -> str | list[int]:
     raise InvalidRequest("a prompt is a text, a list of token ids, or a dict of one of them", param="prompts")
 
 
-async def _results(client: AsyncClient, jobs: list[Job], window: int) -> list[Result]:
+async def run_all(client: AsyncClient, jobs: list[Job], window: int) -> list[Result]:
     """Run all jobs, at most ``window`` at once. Whatever is under way when this is cancelled is cancelled too."""
     results: dict[int, Result] = {}
     waiting: Iterator[tuple[int, Job]] = iter(enumerate(jobs))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from headrace import LLM, SamplingParams
-from headrace.clients.llm import serve_options
+from headrace.clients.llm import run_all, serve_options
 from protocol.errors import InvalidRequest, StartError
+from protocol.messages import Job
 
 GONE_S = 60  # until every process has gone, on a loaded machine
 NINE = SamplingParams(max_tokens=9, seed=1, ignore_eos=True)
@@ -101,6 +104,22 @@ def test_what_is_wrong_with_a_call_is_said(llm: LLM) -> None:
             llm.generate([prompt])  # type: ignore[list-item]
 
 
+def test_requests_of_an_interrupted_call_are_cancelled(llm: LLM) -> None:
+    async def interrupted() -> str | None:
+        client = llm._client.on_loop
+        job = Job(prompt="x", sampling=SamplingParams(max_tokens=880, ignore_eos=True))
+        running = asyncio.create_task(run_all(client, [job], window=2))
+        while not client._readers:  # noqa: ASYNC110 (there is nothing to wait on)
+            await asyncio.sleep(0.001)
+        (request,) = client._readers
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        return (await client.result(request)).outputs[0].finish_reason
+
+    assert llm._client.run(interrupted()) == "abort"
+
+
 def test_options_that_do_not_exist_name_what_to_use() -> None:
     assert serve_options({"dtype": "float32", "tensor_parallel_size": 1, "trust_remote_code": False}) == {
         "dtype": "float32"
@@ -136,6 +155,7 @@ def test_no_process_outlives_the_program(model_dir: Path, end: str) -> None:
         assert not Path(place).exists()
         assert not alive(int(pid))
         return
+    shutil.rmtree(place)  # the directory is left: nobody was there to remove it
     deadline = time.monotonic() + GONE_S
     while left := [p for p in [int(pid), *family] if alive(p)]:
         assert time.monotonic() < deadline, left
