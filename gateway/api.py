@@ -193,8 +193,8 @@ class Api:
         if body.prompt is None:
             raise InvalidRequest("prompt is required", param="prompt")
         model = await self.models.the_one(body.model)
-        ids = await model.tokenize(body.prompt, body.add_special_tokens)
-        return json_answer({"count": len(ids), "max_model_len": model.card.max_model_len, "tokens": ids})
+        count, ids = await model.tokenize(body.prompt, body.add_special_tokens)
+        return json_answer({"count": count, "max_model_len": model.card.max_model_len, "tokens": ids})
 
     async def detokenize(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
         body = decode_body(await read_body(request, self.body_timeout), _detokenize)

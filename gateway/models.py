@@ -11,9 +11,10 @@ import logging
 import time
 from typing import Any
 
-from tokenizers import Tokenizer
+import msgspec
 
 from gateway.streams import Outlet
+from gateway.tokenizer import TokenizerProcess
 from protocol.bus import GatewayBus
 from protocol.errors import HeadraceError, InvalidRequest, NotFound, ServiceError, StartError, Unavailable
 from protocol.messages import Job, ModelCard
@@ -40,7 +41,9 @@ class Model:
         self.workers = 0  # serving now
         self._beat: tuple[int, int] | None = None
         self._moved: float | None = None  # when the leader's beat was last seen to change
-        self._tokenizer: tuple[int, Tokenizer] | None = None
+        self._tokenizer: TokenizerProcess | None = None
+        self._tokenizer_of = 0  # the card's time of creation
+        self._making_tokenizer = asyncio.Lock()
 
     @property
     def name(self) -> str:
@@ -55,6 +58,8 @@ class Model:
         await self.outlet.start()
 
     async def close(self) -> None:
+        if self._tokenizer is not None:
+            self._tokenizer.close()
         await self.outlet.close()
         await self.bus.close()
 
@@ -83,24 +88,25 @@ class Model:
 
     # -------------------------------------------------------------- tokens and text
 
-    async def tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None or self._tokenizer[0] != self.card.created:
-            raw = await self.bus.read_tokenizer()
-            if raw is None:
-                raise Unavailable("the tokenizer of this model is not known here (it has no tokenizer.json)")
-            made = await asyncio.to_thread(Tokenizer.from_str, raw.decode("utf-8"))
-            self._tokenizer = (self.card.created, made)
-        return self._tokenizer[1]
+    async def tokenizer(self) -> TokenizerProcess:
+        async with self._making_tokenizer:
+            made = self._tokenizer
+            if made is None or made.closed or self._tokenizer_of != self.card.created:
+                raw = await self.bus.read_tokenizer()
+                if raw is None:
+                    raise Unavailable("the tokenizer of this model is not known here (it has no tokenizer.json)")
+                if made is not None:
+                    made.close()
+                made = self._tokenizer = TokenizerProcess(raw)
+                self._tokenizer_of = self.card.created
+            return made
 
-    async def tokenize(self, text: str, special: bool) -> list[int]:
-        tokenizer = await self.tokenizer()
-        ids: list[int] = (await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)).ids
-        return ids
+    async def tokenize(self, text: str, special: bool) -> tuple[int, msgspec.Raw]:
+        """How many ids, and the ids as a JSON array."""
+        return await (await self.tokenizer()).encode(text, special)
 
     async def detokenize(self, ids: list[int], skip_special: bool = False) -> str:
-        tokenizer = await self.tokenizer()
-        text: str = await asyncio.to_thread(tokenizer.decode, ids, skip_special_tokens=skip_special)
-        return text
+        return await (await self.tokenizer()).decode(ids, skip_special)
 
     async def prompt_texts(self, job: Job) -> list[str]:
         """The prompts of a job as texts, for echo."""

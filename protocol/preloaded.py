@@ -180,6 +180,8 @@ class Worker:
             self.close()
             raise WorkerDied(signal.SIGPROF) from None
         except asyncio.CancelledError:
+            if self.closed:  # by another task, not the question
+                raise WorkerDied(0) from None
             self.close()
             raise
         if answer is None or answer[0] == DIED:
