@@ -39,11 +39,12 @@ test: $(KERNELS) ## run the tests (ARGS='tests/headrace -k cli')
 
 check: lint test ## everything that a change must pass: format, lint, types, import rules, tests
 
-lint: $(STAMP) ## format check, ruff, mypy, import rules
+lint: $(STAMP) ## format check, ruff, mypy, import rules, documents
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(PYTEST) -q tests/test_docs.py
 
 format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
