@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from headrace.option_table import options_of
-from headrace.options import Unusable, add_option, demo_model, served_name, state_dir
+from headrace.options import Unusable, add_option, state_dir
 from protocol.errors import HeadraceError, StartError
 
 EX_CONFIG = 78
@@ -67,7 +67,8 @@ def command(
     "start everything on this machine: server, gateway, scheduler, worker",
     """
 examples:
-  headrace serve                                  the demo model on http://127.0.0.1:8000
+  headrace serve                                  a small chat model on http://127.0.0.1:8000
+  headrace serve --model ./llama-3.2-1b.Q8_0.gguf
   headrace serve --model Qwen/Qwen2.5-0.5B-Instruct --port 9000
   headrace serve --model ./my-model --workers 2 --schedulers 2 --redis-url redis://queue:6379/0
 
@@ -223,12 +224,14 @@ def config_of(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def _with_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in --model and --served-model-name. StartError if no model is named and there is no demo model."""
-    model = values.get("model") or demo_model()
-    if model is None:
-        raise StartError("no model: pass --model with a local directory or a hub id (the demo model is not here)")
-    name = values.get("served_model_name") or served_name(str(model))
-    return {**values, "model": str(model), "served_model_name": name}
+    """Fill in --model and --served-model-name, a model fetched or converted if need be. StartError says why not."""
+    from headrace.model import choose
+    from headrace.serve.progress import reporter
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    return {**values, **choose(values, reporter(), tell).options}
 
 
 def checked(values: Mapping[str, Any], service: Coroutine[Any, Any, int]) -> Coroutine[Any, Any, int]:

@@ -45,6 +45,10 @@ class StartView:
         since = time.monotonic() - self._began
         self.console.print(f"{since:7.1f}s  {text}", markup=False, highlight=False, soft_wrap=True)
 
+    def say(self, text: str) -> None:
+        """A line that stands by itself, without the time."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def close(self) -> None:
         if self._bars is not None:
             self._bars.stop()
@@ -53,7 +57,7 @@ class StartView:
 
 def print_block(console: Console, url: str, model: str, lines: dict[str, str]) -> None:
     """The closing block: where it listens, what it serves, and a line to paste."""
-    ask = json.dumps({"model": model, "prompt": "def add(a, b):", "max_tokens": 48, "stream": True})
+    ask = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 48, "stream": True})
     rows = {
         "API": f"{url}/v1  (chat/completions, completions, models)",
         "model": model,

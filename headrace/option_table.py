@@ -13,7 +13,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--model",
         "serve scheduler worker",
-        "the model: a local directory or a Hugging Face hub id of a causal language model (default: the demo model)",
+        "the model: a local directory, a .gguf file, or a Hugging Face hub id (owner/name, owner/name:file.gguf) "
+        "of a causal language model (default: SmolLM2-135M-Instruct, fetched once; without a network the demo model)",
         metavar="PATH|ID",
     ),
     Option(
@@ -21,6 +22,12 @@ OPTIONS: tuple[Option, ...] = (
         "serve scheduler worker",
         "the name that clients put in `model` (default: the last part of the path, or the hub id)",
         metavar="NAME",
+    ),
+    Option(
+        "--cache-dir",
+        "serve scheduler worker",
+        "where fetched and converted models are kept (default: ~/.cache/headrace)",
+        metavar="DIR",
     ),
     # where
     Option("--host", "serve gateway", "address to listen on; 0.0.0.0 for every interface", default="127.0.0.1"),

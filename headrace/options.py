@@ -221,6 +221,8 @@ def demo_model() -> Path | None:
 
 
 def served_name(model: str) -> str:
-    """The name that clients use: the last part of a local path, a hub id as it stands."""
+    """The name that clients use: the last part of a local path, without .gguf; a hub id as it stands."""
     path = Path(model).expanduser()
-    return path.resolve().name if path.exists() else model
+    if not path.exists():
+        return model
+    return path.stem if path.suffix == ".gguf" and path.is_file() else path.resolve().name

@@ -24,6 +24,8 @@ from rich.console import Console
 
 from headrace import options
 from headrace.console import StartView, print_block
+from headrace.gguf import is_gguf
+from headrace.model import choose as choose_model
 from headrace.option_table import OPTIONS, options_of
 from headrace.serve import embedded, progress
 from headrace.serve.durability import check_durability
@@ -42,8 +44,12 @@ STOP_MARGIN_S = 15.0  # beyond --drain-timeout, before a process that does not e
 def serve(values: Mapping[str, Any]) -> int:
     """Run until stopped; returns the exit code."""
     layout = resolve(values)
-    with exclusive(layout.run_dir):
-        return asyncio.run(Stack(layout).run())
+    view = StartView(Console())
+    with exclusive(layout.run_dir), contextlib.closing(view):
+        model = choose_model(values, lambda stage, fraction: view.stage("model", stage, fraction), view.say)
+        view.say(f"model: {model}")
+        layout.values.update(model.options)
+        return asyncio.run(Stack(layout, view).run())
 
 
 # ------------------------------------------------------------------ what was asked for
@@ -51,7 +57,8 @@ def serve(values: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Options with every default and free port decided, so that a restarted process gets the same."""
+    """Options with every default and free port decided, so that a restarted process gets the same. Only the model, if
+    none was named, is decided later."""
 
     values: dict[str, Any]
     run_dir: Path
@@ -71,12 +78,11 @@ class Layout:
 
 def resolve(values: Mapping[str, Any]) -> Layout:
     """Decide all defaults. StartError for what is known to fail before anything is started."""
-    model = values["model"] or options.demo_model()
-    if model is None:
-        raise StartError("no model: pass --model with a local directory or a hub id (the demo model is not here)")
-    check_model(str(model))
-    name = values["served_model_name"] or options.served_name(str(model))
-    if not MODEL_NAME.fullmatch(name):
+    model, name = values["model"], values["served_model_name"]
+    if model is not None:
+        check_model(str(model))
+        name = name or options.served_name(str(model))
+    if name and not MODEL_NAME.fullmatch(name):
         raise StartError(f"--served-model-name {name!r} must match [A-Za-z0-9._:/-]{{1,128}}")
     ports = choose_ports(values["host"], values["port"], values["gateways"], "--port")
     # a gateway's metrics are on its main port, but for one that asks for keys
@@ -88,7 +94,7 @@ def resolve(values: Mapping[str, Any]) -> Layout:
     run_dir = Path(values["run_dir"] or state / f"run-{ports[0]}").expanduser().resolve()
     threads = values["threads"] or worker_threads(values["workers"])
     return Layout(
-        values={**values, "model": str(model), "served_model_name": name, "threads": threads},
+        values={**values, "served_model_name": name, "threads": threads},
         run_dir=run_dir,
         data_dir=None if values["redis_url"] else data_dir,
         ports=ports,
@@ -100,9 +106,14 @@ def check_model(model: str) -> None:
     """StartError if ``model`` is a path that holds no model. A hub id is checked when it is loaded."""
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
             raise StartError(f"--model {model}: this directory has no config.json, so it is no transformers model")
-    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    elif path.is_file():
+        if not is_gguf(path):
+            raise StartError(
+                f"--model {model}: this file is no GGUF checkpoint; a model is a directory or a .gguf file"
+            )
+    elif model.startswith((".", "/", "~")) or model.partition(":")[0].count("/") > 1:
         raise StartError(f"--model {model}: no such directory (a hub id has the form owner/name)")
 
 
@@ -170,10 +181,9 @@ def exclusive(run_dir: Path) -> Iterator[None]:
 class Stack:
     """One run of ``serve``: start, wait, drain."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, view: StartView) -> None:
         self.layout = layout
-        self.console = Console()
-        self.view = StartView(self.console)
+        self.view = view
         self.interrupts = 0
         self.interrupted = asyncio.Event()
         self.supervisor: Supervisor
@@ -291,7 +301,7 @@ class Stack:
             lines = {"gateways": "ports " + ", ".join(map(str, self.layout.ports)), **lines}
         if self.layout.data_dir is not None:
             lines["queue"] = f"{embedded.server_url(self.layout.data_dir)}  (kept in {self.layout.data_dir})"
-        print_block(self.console, self.layout.url, self.layout.values["served_model_name"], lines)
+        print_block(self.view.console, self.layout.url, self.layout.values["served_model_name"], lines)
 
     # -------------------------------------------------------------- end
 
