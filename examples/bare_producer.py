@@ -16,7 +16,7 @@ import redis
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("prompt")
 parser.add_argument("--redis-url", default="redis://127.0.0.1:6379/0")
-parser.add_argument("--model", default="demo-model", help="the served model name")
+parser.add_argument("--model", help="the served model name (default: the first one that is served)")
 parser.add_argument("--max-tokens", type=int, default=64)
 
 
@@ -29,8 +29,9 @@ def read_frames(raw: bytes) -> list:
 
 def main() -> None:
     args = parser.parse_args()
-    prefix = f"headrace:{{{args.model}}}:"
     server = redis.Redis.from_url(args.redis_url, socket_timeout=None)
+    model = args.model or sorted(server.hkeys("headrace:models"))[0].decode()
+    prefix = f"headrace:{{{model}}}:"
     name = f"producer-{secrets.token_hex(8)}"  # of our reply channel and results stream
 
     live = server.pubsub(ignore_subscribe_messages=False)

@@ -84,13 +84,13 @@ class Api:
 
     async def completions(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
         body = decode_body(await read_body(request, self.body_timeout), bodies.completion_decoder)
-        model = await self.models.get(bodies.model_name(body))
+        model = await self.models.the_one(bodies.model_name(body))
         job = bodies.completion_job(body, model.card, caller.tenant, int(time.time()))
         return await self._answer(request, model, caller, job, bool(body.stream), bool(body.background))
 
     async def chat_completions(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
         body = decode_body(await read_body(request, self.body_timeout), bodies.chat_decoder)
-        model = await self.models.get(bodies.model_name(body))
+        model = await self.models.the_one(bodies.model_name(body))
         job = bodies.chat_job(body, model.card, caller.tenant, int(time.time()))
         return await self._answer(request, model, caller, job, bool(body.stream), bool(body.background))
 

@@ -135,9 +135,10 @@ completion_decoder = msgspec.json.Decoder(CompletionBody)
 chat_decoder = msgspec.json.Decoder(ChatBody)
 
 
-def model_name(body: GenerationBody) -> str:
-    if not body.model:
-        raise NotFound("model is missing; GET /v1/models lists what is served", param="model", code="model_not_found")
+def model_name(body: GenerationBody) -> str | None:
+    """The model's name; None where the body has none, which means the only model that is served."""
+    if body.model == "":
+        raise NotFound("model is empty; GET /v1/models lists what is served", param="model", code="model_not_found")
     return body.model
 
 

@@ -30,7 +30,7 @@ from headrace.option_table import OPTIONS, options_of
 from headrace.serve import embedded, progress
 from headrace.serve.durability import check_durability
 from headrace.serve.supervisor import EX_CONFIG, Child, GaveUp, Program, Supervisor
-from protocol.bus import GatewayBus
+from protocol.bus import GatewayBus, LeaderBus
 from protocol.errors import StartError
 from protocol.keys import MODEL_NAME
 
@@ -241,6 +241,8 @@ class Stack:
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # spinning would slow the others
         }
         await self._check_server(redis_url)
+        if layout.data_dir is not None:
+            await self._withdraw_other_models(redis_url)
         for role in ("scheduler", "gateway", "worker"):
             for index in range(values[f"{role}s"]):
                 name = f"{role}-{index}"
@@ -282,6 +284,20 @@ class Stack:
             await bus.close()
         if self.layout.data_dir is None:
             await check_durability(url, self.layout.values["strict_durability"], self.view.note)
+
+    async def _withdraw_other_models(self, url: str) -> None:
+        """What an earlier start in this data directory served, and nobody leads now, is no longer listed: clients that
+        name no model mean the one of today."""
+        for name in await GatewayBus.models(url):
+            if name == self.layout.values["served_model_name"]:
+                continue
+            bus = LeaderBus(url, name, patience=5.0)
+            await bus.connect()
+            try:
+                if not (await bus.read_leader()).owner:
+                    await bus.withdraw_card()
+            finally:
+                await bus.close()
 
     async def _until_ready(self) -> None:
         import aiohttp

@@ -74,6 +74,14 @@ class LeaderBus(RequestReads):
         finally:
             await registry.close()
 
+    async def withdraw_card(self) -> None:
+        """Take the model out of the registry: nobody is left to serve it. Its jobs stay, and wait for who does."""
+        registry = Link(self.url, self._link.patience, REGISTRY)
+        try:
+            await registry.command("HDEL", REGISTRY, self.keys.model)
+        finally:
+            await registry.close()
+
     async def read_jobs(self, consumer: str, count: int, block_ms: int) -> list[InboxEntry]:
         """New entries; also those of an earlier read whose reply was lost. ``consumer`` names this term alone."""
         read = ("XREADGROUP", "GROUP", GROUP, consumer, "COUNT", count)

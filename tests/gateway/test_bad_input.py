@@ -32,7 +32,6 @@ def schema_format(json_schema: dict[str, Any]) -> dict[str, Any]:
 
 # (fields, status, param, code)
 ANY_ENDPOINT: list[tuple[dict[str, Any], int, str | None, str]] = [
-    ({"model": None}, 404, "model", "model_not_found"),
     ({"model": ""}, 404, "model", "model_not_found"),
     ({"model": "test/other"}, 404, "model", "model_not_found"),
     ({"model": 3}, 400, "model", "invalid_request"),

@@ -21,6 +21,14 @@ async def test_models(client: openai.AsyncOpenAI) -> None:
     assert caught.value.code == "model_not_found"
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("model", [{}, {"model": None}])
+async def test_a_body_without_a_model_goes_to_the_only_one(front: Front, path: str, model: dict[str, None]) -> None:
+    asked = {"prompt": "hello"} if path == "/v1/completions" else {"messages": MESSAGES}
+    status, answer, _ = await front.post(path, {**asked, **model})
+    assert (status, answer["model"]) == (200, MODEL)
+
+
 async def test_completion(client: openai.AsyncOpenAI) -> None:
     answer = await client.completions.create(model=MODEL, prompt="hello")
     assert answer.id.startswith("cmpl-")

@@ -1,0 +1,106 @@
+"""The model that `headrace serve` takes by itself: a real one, fetched and converted by the code that users run.
+
+It has to be there: a machine that can fetch nothing fails these tests rather than skip them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from headrace import default_model
+from headrace.clients.queue import Client
+from headrace.model import cache_dir
+from headrace.serve.embedded import server_url
+from tests.stack import Stack
+
+TRIES = 3  # a machine under load may be too slow for a registry's few seconds
+TOKENS = 32
+CHATS = [
+    [{"role": "user", "content": question}]
+    for question in (
+        "What is the capital of France?",
+        "Name three colours.",
+        "Write a haiku about the sea.",
+        "What is 2 + 2?",
+        "Who wrote Hamlet?",
+        "Explain gravity in one sentence.",
+        "Translate 'good morning' to Spanish.",
+        "What year did World War II end?",
+        "def fibonacci(n):\n    # continue this function",
+        "List the days of the week.",
+        "Is  a   tomato a fruit?  12  34",
+        "¿Qué es la fotosíntesis?",
+        "Write the word 'hello' five times.",
+        "What does HTTP stand for?",
+        "Give me a recipe for pancakes.",
+    )
+] + [
+    [{"role": "system", "content": "You answer in one word."}, {"role": "user", "content": "The opposite of hot?"}],
+    [{"role": "system", "content": ""}, {"role": "user", "content": "Hi!"}],
+    [
+        {"role": "user", "content": "My name is Ada."},
+        {"role": "assistant", "content": "Nice to meet you, Ada."},
+        {"role": "user", "content": "What is my name?"},
+    ],
+    [{"role": "user", "content": "Summarize: " + "The quick brown fox jumps over the lazy dog. " * 20}],
+    [{"role": "user", "content": "🎉🎉 naïve café — ok?"}],
+]
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """Its directory, from the cache that `headrace serve` keeps."""
+    why = ""
+    for _ in range(TRIES):
+        try:
+            return default_model.directory(cache_dir(None), lambda stage, fraction: None, print)
+        except default_model.NotFetched as error:
+            why = str(error)
+    pytest.fail(f"the small model cannot be had: {why}")
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Stack]:
+    """As a user starts it, but for the memory that it takes: no --model."""
+    place = tmp_path_factory.mktemp("small")
+    with Stack(place, "--max-model-len", "1024", "--kv-cache-memory", "256MiB", "--dtype", "float32") as running:
+        yield running
+
+
+def test_the_start_and_the_list_of_models_say_which_it_is(stack: Stack) -> None:
+    assert stack.log.read_text().splitlines()[0] == f"model: {default_model.NAME}  ({default_model.ORIGIN})"
+    with openai.OpenAI(base_url=stack.url + "/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == [default_model.NAME]
+
+
+def test_it_knows_the_capital_of_france(stack: Stack) -> None:
+    with openai.OpenAI(base_url=stack.url + "/v1", api_key="none") as client:
+        answer = client.chat.completions.create(
+            model=default_model.NAME, messages=CHATS[0], max_tokens=TOKENS, temperature=0
+        )
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_twenty_chats_equal_generate(stack: Stack, small_model: Path) -> None:
+    """Greedy, token for token, all twenty at once through the queue, against transformers one by one."""
+    assert len(CHATS) == 20
+    with Client(server_url(stack.run_dir / "data"), default_model.NAME) as client:
+        requests = [client.submit(messages=chat, max_tokens=TOKENS, temperature=0) for chat in CHATS]
+        served = [client.result(request).choices[0].token_ids for request in requests]
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
+    wrong = []
+    for chat, ours in zip(CHATS, served, strict=True):
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        whole = model.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)[0]
+        expected = whole[prompt["input_ids"].shape[1] :].tolist()
+        if list(ours) != expected:
+            wrong.append((chat[-1]["content"][:40], tokenizer.decode(ours), tokenizer.decode(expected)))
+    assert not wrong
