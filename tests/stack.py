@@ -102,6 +102,11 @@ class Stack:
             parts.append(f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}")
         return "\n".join(parts)
 
+    def models(self) -> list[str]:
+        """The names that GET /v1/models lists."""
+        with urllib.request.urlopen(self.url + "/v1/models", timeout=30) as reply:
+            return [model["id"] for model in json.loads(reply.read())["data"]]
+
     def processes(self) -> list[dict[str, object]]:
         return list(json.loads((self.run_dir / "run" / "processes.json").read_text()))
 

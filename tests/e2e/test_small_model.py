@@ -13,8 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headrace import default_model
-from headrace.clients.queue import Client
+from headrace import Client, default_model
 from headrace.model import cache_dir
 from headrace.serve.embedded import server_url
 from tests.stack import Stack
@@ -48,7 +47,7 @@ CHATS = [
         {"role": "assistant", "content": "Nice to meet you, Ada."},
         {"role": "user", "content": "What is my name?"},
     ],
-    [{"role": "user", "content": "Summarize: " + "The quick brown fox jumps over the lazy dog. " * 20}],
+    [{"role": "user", "content": "Summarize: " + "The quick brown fox jumps over the lazy dog. " * 5}],
     [{"role": "user", "content": "🎉🎉 naïve café — ok?"}],
 ]
 
@@ -88,19 +87,35 @@ def test_it_knows_the_capital_of_france(stack: Stack) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_twenty_chats_equal_generate(stack: Stack, small_model: Path) -> None:
-    """Greedy, token for token, all twenty at once through the queue, against transformers one by one."""
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_twenty_chats_equal_generate(stack: Stack, small_model: Path, one_thread: None) -> None:
+    """Greedy, token for token, all twenty at once through the queue, against transformers' own batch of twenty."""
     assert len(CHATS) == 20
     with Client(server_url(stack.run_dir / "data"), default_model.NAME) as client:
         requests = [client.submit(messages=chat, max_tokens=TOKENS, temperature=0) for chat in CHATS]
-        served = [client.result(request).choices[0].token_ids for request in requests]
-    tokenizer = AutoTokenizer.from_pretrained(small_model)
+        served = [list(client.result(request).choices[0].token_ids) for request in requests]
+    tokenizer = AutoTokenizer.from_pretrained(small_model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
-    wrong = []
-    for chat, ours in zip(CHATS, served, strict=True):
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        whole = model.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)[0]
-        expected = whole[prompt["input_ids"].shape[1] :].tolist()
-        if list(ours) != expected:
-            wrong.append((chat[-1]["content"][:40], tokenizer.decode(ours), tokenizer.decode(expected)))
+    texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in CHATS]
+    prompts = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    rows = model.generate(**prompts, max_new_tokens=TOKENS, do_sample=False)[:, prompts["input_ids"].shape[1] :]
+    expected = [until_end(row, tokenizer.eos_token_id) for row in rows.tolist()]
+    wrong = [
+        (chat[-1]["content"][:40], tokenizer.decode(ours), tokenizer.decode(theirs))
+        for chat, ours, theirs in zip(CHATS, served, expected, strict=True)
+        if ours != theirs
+    ]
     assert not wrong
+    assert sum(len(ids) for ids in served) > 10 * len(CHATS)
+
+
+def until_end(row: list[int], end: int) -> list[int]:
+    """A row of a batch up to the token that ended it."""
+    return row[: row.index(end) + 1] if end in row else row
