@@ -30,8 +30,8 @@ test: export HEADRACE_REQUIRE_KERNELS := 1
 venv: $(STAMP) ## make and fill .venv
 
 # On a terminal, `set -m` gives it to serve alone: Ctrl-C is serve's to answer, and make ends with its exit code.
-serve: $(KERNELS) ## serve the demo model (ARGS='--model ... --port ...')
-	@bash -c '[ -t 0 ] && set -m && { $(BIN)/headrace serve "$$@"; exit $$?; }; exec $(BIN)/headrace serve "$$@"' serve $(ARGS)
+serve: $(KERNELS) ## serve a small chat model (MODEL=... serves another; ARGS='--port ...')
+	@bash -c '[ -t 0 ] && set -m && { $(BIN)/headrace serve "$$@"; exit $$?; }; exec $(BIN)/headrace serve "$$@"' serve $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 # Several at once, file by file: most of them wait for processes of their own rather than compute.
 test: $(KERNELS) ## run the tests (ARGS='tests/headrace -k cli')

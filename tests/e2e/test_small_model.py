@@ -5,6 +5,10 @@ It has to be there: a machine that can fetch nothing fails these tests rather th
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from headrace.model import cache_dir
 from headrace.serve.embedded import server_url
 from tests.stack import Stack
 
+ROOT = Path(__file__).parents[2]
 TRIES = 3  # a machine under load may be too slow for a registry's few seconds
 TOKENS = 32
 CHATS = [
@@ -85,6 +90,28 @@ def test_it_knows_the_capital_of_france(stack: Stack) -> None:
         )
     assert "Paris" in (answer.choices[0].message.content or "")
     assert answer.choices[0].finish_reason == "stop"
+
+
+def readme_blocks() -> list[tuple[str, str]]:
+    """(language, text) of the code blocks of the README's part "Ask it"."""
+    part = (ROOT / "README.md").read_text().partition("## Ask it")[2].partition("\n## ")[0]
+    return re.findall(r"```(\w+)\n(.*?)```", part, re.S)
+
+
+def test_the_readmes_examples_answer_what_it_shows(stack: Stack) -> None:
+    (_, curl), (_, answer), (_, program), (_, text) = readme_blocks()
+    commands = (["bash", "-c", curl], [sys.executable, "-c", program])
+    told = []
+    for command in commands:
+        here = [part.replace("http://127.0.0.1:8000", stack.url) for part in command]
+        told.append(subprocess.run(here, capture_output=True, text=True, timeout=240, check=True).stdout)
+    shown = json.loads(answer.replace("TIME", "0"))
+    given = json.loads(told[0])
+    for one in (given, shown):  # another test may have asked the same before
+        one["usage"].pop("prompt_tokens_details")
+    assert given.keys() == shown.keys()
+    assert all(given[part] == shown[part] for part in ("object", "model", "choices", "usage"))
+    assert told[1] == text.strip()
 
 
 @pytest.fixture
