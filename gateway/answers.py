@@ -115,6 +115,7 @@ class Answers:
             reader.learn(record)
             if shown is not None:
                 await _replay(reader.chunks, shown, ask)
+                reader.put_unshown()
             reader.fall_behind()
             return await self._stream(ask, request)
         finally:
@@ -166,7 +167,7 @@ class Answers:
         record = await ask.model.bus.read_request(accepted.rid)
         if record is None:
             raise NotFound("the request of this idempotency key is not there any more")
-        ask.view = View.of(record)
+        ask.job, ask.view = record.job, View.of(record)
         follower = self._made(ask, accepted.rid, record.job, ask.view)
         self._follow(ask, follower, accepted.attached)
         follower.learn(record)
@@ -176,7 +177,7 @@ class Answers:
         return self._reader(ask, rid, job, view) if ask.stream else Collector(rid, job.choices)
 
     def _reader(self, ask: Ask, rid: str, job: Job, view: View, shown: EventId | None = None) -> EventReader:
-        chunks = Chunks(rid, ask.model.name, view, job.choices, job.sampling.n, ask.echoed)
+        chunks = Chunks(rid, ask.model.name, view, job.choices, job.sampling.n, ask.echoed, job)
         return EventReader(rid, chunks, ask.model.name, ask.arrived, shown)
 
     def _follow(self, ask: Ask, follower: Follower, attached: int = 0) -> None:
@@ -223,6 +224,8 @@ class Answers:
             journals,
             collector.tally.prompt_tokens or 0,
             ask.echoed,
+            ask.job,
+            collector.tally.thinking,
         )
         if ask.view.kind == "generate":
             body = {"response": body["choices"][0]["text"]}
@@ -385,5 +388,7 @@ def _prompt_tokens(job: Job) -> int:
 
 def _fingerprint(ask: Ask) -> str:
     """What two requests under one idempotency key must share: everything but the time of arrival."""
-    job = msgspec.structs.replace(ask.job, view={**(ask.job.view or {}), "created": 0, "stream": ask.stream})
+    job = msgspec.structs.replace(
+        ask.job, format=None, view={**(ask.job.view or {}), "created": 0, "stream": ask.stream}
+    )
     return body_hash(encode(job))

@@ -251,8 +251,9 @@ async def _shown(model: Model, record: RequestRecord) -> dict[str, Any]:
     prompt_tokens = sum(len(prompt) // ID_BYTES for prompt in record.prompts)
     echoed = await model.prompt_texts(job) if view.echo else None
     answer, tally = whole_answer(
-        rid, model.name, view, job.sampling.n, [raw or b"" for raw in journals], prompt_tokens, echoed
-    )
+        rid, model.name, view, job.sampling.n, [raw or b"" for raw in journals], prompt_tokens, echoed, job,
+        record.thinking,
+    )  # fmt: skip
     failure = tally.failure()
     if failure is not None:
         return {**body, "status": "failed", **failure}

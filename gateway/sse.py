@@ -85,6 +85,10 @@ class EventReader(Follower):
                 return
             self._put(self.chunks.events(choice, piece))
 
+    def put_unshown(self) -> None:
+        """Begin with what is left over of the frame that the reader was shown in part."""
+        self._put(self.chunks.unshown())
+
     def _put(self, events: bytes) -> None:
         self._out.append(events)
         self._held += len(events)

@@ -73,7 +73,11 @@ class Follower:
     def feed(self, row: Row) -> None:
         choice = row.choice
         if choice < 0:
-            self.admit(_admitted_decoder.decode(row.frames).prompt_tokens)
+            notice = _admitted_decoder.decode(row.frames)
+            self.admit(notice.prompt_tokens, notice.thinking)
+            return
+        if self.tally.reads_prompt and self.tally.prompt_tokens is None:
+            self.fall_behind()  # the notice of admission was missed: the record tells it
             return
         if self.behind or self.over or choice >= self.tally.choices:
             return
@@ -86,9 +90,10 @@ class Follower:
         elif row.cursor > position:
             self.fall_behind()
 
-    def admit(self, prompt_tokens: int) -> None:
+    def admit(self, prompt_tokens: int, thinking: bool = False) -> None:
         if self.tally.prompt_tokens is None:
             self.tally.prompt_tokens = prompt_tokens
+            self.tally.thinking = thinking
             self.news.set()
 
     def fall_behind(self) -> None:
@@ -133,7 +138,7 @@ class Follower:
             if self.accepted:
                 self.fail(Expired("the request is not there any more"))
         elif record.prompts or record.open == 0:
-            self.admit(sum(len(prompt) // ID_BYTES for prompt in record.prompts))
+            self.admit(sum(len(prompt) // ID_BYTES for prompt in record.prompts), record.thinking)
 
 
 class Collector(Follower):

@@ -89,6 +89,20 @@ OPTIONS: tuple[Option, ...] = (
         default="guard",
         choices=("guard", "allow"),
     ),
+    Option(
+        "--tool-format",
+        "serve scheduler",
+        "how the model writes tool calls: a family such as hermes, llama3 or mistral; auto: found out from its chat "
+        "template; none. hermes also serves models whose template knows no tools",
+        default="auto",
+    ),
+    Option(
+        "--reasoning-format",
+        "serve scheduler",
+        "what stands around the model's thoughts: a family such as think or mistral; auto: found out from its chat "
+        "template; none: they are content",
+        default="auto",
+    ),
     Option("--max-num-seqs", "serve worker", "most sequences that run at once on a worker", count),
     Option("--max-num-batched-tokens", "serve worker", "most tokens that one step computes on a worker", count),
     Option(

@@ -21,6 +21,7 @@ JOB_VERSION = 1
 MAX_SCHEMA_NESTING = 64  # an object within an object takes two levels of its schema
 MAX_TIMEOUT_S = 86_400.0
 MAX_SALT_CHARS = 256
+MAX_TOOLS = 128
 INT32_MAX = 2**31 - 1
 
 _from_msgpack = msgspec.msgpack.Decoder(Job)
@@ -54,6 +55,8 @@ def decode_job(payload: bytes) -> Job:
         raise InvalidRequest(f"the job is nested more than {MAX_NESTING} deep") from None
     except (msgspec.DecodeError, UnicodeError, ValueError, OverflowError):
         raise InvalidRequest("the job is neither well-formed MessagePack nor well-formed JSON in UTF-8") from None
+    if job.format is not None:
+        raise InvalidRequest("unknown parameter: format", param="format")  # for gateways alone
     check_job(job)
     return job
 
@@ -103,6 +106,8 @@ def check_job(job: Job, *, vocab_size: int | None = None) -> None:
         if job.messages is None:
             raise InvalidRequest("chat_template_kwargs needs messages", param="chat_template_kwargs")
         check_template_arguments(job.chat_template_kwargs)
+    if job.tools is not None:
+        _check_tools(job)
     if job.view is not None:
         check_tree(job.view, "view")
 
@@ -142,3 +147,19 @@ def _check_token_ids(ids: list[Any], vocab_size: int | None) -> None:
         raise InvalidRequest("prompt must hold token ids (integers), or texts", param="prompt")
     if min(ids) < 0 or max(ids) > top:
         raise InvalidRequest(f"token ids in prompt must lie in [0, {top}]", param="prompt")
+
+
+def _check_tools(job: Job) -> None:
+    """``[{"type": "function", "function": {"name", ...}}]``."""
+    if job.messages is None:
+        raise InvalidRequest("tools needs messages", param="tools")
+    tools = job.tools or []
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequest(f"tools takes at most {MAX_TOOLS} tools", param="tools")
+    for number, tool in enumerate(tools):
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidRequest(
+                f"tools[{number}].function.name must be a string", param=f"tools[{number}].function.name"
+            )
+    check_tree(tools, "tools", MAX_SCHEMA_NESTING)

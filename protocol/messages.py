@@ -16,6 +16,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
+from protocol.formats.spec import FormatSpec
 from protocol.sampling import SamplingParams
 
 WIRE = 1  # version of the wire between our services; no plans between different ones
@@ -102,6 +103,8 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     results: str | None = None  # one terminal entry per choice on results:<results>
     cache_salt: str | None = None  # further salt of the prefix cache, within the tenant's own
     view: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None  # as the chat template is to tell them
+    format: FormatSpec | None = None  # how the model writes calls and thoughts: pinned at accept, for all readers
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list, one per prompt; [] for a chat."""
@@ -140,6 +143,7 @@ class ModelCard(Struct, kw_only=True, omit_defaults=True):
     eos_token_ids: list[int] = []
     wire: int = WIRE
     chat: bool = True  # whether there is a chat template
+    format: FormatSpec | None = None  # how the model writes tool calls and thoughts
 
 
 # ---------------------------------------------------------------- scheduler -> worker
@@ -239,9 +243,10 @@ class Row(Struct, array_like=True):
 
 
 class Admitted(Struct, array_like=True):
-    """Published once a request is admitted: prompt tokens, in all."""
+    """Published once a request is admitted: prompt tokens, in all, and whether the prompt has opened a thought."""
 
     prompt_tokens: int
+    thinking: bool = False
 
 
 class Terminal(Struct, kw_only=True, omit_defaults=True):

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import StoreFailed
-from protocol.messages import Capacity, Hint, Job, Terminal
+from protocol.messages import Capacity, Hint, Job, Terminal, unpack_ids
 
 Reply = Any  # a decoded Redis reply: bytes, int, None, or a list of these
 
@@ -49,6 +49,12 @@ class RequestRecord:
     placements: list[int]
     ends: list[str | None]  # finish reasons
     ended_ms: int = 0  # server time; 0: not ended
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the prompt has opened a thought, so that the answer begins within it."""
+        pinned = self.job.format
+        return pinned is not None and bool(self.prompts) and pinned.thinking(unpack_ids(self.prompts[0]))
 
 
 @dataclass

@@ -14,7 +14,7 @@ from protocol.bus import LeaderBus
 from protocol.errors import DeadlineExceeded, EngineFailed, Fenced, RequestError, ServiceError, TooLarge
 from protocol.jobs import MAX_TIMEOUT_S
 from protocol.keys import NAME
-from protocol.messages import DEFAULT_TENANT, MAX_JOB_BYTES, Job, body_hash, encode, new_rid
+from protocol.messages import DEFAULT_TENANT, MAX_JOB_BYTES, Job, body_hash, encode, new_rid, unpack_ids
 from protocol.records import InboxEntry, RequestRecord
 from scheduler.core.events import Arrive
 from scheduler.election import ServerClock
@@ -104,10 +104,11 @@ class Intake:
         except (RequestError, ServiceError) as e:
             await self._end(entry, record, "error", e)
             return
-        seed = _seed(record.job)
+        seed, pinned = _seed(record.job), record.job.format
         verdict, _ = await self._bus.admit(
-            self._epoch, entry.entry_id, rid=rid, prompts=prepared.prompts, seed=seed, producer_id=record.job.id
-        )
+            self._epoch, entry.entry_id, rid=rid, prompts=prepared.prompts, seed=seed, producer_id=record.job.id,
+            thinking=pinned is not None and pinned.thinking(unpack_ids(prepared.prompts[0])),
+        )  # fmt: skip
         if verdict == "new":
             record.prompts, record.seed = prepared.prompts, seed
             self._admit(arrive(record, self._clock))

@@ -14,6 +14,7 @@ import msgspec
 
 from protocol.bus import LeaderBus
 from protocol.errors import StoreFailed
+from protocol.formats.rules import sampling_of
 from protocol.messages import ID_BYTES, CommitRow, Frame, Terminal, decode_frames, encode, unpack_ids
 from protocol.records import RequestRecord
 from scheduler.core.events import Arrive, ChoiceState
@@ -36,13 +37,13 @@ def choice_state(journal: bytes, placement: int, end: str | None) -> ChoiceState
 
 def arrive(record: RequestRecord, clock: ServerClock, choices: list[ChoiceState] | None = None) -> Arrive:
     """The event of an admitted request; ``choices`` None: nothing was generated yet."""
-    job = record.job
+    job, prompts = record.job, [unpack_ids(p) for p in record.prompts]
     return Arrive(
         rid=record.rid,
         tenant=record.tenant,
         priority=job.priority,
-        prompts=[unpack_ids(p) for p in record.prompts],
-        sampling=job.sampling,
+        prompts=prompts,
+        sampling=sampling_of(job, prompts[0]) if prompts else job.sampling,
         seed=record.seed or 0,
         arrived=clock.monotonic(record.created_ms),
         deadline=clock.monotonic(record.deadline_ms) if record.deadline_ms else None,

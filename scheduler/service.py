@@ -21,6 +21,7 @@ from protocol.bus import LeaderBus
 from protocol.errors import Fenced
 from protocol.keys import check_name
 from protocol.preloaded import Preloaded
+from scheduler.chat_format import AUTO
 from scheduler.election import ServerClock, Timing, keep_lead, stand_by
 from scheduler.leader import Term
 from scheduler.metrics import Health, Metrics, serve_status
@@ -44,6 +45,8 @@ class SchedulerConfig:
     metrics_port: int | None = None  # None or 0: no metrics port
     retention_s: float = 600.0  # how long journals stay after a request's end
     special_tokens_in_content: SpecialTokensInContent = "guard"  # or "allow": special tokens in messages are kept
+    tool_format: str = AUTO  # how the model writes tool calls: a family, "none", or "auto": found out
+    reasoning_format: str = AUTO  # the same for its thoughts
     tenant_weights: dict[str, float] | None = None  # share of served tokens; 1 where not named
     timing: Timing = field(default_factory=Timing)
 
@@ -83,7 +86,10 @@ class _Life:
         # unique to this process: a restarted scheduler must not be taken for the one before
         self.owner = f"{name}.{secrets.token_hex(4)}"
         self.bus = LeaderBus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
-        self.tokenizers = TokenizerPool(config.model, config.max_model_len, config.special_tokens_in_content, home)
+        self.tokenizers = TokenizerPool(
+            config.model, config.max_model_len, config.special_tokens_in_content, home,
+            tool_format=config.tool_format, reasoning_format=config.reasoning_format,
+        )  # fmt: skip
         self.metrics, self.health = Metrics(config.served_model_name), Health()
         self.status: AppRunner | None = None
 

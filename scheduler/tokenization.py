@@ -23,9 +23,11 @@ from protocol.errors import (
     StartError,
     StructureNotSupported,
 )
+from protocol.formats.rules import sampling_of
 from protocol.grammar import Grammars
 from protocol.jobs import check_job
 from protocol.messages import Job, ModelCard
+from scheduler.chat_format import AUTO, ChatFormat, Tokens, find_format
 from scheduler.prompt_guard import NO_BACKEND, PromptGuard
 from scheduler.template_source import TemplateSource
 from scheduler.twin_tokenizer import TwinFailed
@@ -66,6 +68,7 @@ class Prompts:
         self.eos_token_ids = eos_token_ids
         self.longest_token: int | None = None  # bytes of text that one token can stand for; None: no bound
         self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self.format: ChatFormat | None = None  # found at load
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._backend = backend if hasattr(backend, "encode_batch") else None
         if self._backend is not None:
@@ -85,9 +88,11 @@ class Prompts:
         model: str,
         max_model_len: int | None = None,
         special_tokens_in_content: SpecialTokensInContent = "guard",
+        tool_format: str = AUTO,
+        reasoning_format: str = AUTO,
     ) -> Prompts:
         """``model``: a local directory or a hub id. Raises StartError or ModelRefused, whose text says what to do.
-        What a message can do to its prompt all the same is told in the log."""
+        What a message can do to its prompt all the same is told in the log, and how the model writes tool calls."""
         from transformers import AutoConfig, AutoTokenizer
 
         _refuse_remote_code(model)
@@ -119,7 +124,28 @@ class Prompts:
                 "no embeddings. Text that holds one of them is refused (400).",
                 model, beyond, prompts.vocab_size,
             )  # fmt: skip
+        prompts.find_format(tool_format, reasoning_format)
         return prompts
+
+    def find_format(self, tool_format: str = AUTO, reasoning_format: str = AUTO) -> None:
+        """Find out how the model writes tool calls and thoughts, by its chat template or as it is told. StartError."""
+        if not self.chat:
+            return
+        self.format, told = find_format(self._apply, _text_of(self.tokenizer.chat_template), self._tokens(),
+                                        tool_format, reasoning_format)  # fmt: skip
+        log.info("%s", told)
+
+    def _tokens(self) -> Tokens:
+        added: dict[str, int] = self.tokenizer.get_added_vocab()
+        specials = set(self.tokenizer.all_special_tokens)
+        return Tokens(
+            added={text: id for text, id in added.items() if id < self.vocab_size},
+            special=frozenset(id for text, id in added.items() if text in specials),
+            end_ids=frozenset(self.eos_token_ids),
+            encode=lambda text: list(self.tokenizer.encode(text, add_special_tokens=False)),
+            decode=lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=False)),
+            ruled=self._backend is not None and bool(self.eos_token_ids),
+        )
 
     def unprotected(self) -> str | None:
         """Why text in a message can be read as the end of its turn, if it can."""
@@ -147,6 +173,7 @@ class Prompts:
         return ModelCard(
             model=name, created=created, max_model_len=self.max_model_len, vocab_size=self.vocab_size,
             eos_token_ids=self.eos_token_ids, chat=self.chat,
+            format=self.format.spec if self.format is not None else None,
         )  # fmt: skip
 
     def tokenizer_json(self) -> bytes | None:
@@ -171,8 +198,9 @@ class Prompts:
                     f"{self.vocab_size - 1}",
                     param=field,
                 )
-        if job.sampling.structure is not None and job.sampling.structure.constrains:
-            self.grammars().check(job.sampling.structure)
+        structure = sampling_of(job, prompts[0]).structure
+        if structure is not None and structure.constrains:
+            self.grammars().check(structure)
         return prompts
 
     def grammars(self) -> Grammars:
@@ -214,7 +242,12 @@ class Prompts:
         if not self.chat:
             raise InvalidRequest("this model has no chat template: use /v1/completions", param="messages")
         arguments = {"add_generation_prompt": True, **(job.chat_template_kwargs or {})}
-        messages = [self._as_the_template_reads(message) for message in normal_messages(job.messages)]
+        messages = normal_messages(job.messages)
+        if self.format is not None:
+            messages, tools = self.format.prepare(messages, job.tools)
+            if tools:
+                arguments["tools"] = tools
+        messages = [self._as_the_template_reads(message) for message in messages]
         if self._guard is not None:
             return array("i", self._guard.ids(messages, arguments, lambda text: self._check_length(text, job)))
         return self._encode(self._render(messages, arguments), job, special=False)
@@ -230,9 +263,12 @@ class Prompts:
         import jinja2
 
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
+            return self._apply(messages, **arguments)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:
             raise InvalidRequest(f"the chat template refuses the messages{self._reason(e)}", param="messages") from None
+
+    def _apply(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
 
     def _reason(self, error: Exception) -> str:
         """A template's own complaint, if it is one of the template's fixed texts: others might quote the prompt."""
@@ -293,3 +329,8 @@ def _eos_ids(model: str, config: Any, tokenizer: Any) -> list[int]:
         if candidate is not None:
             return list(candidate) if isinstance(candidate, list) else [int(candidate)]
     return []
+
+
+def _text_of(template: Any) -> str:
+    """All of a chat template's text: some tokenizers have several by name."""
+    return "\n".join(template.values()) if isinstance(template, dict) else str(template)

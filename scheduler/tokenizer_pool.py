@@ -71,11 +71,13 @@ class TokenizerPool:
         special_tokens_in_content: SpecialTokensInContent = "guard",
         home: Preloaded | None = None,
         *,
+        tool_format: str = "auto",
+        reasoning_format: str = "auto",
         short: Bounds = SHORT_BOUNDS,
         long: Bounds = LONG_BOUNDS,
     ) -> None:
         """``home``: one that has loaded this model already, and that others use as well."""
-        self._arguments = (model, max_model_len, special_tokens_in_content)
+        self._arguments = (model, max_model_len, special_tokens_in_content, tool_format, reasoning_format)
         self._home = home or Preloaded(MODULE)
         self._lent = home is not None
         self._short, self._long = _Lane(self, short), _Lane(self, long)

@@ -6,11 +6,13 @@ ignored silently. The field lists follow OpenAI's specification and, for samplin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from gateway.openai.structured import structure_of
+from gateway.openai.tools import Tool, template_arguments, tool_use
 from gateway.openai.view import View
 from protocol.chat import check_template_arguments, normal_messages
 from protocol.errors import ContextLengthExceeded, InvalidRequest, NotFound
@@ -23,6 +25,7 @@ from protocol.messages import (
     ModelCard,
 )
 from protocol.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from protocol.structure import Structure
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI's
 MAX_TIMEOUT_S = 86400.0
@@ -100,15 +103,18 @@ class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    # accepted only with values that have no effect
-    tools: Any = None
+    tools: list[Tool] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
+    include_reasoning: bool | None = None
+    thinking_token_budget: int | None = None
+    # accepted only with values that have no effect
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
     audio: Any = None
-    reasoning_effort: Any = None
     web_search_options: Any = None
     moderation: Any = None
     prompt_cache_options: Any = None
@@ -119,18 +125,17 @@ class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
 NO_OP: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
     "audio": (),
-    "reasoning_effort": ("none",),
     "web_search_options": (),
     "moderation": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
 }
+INSTEAD = {"functions": ": use tools", "function_call": ": use tool_choice"}
+
 completion_decoder = msgspec.json.Decoder(CompletionBody)
 chat_decoder = msgspec.json.Decoder(ChatBody)
 
@@ -150,7 +155,7 @@ def completion_job(body: CompletionBody, card: ModelCard, tenant: str, created: 
         raise InvalidRequest("best_of is supported only where it equals n", param="best_of")
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported", param="logprobs")
-    sampling = _sampling(body, card, max_tokens=DEFAULT_MAX_TOKENS, logprobs=body.logprobs)
+    sampling = _sampling(body, card, DEFAULT_MAX_TOKENS, body.logprobs, structure_of(body))
     job = _job(body, sampling, tenant)
     job.prompt = prompt
     _check_size(job, card)
@@ -177,13 +182,25 @@ def chat_job(body: ChatBody, card: ModelCard, tenant: str, created: int) -> Job:
         if body.max_completion_tokens < 1:
             raise InvalidRequest("max_completion_tokens must be at least 1", param="max_completion_tokens")
         body.max_tokens = body.max_completion_tokens
-    sampling = _sampling(body, card, max_tokens=None, logprobs=logprobs)
+    use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, card, structure_of(body))
+    sampling = _sampling(body, card, None, logprobs, _budgeted(body, card, use.structure), use.ends)
     job = _job(body, sampling, tenant)
     job.messages = normal_messages(body.messages)
+    job.tools = use.tools
+    if use.functions or (card.format is not None and card.format.always):
+        job.format = card.format
     check_template_arguments(body.chat_template_kwargs or {})
-    job.chat_template_kwargs = body.chat_template_kwargs or None
+    job.chat_template_kwargs = template_arguments(
+        body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking
+    )
     job.view = View(
-        kind="chat", created=created, usage=body.include_usage, logprobs=logprobs, ids=bool(body.return_token_ids)
+        kind="chat",
+        created=created,
+        usage=body.include_usage,
+        logprobs=logprobs,
+        ids=bool(body.return_token_ids),
+        thoughts=body.include_reasoning is not False,
+        **use.view,
     ).asdict()
     return job
 
@@ -195,12 +212,20 @@ def _refuse_unsupported(body: GenerationBody) -> None:
     for name, no_ops in NO_OP.items():
         value = getattr(body, name, None)
         if value is not None and value not in no_ops:
-            raise InvalidRequest(f"{name} is not supported", param=name, code="unsupported_parameter")
+            instead = INSTEAD.get(name, "")
+            raise InvalidRequest(f"{name} is not supported{instead}", param=name, code="unsupported_parameter")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream", param="stream_options")
 
 
-def _sampling(body: GenerationBody, card: ModelCard, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def _sampling(
+    body: GenerationBody,
+    card: ModelCard,
+    max_tokens: int | None,
+    logprobs: int | None,
+    structure: Structure | None,
+    ends: Sequence[int] = (),
+) -> SamplingParams:
     given: dict[str, Any] = {
         name: value
         for name in SamplingParams.__struct_fields__
@@ -211,9 +236,27 @@ def _sampling(body: GenerationBody, card: ModelCard, max_tokens: int | None, log
         given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
     if body.top_k == -1:
         given["top_k"] = 0
-    sampling = SamplingParams(logprobs=logprobs, structure=structure_of(body), **given)
+    if ends and not body.ignore_eos:
+        given["stop_token_ids"] = [*given.get("stop_token_ids", ()), *ends]
+    sampling = SamplingParams(logprobs=logprobs, structure=structure, **given)
     sampling.check(card.vocab_size)
     return sampling
+
+
+def _budgeted(body: ChatBody, card: ModelCard, structure: Structure | None) -> Structure | None:
+    """``structure`` with the most tokens that a thought may have."""
+    budget = body.thinking_token_budget
+    if budget is None:
+        return structure
+    close = card.format.close_id() if card.format is not None else None
+    if close is None:
+        raise InvalidRequest(
+            "this model has no token that ends a thought", param="thinking_token_budget", code="unsupported_parameter"
+        )
+    if budget < 0:
+        raise InvalidRequest("thinking_token_budget must not be negative", param="thinking_token_budget")
+    base = structure or Structure(field="thinking_token_budget")
+    return msgspec.structs.replace(base, after=[close], after_limit=budget)
 
 
 def _chat_logprobs(body: ChatBody) -> int | None:

@@ -1,9 +1,10 @@
 """From journal frames to OpenAI's shapes: the chunks of a stream, and the whole answer. Pure: no I/O, no clock.
 
-One event per frame. Every event's id says how far each choice's journal has been shown, with a check of the
-bytes before: ``c0.c1...-CHECK`` (byte cursors of the choices opened so far, then eight hex digits), and a
-last letter ``u`` after the usage chunk or ``d`` after [DONE]. A stream is a function of the request's record
-and its journals, so any gateway that replays the journals up to an id continues with the same bytes.
+One event per frame; several, or none, of a frame whose answer is parsed (parsed.py). Every event's id says how far
+each choice's journal has been shown, with a check of the bytes before: ``c0.c1...-CHECK`` (byte cursors of the choices
+opened so far, then eight hex digits), ``.CHOICE.EVENTS`` where more events of a frame follow, and a last letter ``u``
+after the usage chunk or ``d`` after [DONE]. A stream is a function of the request's record and its journals, so any
+gateway that replays the journals up to an id continues with the same bytes.
 """
 
 from __future__ import annotations
@@ -18,22 +19,28 @@ from zlib import crc32
 import msgspec
 
 from gateway.edge import encode_json, error_object
+from gateway.openai.parsed import ParsedAnswer, parsed_answer
 from gateway.openai.view import View
 from protocol.errors import InvalidRequest, StreamDiverged, http_status
-from protocol.messages import Frame, split_stream
+from protocol.messages import Frame, Job, split_stream
 
 decode_frame = msgspec.msgpack.Decoder(Frame).decode
 DONE = b"data: [DONE]\n\n"
-_EVENT_ID = re.compile(r"((?:\d{1,12}(?:\.\d{1,12}){0,255})?)-([0-9a-f]{8})([ud]?)", re.ASCII)
+_EVENT_ID = re.compile(
+    r"((?:\d{1,12}(?:\.\d{1,12}){0,255})?)-([0-9a-f]{8})(?:\.(\d{1,3})\.(\d{1,6}))?([ud]?)", re.ASCII
+)
 
 
 @dataclass(frozen=True)
 class EventId:
-    """How far a client has read: ``cursors`` of the choices opened, ``check`` of the bytes before, ``tail`` u or d."""
+    """How far a client has read: ``cursors`` of the choices opened, ``check`` of the bytes before, ``tail`` u or d. Of
+    the last frame of ``choice`` (-1: no frame is shown in part) only ``events`` events were shown."""
 
     cursors: tuple[int, ...]
     check: int
     tail: str = ""
+    choice: int = -1
+    events: int = 0
 
     @classmethod
     def parse(cls, text: str) -> EventId:
@@ -41,7 +48,8 @@ class EventId:
         if found is None:
             raise InvalidRequest("Last-Event-ID is not an event id of this service", param="Last-Event-ID")
         cursors = tuple(int(c) for c in found.group(1).split(".")) if found.group(1) else ()
-        return cls(cursors, int(found.group(2), 16), found.group(3))
+        partial = (int(found.group(3)), int(found.group(4))) if found.group(3) else (-1, 0)
+        return cls(cursors, int(found.group(2), 16), found.group(5), *partial)
 
 
 def check_of(checks: list[int]) -> int:
@@ -75,6 +83,9 @@ class Tally:
         self.replayed_tokens = 0  # of these, tokens that the client had seen before
         self.cached_tokens = 0
         self.error: dict[str, Any] | None = None
+        self.thinking = False  # the prompt has opened a thought
+        self.parsed: ParsedAnswer | None = None  # made with the first frame
+        self.reads_prompt = False  # no frame can be shown before it is known how the prompt ends
 
     def count(self, choice: int, piece: bytes, frame: Frame) -> None:
         self.cursors[choice] += len(piece)
@@ -105,20 +116,37 @@ class Tally:
 
     def usage(self) -> dict[str, Any]:
         prompt = self.prompt_tokens or 0
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": self.completion_tokens,
             "total_tokens": prompt + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.parsed is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.parsed.reasoning_tokens}
+        return usage
 
 
 class Chunks(Tally):
     """The events of one stream, as bytes. ``prompts`` are the texts to echo, one per prompt."""
 
-    def __init__(self, rid: str, model: str, view: View, choices: int, n: int, prompts: list[str] | None = None):
+    def __init__(
+        self,
+        rid: str,
+        model: str,
+        view: View,
+        choices: int,
+        n: int,
+        prompts: list[str] | None = None,
+        job: Job | None = None,
+    ) -> None:
+        """``job``: for answers that are parsed."""
         super().__init__(choices, n)
+        self.rid = rid
+        self.job = job
         self.view = view
+        self.reads_prompt = view.kind == "chat" and job is not None and job.format is not None
+        self._unshown: list[bytes] = []  # events of a frame that was shown in part
         self.prompts = prompts
         chat = view.kind == "chat"
         self._opening = chat or prompts is not None
@@ -160,7 +188,9 @@ class Chunks(Tally):
             if self.ends[choice] is not None:
                 break
             self.count(choice, piece, frame)
-            if self._simple and frame.finish is None:
+            if self.reads_prompt:
+                out += self._parsed_events(choice, frame)
+            elif self._simple and frame.finish is None:
                 out += (self._id(), self._heads[choice], encode_json(frame.text), self._plain)
             elif frame.finish != "error" or frame.text:
                 out += (self._id(), self._heads[choice], self._rest(choice, frame))
@@ -183,14 +213,62 @@ class Chunks(Tally):
         checks = [crc32(raw) for raw in journals] + [0] * (self.choices - len(journals))
         if [len(raw) for raw in journals] != list(shown.cursors) or check_of(checks) != shown.check:
             raise StreamDiverged("the journal is not the one that this event id was taken from")
+        last: list[tuple[Frame, list[bytes]] | None] = [None] * self.choices
         for choice, raw in enumerate(journals):
             for piece, frame in split_frames(raw) if raw else ():
                 self.count(choice, piece, frame)
                 self._advance(choice, frame)
+                if self.reads_prompt:
+                    last[choice] = frame, self._parse(choice, frame)
         self.opened = max(self.opened, len(shown.cursors))
         self.replayed_tokens = self.completion_tokens
+        if shown.choice >= 0:
+            found = last[shown.choice] if shown.choice < self.choices else None
+            if found is None or shown.events >= len(found[1]):
+                raise StreamDiverged("the event id belongs to another stream")
+            self._unshown = self._numbered(shown.choice, *found)[shown.events :]
+
+    def unshown(self) -> bytes:
+        """The events that were left over of the frame that the reader was shown in part."""
+        events, self._unshown = self._unshown, []
+        return b"".join(events)
 
     # -------------------------------------------------------------- parts
+
+    def _parsed_events(self, choice: int, frame: Frame) -> list[bytes]:
+        return self._numbered(choice, frame, self._parse(choice, frame))
+
+    def _parse(self, choice: int, frame: Frame) -> list[bytes]:
+        """The deltas of one more frame, the last one without text for the end of the choice."""
+        if self.parsed is None:
+            self.parsed = parsed_answer(self.rid, self.job, self.view, self.choices, self.thinking)
+            assert self.parsed is not None
+        deltas = self.parsed.deltas(choice, frame)
+        told = self.view.ids or (self.view.logprobs is not None and "lp" in (frame.extra or {}))
+        if frame.finish not in (None, "error") or (told and not deltas):
+            deltas.append(b"{}")
+        return deltas
+
+    def _numbered(self, choice: int, frame: Frame, deltas: list[bytes]) -> list[bytes]:
+        """One event for each delta. The last one tells the frame's logprobs and ids, and the end."""
+        events = []
+        for shown, delta in enumerate(deltas, 1):
+            last = shown == len(deltas)
+            logprobs = finish = None
+            tail = self._foot
+            if last:
+                if self.view.logprobs is not None and frame.extra is not None and "lp" in frame.extra:
+                    logprobs = self._logprobs(choice, frame)
+                if self.parsed is not None and frame.finish != "error":
+                    finish = self.parsed.finish(choice, frame.finish)
+                if self.view.ids:
+                    ids = [] if frame.token is None else [frame.token]
+                    tail = b',"token_ids":' + encode_json(ids) + b"}]" + self._foot
+            event = self._id(b"" if last else b".%d.%d" % (choice, shown)) + self._head
+            event += b'{"index":%d,"delta":' % choice + delta + b',"logprobs":' + encode_json(logprobs)
+            event += b',"finish_reason":' + encode_json(finish)
+            events.append(event + (tail if last and self.view.ids else b"}]" + self._foot))
+        return events
 
     def _id(self, tail: bytes = b"") -> bytes:
         if self.choices == 1 and self.opened:
@@ -232,17 +310,25 @@ def whole_answer(
     journals: list[bytes],
     prompt_tokens: int,
     prompts: list[str] | None = None,
+    job: Job | None = None,
+    thinking: bool = False,
 ) -> tuple[dict[str, Any], Tally]:
-    """The body of a response that is not streamed, from complete journals."""
+    """The body of a response that is not streamed, from complete journals. ``job``: for answers that are parsed;
+    ``thinking``: its prompt has opened a thought."""
     tally = Tally(len(journals), n)
     tally.prompt_tokens = prompt_tokens
+    tally.parsed = parsed_answer(rid, job, view, len(journals), thinking)
     choices = []
     for i, raw in enumerate(journals):
         frames = []
         for piece, frame in split_frames(raw) if raw else ():
             tally.count(i, piece, frame)
             frames.append(frame)
-        choices.append(_whole_choice(i, view, frames, tally.ends[i], prompts[i // n] if prompts else ""))
+        choice = _whole_choice(i, view, frames, tally.ends[i], prompts[i // n] if prompts else "")
+        if tally.parsed is not None:
+            choice["message"] = tally.parsed.message(i, frames)
+            choice["finish_reason"] = tally.parsed.finish(i, tally.ends[i])
+        choices.append(choice)
     body = {
         "id": view.public_id(rid),
         "object": "chat.completion" if view.kind == "chat" else "text_completion",

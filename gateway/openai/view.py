@@ -19,6 +19,9 @@ class View(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     ids: bool = False  # token ids are shown
     grace_s: float = 0.0  # how long the request continues without a reader
     detached: bool = False  # it continues without one until it ends
+    calls: Literal["", "whole", "eager"] = ""  # calls of the job's tools are looked for, shown whole or as they come
+    single: bool = False  # one call at most
+    thoughts: bool = True  # reasoning is shown
 
     def asdict(self) -> dict[str, Any]:
         fields: dict[str, Any] = msgspec.to_builtins(self)

@@ -181,12 +181,13 @@ class LeaderBus(RequestReads):
         seed: int,
         job: Job | None = None,
         producer_id: str | None = None,
+        thinking: bool = False,
     ) -> tuple[str, str]:
         """(verdict, rid). verdict: "new"; "repeat" (admitted before: read the record); "cancelled" (marked before it
         was admitted: to be finished); "gone" (no such request, or it has ended). ``job`` is given for a producer's
         push, which becomes a request here (deadline from timeout_s and the time of the push); its id may name an
         earlier request: ("duplicate", that rid). ``producer_id``: the id of an accepted job, repeated in the notice
-        of admission."""
+        of admission, as is ``thinking`` (the prompt has opened a thought)."""
         args: list[Argument] = []
         if job is not None:
             if job.id is None:
@@ -195,7 +196,8 @@ class LeaderBus(RequestReads):
             self._idempotency(job.tenant, job.id)  # both must be names
             args = [job.tenant, job.id or "", encode(job), job_fingerprint(job), job.choices]
             args += [int((job.timeout_s or 0) * 1000), job.reply_to or "", job.results or ""]
-        admitted = encode(Admitted(sum(len(p) for p in prompts) // ID_BYTES))
+        prompt_tokens = sum(len(p) for p in prompts) // ID_BYTES
+        admitted = encode(Admitted(prompt_tokens, True) if thinking else (prompt_tokens,))
         row = encode(Row(rid, -1, 0, admitted, producer_id))
         verdict, owner = await self._run("admit", epoch, entry_id, rid, seed, row, len(prompts), *prompts, *args)
         if verdict != b"cancelled":

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from protocol.formats.spec import FormatSpec
 from protocol.messages import (
     Capacity,
     CommitRow,
@@ -25,6 +26,7 @@ from protocol.messages import (
     encode,
     new_rid,
     pack_ids,
+    unpack_ids,
 )
 from protocol.records import RequestRecord
 from tests.bus import Bus
@@ -83,6 +85,7 @@ class Backend:
     admit: bool = True  # requests are admitted as they come
     refuse: tuple[str, str, str | None] | None = None  # error code, message, param at admission
     script: Script | None = None
+    format: FormatSpec | None = None  # how the model writes tool calls and thoughts
     running: list[Running] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: list[str] = field(default_factory=list)
@@ -93,7 +96,9 @@ class Backend:
         self.bus = Bus(self.url, self.model)
         await self.bus.connect()
         await self.bus.publish_card(
-            ModelCard(model=self.model, created=1700000000, max_model_len=MAX_LEN, vocab_size=VOCAB),
+            ModelCard(
+                model=self.model, created=1700000000, max_model_len=MAX_LEN, vocab_size=VOCAB, format=self.format
+            ),
             byte_tokenizer().encode(),
         )
         epoch = await self.bus.lead("backend", await self.bus.read_leader())
@@ -139,7 +144,9 @@ class Backend:
             return record.rid
         texts = job.prompts() or ["".join(m["content"] for m in job.messages or [])]
         prompts = [pack_ids(list(t.encode()) if isinstance(t, str) else t) for t in texts]
-        verdict, _ = await self.bus.admit(self.epoch, entry_id, rid=record.rid, prompts=prompts, seed=7)
+        verdict, _ = await self.bus.admit(self.epoch, entry_id, rid=record.rid, prompts=prompts, seed=7,
+            thinking=job.format is not None and job.format.thinking(list(unpack_ids(prompts[0]))),
+        )  # fmt: skip
         assert verdict == "new", verdict
         self.steps += 1
         new, begun = [], []

@@ -134,6 +134,7 @@ TEXT_PART = {"type": "text", "text": "a"}
 IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/secret.png"}}
 FILE = {"type": "file", "file": {"file_id": "f"}}
 TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 def user(content: Any, **more: Any) -> dict[str, Any]:
@@ -156,6 +157,13 @@ OF_CHAT: list[tuple[dict[str, Any], int, str | None, str]] = [
     (user([FILE]), 400, "messages[0].content[0].type", "unsupported_parameter"),
     (user([{"type": "text"}]), 400, "messages[0].content[0].text", "invalid_request"),
     (user("a", tool_calls=[{}]), 400, "messages[0].tool_calls", "invalid_request"),
+    (user("a", tool_calls=[CALL]), 400, "messages[0].tool_calls", "invalid_request"),
+    (
+        user("a", role="assistant", tool_calls=[CALL | {"type": "custom"}]),
+        400,
+        "messages[0].tool_calls[0].type",
+        "unsupported_parameter",
+    ),
     (user("a", audio={"id": "x"}), 400, "messages[0].audio", "unsupported_parameter"),
     ({"prompt": "hi"}, 400, "prompt", "unknown_parameter"),
     ({"logprobs": 3}, 400, "logprobs", "invalid_request"),
@@ -165,12 +173,24 @@ OF_CHAT: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"max_completion_tokens": 0}, 400, "max_completion_tokens", "invalid_request"),
     ({"max_completion_tokens": 3, "max_tokens": 4}, 400, "max_tokens", "invalid_request"),
     ({"tools": [TOOL]}, 400, "tools", "unsupported_parameter"),
-    ({"tool_choice": "auto"}, 400, "tool_choice", "unsupported_parameter"),
+    ({"tools": [{"type": "web_search"}]}, 400, "tools[0].type", "unsupported_parameter"),
+    ({"tools": [{"type": "function"}]}, 400, "tools[0].function", "invalid_request"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools[0].function.name", "invalid_request"),
+    ({"tools": [TOOL, TOOL]}, 400, "tools", "invalid_request"),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        400,
+        "tool_choice",
+        "invalid_request",
+    ),
+    ({"tool_choice": "required"}, 400, "tool_choice", "invalid_request"),
+    ({"tool_choice": "perhaps"}, 400, "tool_choice", "invalid_request"),
+    ({"thinking_token_budget": 5}, 400, "thinking_token_budget", "unsupported_parameter"),
     ({"functions": [{"name": "f"}]}, 400, "functions", "unsupported_parameter"),
     ({"function_call": "auto"}, 400, "function_call", "unsupported_parameter"),
     ({"modalities": ["text", "audio"]}, 400, "modalities", "unsupported_parameter"),
     ({"audio": {"voice": "v"}}, 400, "audio", "unsupported_parameter"),
-    ({"reasoning_effort": "high"}, 400, "reasoning_effort", "unsupported_parameter"),
+    ({"reasoning_effort": "huge"}, 400, "reasoning_effort", "invalid_request"),
     ({"web_search_options": {}}, 400, "web_search_options", "unsupported_parameter"),
     ({"chat_template": "{{ x }}"}, 400, "chat_template", "unknown_parameter"),
     ({"chat_template_kwargs": {"chat_template": "x"}}, 400, "chat_template_kwargs.chat_template", "invalid_request"),

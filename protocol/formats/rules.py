@@ -1,0 +1,101 @@
+"""What rules the answer to one prompt, once it is known whether that prompt has opened a thought.
+
+The structure that a request asks for begins after the thought. A thought that the prompt opened ends by an id of its
+own (``after``); one that the model may open itself stands, optional, before the grammar.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import msgspec
+
+from protocol.errors import StructureNotSupported
+from protocol.formats.call_grammar import JSON_STYLE, quoted
+from protocol.formats.spec import FormatSpec
+from protocol.messages import Job
+from protocol.sampling import SamplingParams
+from protocol.structure import Structure
+
+START = "start: answer\n"
+
+
+def sampling_of(job: Job, prompt: Sequence[int]) -> SamplingParams:
+    """The sampling parameters that ``prompt`` is continued with."""
+    structure, spec = job.sampling.structure, job.format
+    if structure is None or spec is None or structure.after:
+        return job.sampling
+    ruled = after_thought(structure, spec, spec.thinking(prompt))
+    return msgspec.structs.replace(job.sampling, structure=ruled)
+
+
+def after_thought(structure: Structure, spec: FormatSpec, thinking: bool) -> Structure:
+    """``structure`` for an answer that may begin with a thought."""
+    harmony = spec.tools is not None and spec.tools.kind == "harmony"
+    if spec.reasoning is None and not harmony:
+        return structure
+    close_id = spec.close_id()
+    if thinking and close_id is not None:
+        return msgspec.structs.replace(structure, after=[close_id])
+    grammar = _as_grammar(structure)
+    if grammar is None:
+        return structure  # a grammar of the client's own rules all of the answer
+    if harmony:
+        if structure.field == "tools":
+            return structure
+        lead = _harmony_lead(spec)
+    else:
+        lead = _thought(spec, thinking)
+    fields = dict.fromkeys(("json", "regex", "choice"))
+    return msgspec.structs.replace(
+        structure, **fields, json_object=False, grammar=grammar.replace(START, f"start: {lead} answer\n", 1)
+    )
+
+
+def either(calls: str, structure: Structure) -> Structure:
+    """An answer that is calls, or what ``structure`` says. StructureNotSupported for a grammar of the client's own."""
+    final = _as_grammar(structure)
+    if final is None:
+        raise StructureNotSupported(f"{structure.field} cannot be kept beside tools", param=structure.field)
+    answer, *_ = final.removeprefix(START).split("\n")
+    joined = START + "answer: calls | final\n" + calls.removeprefix(START).replace("answer:", "calls:", 1)
+    return Structure(grammar=joined + answer.replace("answer:", "final:", 1) + "\n", field="tools")
+
+
+def _as_grammar(structure: Structure) -> str | None:
+    kind = structure.kind
+    if kind == "grammar":
+        return structure.grammar if structure.grammar and structure.grammar.startswith(START) else None
+    if kind in ("json", "json_object"):
+        schema = msgspec.json.decode(structure.source())
+        rule = "%json " + json.dumps({"x-guidance": JSON_STYLE, **(schema if isinstance(schema, dict) else {})})
+    elif kind == "choice":
+        rule = " | ".join(quoted(one) for one in structure.choice or ())
+    elif kind == "regex" and structure.regex:
+        rule = "/" + structure.regex.replace("/", r"\/") + "/"
+    else:
+        return None
+    return f"{START}answer: {rule}\nTEXT: /(.|\\n)*/\n"
+
+
+def _thought(spec: FormatSpec, thinking: bool) -> str:
+    """A thought before the answer: its rest where the prompt has opened it, else one that may come or not."""
+    assert spec.reasoning is not None
+    opens, closes = (_marker(spec, text) for text in (spec.reasoning.open, spec.reasoning.close))
+    text = f"TEXT {closes}" if closes.startswith("<[") else f"/(.|\\n)*{_literal_pattern(spec.reasoning.close)}/"
+    return text if thinking else rf"({opens} {text} /\n{{0,2}}/)?"
+
+
+def _harmony_lead(spec: FormatSpec) -> str:
+    mark = {text: _marker(spec, text) for text in ("<|channel|>", "<|message|>", "<|end|>", "<|start|>")}
+    channel, message, end, start = mark.values()
+    return f'({channel} "analysis" {message} TEXT {end} {start} "assistant")* {channel} "final" {message}'
+
+
+def _marker(spec: FormatSpec, text: str) -> str:
+    return f"<[{spec.controls[text]}]>" if text in spec.controls else quoted(text)
+
+
+def _literal_pattern(text: str) -> str:
+    return "".join(f"\\{char}" if char in r".^$*+?()[]{}|\/" else char for char in text)
