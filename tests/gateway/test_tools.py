@@ -15,7 +15,7 @@ from protocol.formats.families import REASONING, TOOLS
 from protocol.formats.spec import FormatSpec
 from protocol.messages import Frame
 from tests.gateway.backend import MODEL, Backend, Running
-from tests.gateway.conftest import Front, event_id, eventually, payload, rid_of
+from tests.gateway.front import Front, event_id, eventually, payload, rid_of
 
 OPEN, CLOSE, THINK, THOUGHT = 300, 301, 302, 303
 FORMAT = FormatSpec(
