@@ -138,8 +138,8 @@ class Answers:
             ask.model.outlet.remove(follower)
             if isinstance(error, asyncio.CancelledError):
                 self._spawn(self._give_up_when_accepted(ask, accepting))
-            elif isinstance(error, Unavailable):  # it may exist, if only the reply was lost
-                self._spawn(self._give_up(ask, rid, 0))
+            elif isinstance(error, Unavailable):  # it may be there, only the reply was lost
+                self._spawn(self._give_up(ask.model, ask.caller.tenant, rid, 0, ask.view.grace_s))
             raise
         ask.rid = accepted.rid
         follower.accepted = True
@@ -256,16 +256,18 @@ class Answers:
         ended, handed_on = follower.tally.open == 0, isinstance(follower.failed, Draining)
         if ended or handed_on or ask.view.detached or not ask.rid:
             return
-        self._spawn(self._give_up(ask, ask.rid, seen))
+        grace_s = max(ask.view.grace_s, STALL_GRACE_S if ask.stalled else 0.0)
+        self._spawn(self._give_up(ask.model, ask.caller.tenant, ask.rid, seen, grace_s))
 
-    async def _give_up(self, ask: Ask, rid: str, seen: int) -> None:
-        """Cancel after the grace period, unless the request was resumed meanwhile."""
-        if grace_s := max(ask.view.grace_s, STALL_GRACE_S if ask.stalled else 0.0):
+    async def _give_up(self, model: Model, tenant: str, rid: str, seen: int, grace_s: float) -> None:
+        """Cancel after the grace, if nobody has picked the request up since. It waits for up to a day, so it must
+        hold nothing of the request's body: not the `Ask`."""
+        if grace_s:
             await asyncio.sleep(grace_s)
         deadline = time.monotonic() + GIVE_UP_S
-        while not ask.model.outlet.follows(rid):
+        while not model.outlet.follows(rid):
             try:
-                await ask.model.bus.cancel(rid, ask.caller.tenant, attached=seen)
+                await model.bus.cancel(rid, tenant, attached=seen)
             except NotFound:
                 pass  # it was never accepted, or is gone already
             except ServiceError as error:
@@ -276,12 +278,16 @@ class Answers:
             return
 
     async def _give_up_when_accepted(self, ask: Ask, accepting: asyncio.Task[Accepted]) -> None:
+        model, tenant, view = ask.model, ask.caller.tenant, ask.view
+        del ask
         try:
             accepted = await accepting
         except HeadraceError:
             return
-        if not ask.view.detached:
-            await self._give_up(ask, accepted.rid, accepted.attached)
+        finally:
+            del accepting  # it holds the `Ask`
+        if not view.detached:
+            await self._give_up(model, tenant, accepted.rid, accepted.attached, view.grace_s)
 
     # -------------------------------------------------------------- accounts
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import weakref
 from typing import Any
 
 import aiohttp
@@ -63,6 +65,27 @@ async def test_a_detached_request_outlives_its_client(kept: dict, front: Front, 
     status, body, _ = await front.ask("GET", f"/v1/requests/cmpl-{rid}")
     assert (status, body["status"]) == (200, "completed")
     assert body["response"]["choices"][0]["text"] == "".join(word(0, i) for i in range(5))
+
+
+async def test_a_grace_holds_nothing_of_the_request(front: Front, backend: Backend) -> None:
+    """It lasts for up to a day: what waits for its end must not keep the body alive."""
+    backend.hold = True
+    reply = await front.session.post(
+        front.url + "/v1/completions", json=COMPLETION, headers={"X-Headrace-Resume": "3600"}
+    )
+    await backend.until_running()
+    (ask,) = front.gateway.answers.open
+    held = weakref.ref(ask), weakref.ref(ask.follower)
+    del ask
+    reply.close()
+    await eventually(lambda: not front.gateway.answers.open)
+
+    def let_go() -> bool:
+        gc.collect()
+        return all(reference() is None for reference in held)
+
+    await eventually(let_go)
+    assert not backend.cancelled, "the grace goes on"
 
 
 async def test_a_grace_that_nobody_uses_ends(front: Front, backend: Backend) -> None:
