@@ -82,16 +82,12 @@ class Answers:
 
     async def answer(self, ask: Ask, request: web.BaseRequest) -> web.StreamResponse:
         """Run a new request and answer it, streamed or whole."""
-        ask.caller.begin()
-        try:
-            return await self._accounted(ask, self._run(ask, request))
-        finally:
-            usage = ask.follower.tally.usage() if ask.follower is not None else {}
-            ask.caller.end(usage.get("total_tokens", 0))
+        return await self._accounted(ask, self._run(ask, request))
 
     async def resume(self, ask: Ask, rid: str, shown: EventId | None, request: web.BaseRequest) -> web.StreamResponse:
         """Continue the stream of request ``rid`` after the event ``shown`` (None: from its beginning)."""
-        return await self._accounted(ask, self._resume(ask, rid, shown, request))
+        with ask.caller.reading():
+            return await self._accounted(ask, self._resume(ask, rid, shown, request))
 
     async def _run(self, ask: Ask, request: web.BaseRequest) -> web.StreamResponse:
         if ask.view.echo:
@@ -157,6 +153,7 @@ class Answers:
                 idempotency=ask.idempotency,
                 reply_to=self.name,
                 limits=self.limits,
+                tenant_limits=ask.caller.limits,
                 prompt_tokens=_prompt_tokens(ask.job),
                 fingerprint=_fingerprint(ask) if ask.idempotency else None,
             )

@@ -1,17 +1,20 @@
 """API keys: who calls, and with which limits. Only hashes are kept, and no key is ever logged.
 
 The file is JSON, ``[{"sha256": "<hex>", "tenant": "name", "concurrent": 8, "requests_per_minute": 60,
-"tokens_per_minute": 100000}]``; the limits are optional and hold for one gateway process. It is read again
-when it changes; a file that cannot be read leaves the last good keys in force.
+"tokens_per_minute": 100000, "readers": 32}]``; the limits are optional and hold for the tenant on each model, over
+all gateways (``readers``, streams of requests that were begun before, for one gateway process). Keys of one tenant must
+name the same limits. The file is read again when it changes; one that cannot be read leaves the last keys in force.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -20,6 +23,7 @@ from aiohttp import web
 from protocol.errors import Overloaded, StartError, Unauthorized
 from protocol.keys import NAME
 from protocol.messages import DEFAULT_TENANT
+from protocol.records import TenantLimits
 
 log = logging.getLogger("headrace.gateway")
 
@@ -30,55 +34,29 @@ class ApiKey(msgspec.Struct, forbid_unknown_fields=True):
     concurrent: int | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
-
-
-class Allowance:
-    """A token bucket that refills ``per_minute`` in a minute and may be overdrawn by a cost known only later."""
-
-    def __init__(self, per_minute: int) -> None:
-        self.size = float(per_minute)
-        self.rate = per_minute / 60.0
-        self.left = self.size
-        self.stamp = time.monotonic()
-
-    def refill(self) -> None:
-        now = time.monotonic()
-        self.left = min(self.size, self.left + (now - self.stamp) * self.rate)
-        self.stamp = now
-
-    def wait_s(self, need: float) -> float:
-        """Seconds until ``need`` tokens are available; 0: now."""
-        self.refill()
-        return max(0.0, (need - self.left) / self.rate)
+    readers: int | None = None
 
 
 @dataclass
 class Caller:
-    """The holder of one key, with its current use."""
+    """One tenant. Its limits are kept in the store by the accept script, so that they hold over all gateways and for
+    requests that outlive their client; only its open readers are counted here."""
 
     tenant: str = DEFAULT_TENANT
-    concurrent: int | None = None
-    requests: Allowance | None = None
-    tokens: Allowance | None = None
-    running: int = field(default=0)
+    limits: TenantLimits = field(default_factory=TenantLimits)
+    most_readers: int | None = None
+    readers: int = 0
 
-    def begin(self) -> None:
-        """Count a request. Overloaded says when to retry."""
-        if self.concurrent is not None and self.running >= self.concurrent:
-            raise Overloaded(f"at most {self.concurrent} requests at once with this key", retry_after=1.0)
-        if self.tokens is not None and (wait := self.tokens.wait_s(1.0)):
-            raise Overloaded("the tokens per minute of this key are used up", retry_after=wait)
-        if self.requests is not None:
-            if wait := self.requests.wait_s(1.0):
-                raise Overloaded("the requests per minute of this key are used up", retry_after=wait)
-            self.requests.left -= 1.0
-        self.running += 1
-
-    def end(self, tokens: int = 0) -> None:
-        self.running -= 1
-        if self.tokens is not None:
-            self.tokens.refill()
-            self.tokens.left -= tokens
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count one open reader of a request that was begun elsewhere. Overloaded tells when to come again."""
+        if self.most_readers is not None and self.readers >= self.most_readers:
+            raise Overloaded(f"at most {self.most_readers} readers at once with this key", retry_after=1.0)
+        self.readers += 1
+        try:
+            yield
+        finally:
+            self.readers -= 1
 
 
 class KeyRing:
@@ -123,12 +101,20 @@ class KeyRing:
         with open(self.path, "rb") as file:
             entries = msgspec.json.decode(file.read(), type=list[ApiKey])
         callers: dict[str, tuple[ApiKey, Caller]] = {}
+        tenants: dict[str, Caller] = {}
+        before = {caller.tenant: caller for _, caller in self._callers.values()}
         for entry in entries:
             if len(entry.sha256) != 64 or not NAME.fullmatch(entry.tenant):
                 raise ValueError("each key needs a sha256 of 64 hex digits and a tenant of [A-Za-z0-9_-]{1,64}")
             entry.sha256 = entry.sha256.lower()
-            kept = self._callers.get(entry.sha256)
-            callers[entry.sha256] = kept if kept is not None and kept[0] == entry else (entry, _caller(entry))
+            made = _caller(entry)
+            known = tenants.setdefault(entry.tenant, made)
+            if (known.limits, known.most_readers) != (made.limits, made.most_readers):
+                raise ValueError(f"the keys of tenant {entry.tenant} name different limits: they are the tenant's")
+            callers[entry.sha256] = (entry, known)
+        for name, caller in tenants.items():
+            if name in before:
+                caller.readers = before[name].readers
         self._callers = callers
         self._stamp = (stat.st_mtime_ns, stat.st_size)
 
@@ -148,9 +134,9 @@ class KeyRing:
 
 
 def _caller(key: ApiKey) -> Caller:
-    return Caller(
-        tenant=key.tenant,
-        concurrent=key.concurrent,
-        requests=Allowance(key.requests_per_minute) if key.requests_per_minute else None,
-        tokens=Allowance(key.tokens_per_minute) if key.tokens_per_minute else None,
-    )
+    for name in ("concurrent", "requests_per_minute", "tokens_per_minute", "readers"):
+        value = getattr(key, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1")
+    limits = TenantLimits(key.concurrent, key.requests_per_minute, key.tokens_per_minute)
+    return Caller(key.tenant, limits, key.readers)

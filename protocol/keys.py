@@ -39,6 +39,7 @@ class Keys:
         self.workers = prefix + "workers"  # set: wids that have a `w:` key
         self.events = prefix + "events"  # stream: hints to the scheduler
         self.dead = prefix + "dead"  # stream: dead letters
+        self.tenants = prefix + "tenants"  # set: tenants that have unfinished requests
         self.tokenizer = prefix + "tokenizer"  # string: tokenizer.json, for /tokenize
 
     def request(self, rid: str) -> str:
@@ -49,6 +50,14 @@ class Keys:
 
     def idempotency(self, tenant: str, key: str) -> str:
         return f"{self.prefix}idem:{tenant}:{key}"
+
+    def running(self, tenant: str) -> str:
+        """Set of the tenant's rids that have not ended."""
+        return f"{self.prefix}run:{tenant}"
+
+    def limits(self, tenant: str) -> str:
+        """Hash: the tenant's limits and what is left of them."""
+        return f"{self.prefix}t:{tenant}"
 
     def worker(self, wid: str) -> str:
         return f"{self.prefix}w:{wid}"

@@ -57,6 +57,15 @@ class RequestRecord:
         return pinned is not None and bool(self.prompts) and pinned.thinking(unpack_ids(self.prompts[0]))
 
 
+@dataclass(frozen=True)
+class TenantLimits:
+    """What one tenant may use of one model, over all gateways. None: as much as it likes."""
+
+    concurrent: int | None = None  # requests that have not ended, detached ones included
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # of prompts and answers
+
+
 @dataclass
 class InboxEntry:
     """One entry of `jobs`: ``rid`` if it went through accept, else ``payload``."""

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 NAMES = (
-    "accept", "admit", "attach", "cancel", "commit", "depth", "finish", "heartbeat", "lead", "plan", "register",
+    "accept", "admit", "attach", "cancel", "commit", "depth", "finish", "heartbeat", "lead", "plan", "recount",
+    "register",
     "reject", "release", "renew_lead", "retire", "trim",
 )  # fmt: skip
-INCLUDES = {"accept": "_channels", "attach": "_channels", "commit": "_rows", "finish": "_rows"}
+INCLUDES: dict[str, tuple[str, ...]] = {
+    "accept": ("_channels", "_tenants"),
+    "admit": ("_tenants",),
+    "attach": ("_channels",),
+    "commit": ("_rows",),
+    "finish": ("_rows",),
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,7 @@ def complete(name: str, text: str, *, sharded: bool = False) -> Script:
     """A script from the text of its own part: with the shared parts in front, publishing sharded in a cluster."""
     publish, numsub = ("SPUBLISH", "SHARDNUMSUB") if sharded else ("PUBLISH", "NUMSUB")
     parts = [f"local PUBLISH, NUMSUB = '{publish}', '{numsub}'\n", read_source("_prelude")]
-    if name in INCLUDES:
-        parts.append(read_source(INCLUDES[name]))
+    parts += [read_source(shared) for shared in INCLUDES.get(name, ())]
     return from_source(name, "".join([*parts, text]))
 
 

@@ -67,7 +67,7 @@ async def bus(redis_url: str, raw: redis.Redis) -> AsyncIterator[Bus]:
 
 # keys that may stay for ever: the rest must be gone or carry a TTL once every request has ended
 PERMANENT = {"leader", "jobs", "events", "dead", "depth", "workers", "tokenizer"}
-PERMANENT_PREFIXES = ("w:", "plans:")
+PERMANENT_PREFIXES = ("w:", "plans:")  # and sets of running requests are empty, so gone
 
 
 def leaked_keys(client: redis.Redis, model: str = MODEL) -> list[str]:

@@ -94,7 +94,7 @@ def trace(folder: Path, model: str) -> dict[str, set[str]]:
             if Path(file).name != "metrics.py":
                 way.setdefault(file, set()).update(functions)
     assert any(file.startswith("gateway/") for file in way), way
-    for part in ("commit", INCLUDES["commit"], "_prelude"):
+    for part in ("commit", *INCLUDES["commit"], "_prelude"):
         way[f"protocol/lua/{part}.lua"] = set()
     return way
 

@@ -11,10 +11,16 @@ from protocol import records
 from protocol.bus.base import RequestReads, job_fingerprint
 from protocol.bus.producer import ProducerBus
 from protocol.connection import Link
-from protocol.errors import Conflict, NotFound, Overloaded
+from protocol.errors import Conflict, InvalidRequest, NotFound, Overloaded
 from protocol.keys import REGISTRY, check_name
 from protocol.messages import Job, ModelCard, encode
-from protocol.records import Accepted, Limits, RequestRecord
+from protocol.records import Accepted, Limits, RequestRecord, TenantLimits
+
+LIMIT_MET = {
+    "concurrent": "as many requests are running with this key as may at once",
+    "requests": "the requests per minute of this key are used up",
+    "tokens": "the tokens per minute of this key are used up",
+}
 
 _card_decoder = msgspec.msgpack.Decoder(ModelCard)
 
@@ -32,10 +38,13 @@ class GatewayBus(RequestReads, ProducerBus):
         idempotency: str | None = None,
         reply_to: str | None = None,
         limits: Limits = Limits(),  # noqa: B008 (immutable)
+        tenant_limits: TenantLimits | None = None,
         prompt_tokens: int = 0,
         fingerprint: str | None = None,
     ) -> Accepted:
-        """Make ``job`` durable. Raises Overloaded (with retry_after), Conflict (same key, other body), Unavailable.
+        """Make ``job`` durable. Raises Overloaded (with retry_after), Conflict (same key, other body), Unavailable, and
+        InvalidRequest for a prompt beyond all the tokens that its tenant has in a minute. ``tenant_limits`` None: those
+        that a gateway told last.
 
         Safe to repeat with the same ``rid``. ``fingerprint`` tells whether two bodies under one idempotency key are
         the same; by default it is the hash of the job without its view and reply channel.
@@ -47,7 +56,7 @@ class GatewayBus(RequestReads, ProducerBus):
             "accept",
             *(rid, job.choices, job.tenant, encode(job), fingerprint or job_fingerprint(job)),
             *(int((job.timeout_s or 0) * 1000), channel, job.results or "", job.id or "", idem, prompt_tokens),
-            *("" if bound is None else bound for bound in bounds),
+            *("" if bound is None else bound for bound in (*bounds, *_limit_arguments(tenant_limits))),
             key=self.keys.live,
         )
         match reply:
@@ -61,6 +70,10 @@ class GatewayBus(RequestReads, ProducerBus):
                 raise Overloaded("this request has as many readers as it may", retry_after=1.0)
             case [b"busy", waiting, rate]:
                 raise Overloaded("too much work is waiting", retry_after=_retry_after(float(waiting), float(rate)))
+            case [b"limit", b"prompt", _]:
+                raise InvalidRequest("the prompt has more tokens than this key has in a minute", param="prompt")
+            case [b"limit", which, wait_ms]:
+                raise Overloaded(LIMIT_MET[which.decode()], retry_after=max(1.0, wait_ms / 1000))
         raise AssertionError(f"accept replied {reply!r}")
 
     async def cancel(self, rid: str, tenant: str, *, reason: str = "abort", attached: int | None = None) -> bool:
@@ -105,3 +118,9 @@ def _retry_after(waiting_tokens: float, rate: float) -> float:
     """Seconds until a busy service may have room: waiting tokens over measured rate, 1 to 60, jittered by a tenth."""
     seconds = waiting_tokens / rate if rate > 0 else 1.0
     return min(60.0, max(1.0, seconds * random.uniform(0.9, 1.1)))
+
+
+def _limit_arguments(limits: TenantLimits | None) -> tuple[int | str | None, ...]:
+    if limits is None:
+        return ("-", "-", "-")
+    return (limits.concurrent, limits.requests_per_minute, limits.tokens_per_minute)

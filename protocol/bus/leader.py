@@ -31,14 +31,27 @@ from protocol.messages import (
 )
 from protocol.records import Event, InboxEntry, LeaderRecord
 
+MOST_RECOUNTED = 500  # requests in one script call
 PAGE = 1000  # ids in one look at what is pending
-STRANDED_MS = 60_000  # an entry read this long ago and not handed out was lost with its reply
+STRANDED_MS = 60_000  # an entry read this long ago and not handed out has been lost on its way
 
 
 class LeaderBus(RequestReads):
     """The calls of a scheduler, standing by or leading."""
 
-    SCRIPTS = ("admit", "depth", "finish", "lead", "plan", "reject", "release", "renew_lead", "retire", "trim")
+    SCRIPTS = (
+        "admit",
+        "depth",
+        "finish",
+        "lead",
+        "plan",
+        "recount",
+        "reject",
+        "release",
+        "renew_lead",
+        "retire",
+        "trim",
+    )
 
     def __init__(self, url: str, model: str, *, patience: float | None = None, retention_s: float = 600.0) -> None:
         super().__init__(url, model, patience=patience, retention_s=retention_s)
@@ -262,6 +275,14 @@ class LeaderBus(RequestReads):
     async def retire(self, epoch: int, wid: str, gen: int, attempts: Sequence[str] = ()) -> None:
         """Fence worker session ``gen`` permanently, drop its plans, raise `attempts` of these rids."""
         await self._run("retire", epoch, wid, gen, *attempts)
+
+    async def recount(self, epoch: int, unfinished: Sequence[tuple[str, str]]) -> int:
+        """Make the sets of running requests true, given (rid, tenant) of unfinished ones. Returns what was mended."""
+        changed = 0
+        for start in range(0, max(1, len(unfinished)), MOST_RECOUNTED):
+            part = unfinished[start : start + MOST_RECOUNTED]
+            changed += int(await self._run("recount", epoch, *(name for pair in part for name in pair)))
+        return changed
 
     async def read_events(self, after: str, count: int, block_ms: int) -> list[Event]:
         """Events after stream id ``after``, in order."""

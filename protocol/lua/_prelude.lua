@@ -24,3 +24,11 @@ end
 local function fenced(cause)
   return redis.error_reply('FENCED ' .. cause)
 end
+
+-- Take tokens from a tenant's bucket (a negative number gives back). Nothing where it has no such limit.
+local function charge(tenant, tokens)
+  local key = P .. 't:' .. tenant
+  if tokens ~= 0 and redis.call('HEXISTS', key, 'tokens') == 1 then
+    redis.call('HINCRBYFLOAT', key, 'tokens', tostring(-tokens))
+  end
+end

@@ -8,12 +8,20 @@ local function holds(journal, cursor, frames)
   return #frames > 0 and redis.call('GETRANGE', journal, cursor, cursor + #frames - 1) == frames
 end
 
+local function end_running(tenant, rid)
+  local set = P .. 'run:' .. tenant
+  redis.call('SREM', set, rid)
+  if redis.call('EXISTS', set) == 0 then redis.call('SREM', P .. 'tenants', tenant) end
+end
+
 -- The last choice ended: what is kept of the request expires from now on.
 local function end_request(rid, record)
-  local v = redis.call('HMGET', record, 'n', 'idem')
+  local v = redis.call('HMGET', record, 'n', 'idem', 'tenant', 'charged', 'seed')
   redis.call('HDEL', P .. 'live', rid)
   redis.call('HSET', record, 'ended', milliseconds())
   redis.call('PEXPIRE', record, retention)
+  if v[3] then end_running(v[3], rid) end
+  if v[4] and v[4] ~= '' and not v[5] then charge(v[3], -tonumber(v[4])) end -- its prompt was never computed
   for i = 0, tonumber(v[1]) - 1 do redis.call('PEXPIRE', P .. 'j:' .. rid .. ':' .. i, retention) end
   if v[2] and v[2] ~= '' then redis.pcall('PEXPIRE', P .. v[2], retention) end
 end
@@ -47,12 +55,12 @@ local function close_broken(rid, choice, placement)
   end_choice(rid, record, choice, 'error', result)
 end
 
--- One row: its verdict (l landed, c closed, s stale) and whether it is to be published.
+-- One row: its verdict (l landed, c closed, s stale), and where it landed just now, its tenant.
 local function land(i)
   local rid, choice, placement, cursor = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
   local finish, frames = ARGV[i + 4], ARGV[i + 7]
   local record, journal = P .. 'r:' .. rid, P .. 'j:' .. rid .. ':' .. choice
-  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice)
+  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'tenant')
   local ours = (v[2] or '0') == placement
   if not v[1] then return 'c' end
   if v[3] then return (ours and holds(journal, cursor, frames)) and 'l' or 'c' end
@@ -60,26 +68,27 @@ local function land(i)
   if redis.call('STRLEN', journal) ~= cursor then return holds(journal, cursor, frames) and 'l' or 's' end
   redis.call('APPEND', journal, frames)
   if finish ~= '' then end_choice(rid, record, choice, finish, ARGV[i + 5]) end
-  return 'l', true
+  return 'l', v[4] or ''
 end
 
 -- All rows from argument `first` on; `keep` is the retention.
--- -> one string of verdicts, and the number of rows that landed just now
+-- -> one string of verdicts, the number of rows that landed just now, and by tenant
 local function land_rows(first, keep)
   retention = keep
-  local rids, verdicts, landed = {}, {}, 0
+  local rids, verdicts, landed, tenants = {}, {}, 0, {}
   local parts, order = {}, {} -- reply channel -> what goes there; the channels as they came
   local to = {} -- value in `live` -> the lists in `parts` of its channels: most rows share one
   for i = first, #ARGV, 9 do rids[#rids + 1] = ARGV[i] end
-  if #rids == 0 then return '', 0 end
+  if #rids == 0 then return '', 0, tenants end
   local channels = redis.call('HMGET', P .. 'live', unpack(rids))
   for k = 1, #rids do
     local i = first + 9 * (k - 1)
-    local ok, verdict, fresh = pcall(land, i)
+    local ok, verdict, tenant = pcall(land, i)
     if not ok then pcall(close_broken, ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
     verdicts[k] = ok and verdict or 'c'
-    if ok and fresh then
+    if ok and tenant then
       landed = landed + 1
+      tenants[tenant] = (tenants[tenant] or 0) + 1
       local names = channels[k] or ''
       local lists = to[names]
       if not lists then
@@ -97,5 +106,5 @@ local function land_rows(first, keep)
     end
   end
   for _, name in ipairs(order) do redis.pcall(PUBLISH, P .. 'out:' .. name, table.concat(parts[name])) end
-  return table.concat(verdicts), landed
+  return table.concat(verdicts), landed, tenants
 end

@@ -1,7 +1,9 @@
 -- Make a request durable. Begins with a write that is refused when the server is out of memory.
 -- ARGV: P, rid, n, tenant, body, hash, timeout_ms, channel, results, id, idempotency key name without prefix,
---       prompt_tokens, and the bounds requests, tokens, tenant_requests, tenant_tokens ('' = unbounded)
+--       prompt_tokens, the bounds requests, tokens, tenant_requests, tenant_tokens ('' = unbounded), and the tenant's
+--       limits: requests at once, requests and tokens per minute ('' = none), or '-' for all three: as they were told last
 -- -> {'ok', rid} | {'joined', rid, attached} | {'conflict'} | {'full'} | {'busy', waiting tokens, tokens per second}
+--    | {'limit', which, milliseconds to wait}
 local rid, n, tenant, body, hash, timeout = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
 local channel, results, id, idem, prompt_tokens = ARGV[8], ARGV[9], ARGV[10], ARGV[11], tonumber(ARGV[12])
 local live, record = P .. 'live', P .. 'r:' .. rid
@@ -31,10 +33,20 @@ for i = 1, 4 do
   end
 end
 
-local now = milliseconds()
+local now, limits = milliseconds(), P .. 't:' .. tenant
+if ARGV[17] ~= '-' then
+  local any = ARGV[17] ~= '' or ARGV[18] ~= '' or ARGV[19] ~= ''
+  if any or redis.call('EXISTS', limits) == 1 then -- the first write must be one that is refused without memory
+    redis.call('HSET', limits, 'concurrent', ARGV[17], 'rpm', ARGV[18], 'tpm', ARGV[19])
+    redis.call('PEXPIRE', limits, any and LIMITS_STAY or 1)
+  end
+end
+local which, wait = met_limit(tenant, prompt_tokens, tonumber(now))
+if which then return {'limit', which, wait} end
 local deadline = timeout > 0 and string.format('%.0f', tonumber(now) + timeout) or '0'
 redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', id, 'deadline', deadline, 'created', now,
-  'attempts', 0, 'n', n, 'open', n, 'attached', 0, 'results', results, 'idem', idem)
+  'attempts', 0, 'n', n, 'open', n, 'attached', 0, 'results', results, 'idem', idem,
+  'charged', begin_request(tenant, rid, prompt_tokens, tonumber(now)))
 redis.call('HSET', live, rid, channel)
 if idem ~= '' then redis.call('SET', P .. idem, rid .. ' ' .. hash) end
 redis.call('XADD', P .. 'jobs', '*', 'rid', rid)

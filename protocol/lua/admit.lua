@@ -1,11 +1,15 @@
 -- Turn an inbox entry into a request that can run: its prompt ids and seed are stored, once.
 -- KEYS: leader. ARGV: P, epoch, entry id, rid, seed, admission row, number of prompts, prompts...,
 -- and for a producer's push further: tenant, id, body, hash, n, timeout_ms, channel, results
--- -> {verdict, rid}: new | repeat | cancelled | gone | duplicate
+-- -> {verdict, rid}: new | repeat | cancelled | gone | duplicate | wait (a push of a tenant at its limit stays in the
+--    inbox: the second value is for how many milliseconds)
 allow_when_full()
 local epoch, entry, rid, seed, row, count = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
 if not is_leader(epoch) then return fenced('epoch') end
 local live, jobs, record, push = P .. 'live', P .. 'jobs', P .. 'r:' .. rid, 7 + count
+
+local prompt_tokens = 0
+for k = 0, count - 1 do prompt_tokens = prompt_tokens + #ARGV[8 + k] / 4 end
 
 -- Delete the entry; 0 if it was gone already.
 local function take()
@@ -14,7 +18,7 @@ local function take()
 end
 
 if #ARGV == push then -- it went through accept: the record is there
-  local v = redis.call('HMGET', record, 'open', 'seed', 'cancel')
+  local v = redis.call('HMGET', record, 'open', 'seed', 'cancel', 'tenant', 'charged')
   if not v[1] or v[1] == '0' then
     if not v[1] then redis.call('HDEL', live, rid) end
     take()
@@ -23,20 +27,29 @@ if #ARGV == push then -- it went through accept: the record is there
   if v[2] then take() return {'repeat', rid} end
   if v[3] then return {'cancelled', rid} end -- `finish` takes the entry
   take()
+  if v[5] and v[5] ~= '' then -- what the gateway guessed is set right
+    charge(v[4], prompt_tokens - tonumber(v[5]))
+    redis.call('HSET', record, 'charged', prompt_tokens)
+  end
 else
   local tenant, id, body, hash, n = ARGV[push + 1], ARGV[push + 2], ARGV[push + 3], ARGV[push + 4], ARGV[push + 5]
   local timeout, channel, results = tonumber(ARGV[push + 6]), ARGV[push + 7], ARGV[push + 8]
   local idem = 'idem:' .. tenant .. ':' .. id
   local owner = string.match(redis.call('GET', P .. idem) or '', '^(%S+)')
+  local now = milliseconds()
+  if not owner and redis.call('XRANGE', jobs, entry, entry)[1] then
+    local which, wait = met_limit(tenant, prompt_tokens, tonumber(now))
+    if which and which ~= 'prompt' then return {'wait', tostring(wait)} end
+  end
   if take() == 0 then return (owner and owner ~= '-') and {'repeat', owner} or {'gone', ''} end
   if owner then return {'duplicate', owner} end
   -- the push was durable from the moment of its XADD, which its entry id tells
-  local now = milliseconds()
   local created = string.match(entry, '^(%d+)%-') or now
   if tonumber(created) > tonumber(now) then created = now end
   local deadline = timeout > 0 and string.format('%.0f', tonumber(created) + timeout) or '0'
   redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', id, 'deadline', deadline,
-    'created', created, 'attempts', 0, 'n', n, 'open', n, 'attached', 0, 'results', results, 'idem', idem)
+    'created', created, 'attempts', 0, 'n', n, 'open', n, 'attached', 0, 'results', results, 'idem', idem,
+    'charged', begin_request(tenant, rid, prompt_tokens, tonumber(now)))
   redis.call('HSET', live, rid, channel)
   redis.call('SET', P .. idem, rid .. ' ' .. hash)
 end

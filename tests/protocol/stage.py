@@ -71,6 +71,12 @@ class Stage:
                 self.names[entry.rid] = entry.entry_id
         return await self.bus.admit(self.epoch, self.names[rid], rid=rid, prompts=[pack_ids([1, 2, 3])], seed=5)
 
+    async def admit_nothing(self, rid: str) -> None:
+        """The request ends before it is admitted: its prompt cannot be served."""
+        (entry,) = [e for e in await self.bus.read_jobs(self.consumer, 100, 0) if e.rid == rid]
+        row = CommitRow(rid, 0, 0, 0, frame(None, "", "error"), "error")
+        assert await self.bus.finish(self.epoch, [row], entry_id=entry.entry_id) == "l"
+
     async def place(self, *rids: str, choice: int = 0, placement: int = 1, wid: str = "w0") -> None:
         self.step += 1
         new = [

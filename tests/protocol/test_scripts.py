@@ -19,15 +19,6 @@ from tests.protocol.stage import CAPACITY, Stage, frame, terminal
 A, B, END = frame(1, "a"), frame(2, "b"), frame(3, "c", "stop")
 
 
-@pytest.fixture
-async def stage(bus: Bus, raw) -> Stage:
-    """Led and with one worker."""
-    stage = Stage(bus, raw)
-    await stage.lead()
-    await stage.register()
-    return stage
-
-
 def row(rid: str, cursor: int, frames: bytes, placement: int = 1, choice: int = 0, **fields) -> CommitRow:
     return CommitRow(rid, choice, placement, cursor, frames, **fields)
 

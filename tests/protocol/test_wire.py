@@ -30,18 +30,9 @@ from protocol.messages import (
     unpack_ids,
 )
 from protocol.sampling import SamplingParams
-from tests.bus import Bus
 from tests.protocol.stage import Stage, frame, terminal
 
 PREFIX = "headrace:{test/model}:"
-
-
-@pytest.fixture
-async def stage(bus: Bus, raw) -> Stage:
-    stage = Stage(bus, raw)
-    await stage.lead()
-    await stage.register()
-    return stage
 
 
 async def serve_one(stage: Stage) -> tuple[str, list[bytes]]:
