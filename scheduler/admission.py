@@ -8,6 +8,7 @@ preparation and no more. What needs no preparation, being cancelled or late alre
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections import deque
 from collections.abc import Mapping
@@ -99,6 +100,15 @@ def _cost(ticket: Ticket) -> int:
     return max(ticket.size, LEAST_COST)
 
 
+@dataclass
+class _Limited:
+    """Pushes of a tenant that is at a limit, in order. ``tried``: the one that is out to see whether it still is."""
+
+    tickets: deque[Ticket] = field(default_factory=deque)
+    until: float = 0.0
+    tried: Ticket | None = None
+
+
 class Admission:
     """Every ticket, from its reading to its end."""
 
@@ -110,6 +120,7 @@ class Admission:
         self._from: dict[Ticket, FairQueue | None] = {}  # handed out; None: it was urgent
         self._by_rid: dict[str, Ticket] = {}  # of those that wait
         self._deadlines: list[tuple[int, int, Ticket]] = []  # a heap
+        self._limited: dict[str, _Limited] = {}  # by tenant
         self._waiting = 0
         self._added = 0
 
@@ -118,16 +129,27 @@ class Admission:
         return self._waiting
 
     def add(self, ticket: Ticket, now: float) -> None:
+        self._count(ticket)
+        limited = self._limited.get(ticket.tenant) if ticket.rid is None else None
+        if limited is not None:
+            limited.tickets.append(ticket)
+        else:
+            self._queue_of(ticket).add(ticket, now)
+
+    def _count(self, ticket: Ticket) -> None:
         self._waiting += 1
         self._added += 1
         if ticket.rid is not None:
             self._by_rid[ticket.rid] = ticket
         if ticket.deadline_ms:
             heapq.heappush(self._deadlines, (ticket.deadline_ms, self._added, ticket))
-        (self._short if ticket.size <= self._longest_short else self._long).add(ticket, now)
 
-    def next(self) -> Ticket | None:
+    def _queue_of(self, ticket: Ticket) -> FairQueue:
+        return self._short if ticket.size <= self._longest_short else self._long
+
+    def next(self, now: float = 0.0) -> Ticket | None:
         """The next ticket to be seen through, if there is a place for it. Give it back by `done`."""
+        self._release(now)
         ticket, queue = self._next()
         if ticket is not None:
             self._waiting -= 1
@@ -147,10 +169,35 @@ class Admission:
 
     def done(self, ticket: Ticket) -> None:
         queue = self._from.pop(ticket)
+        limited = self._limited.get(ticket.tenant)
+        if limited is not None and limited.tried is ticket:
+            limited.tried = None
         if queue is None:
             self._urgent_places += 1
         else:
             queue.done(ticket)
+
+    def postpone(self, ticket: Ticket, now: float, wait_s: float) -> None:
+        """A push that was handed out meets a limit of its tenant: it and all later ones of the tenant wait, and are
+        then tried one after the other, so that none is prepared again and again."""
+        self.done(ticket)
+        limited = self._limited.setdefault(ticket.tenant, _Limited())
+        limited.until = now + wait_s
+        again = dataclasses.replace(ticket, waits=True)
+        limited.tickets.appendleft(again)
+        self._count(again)
+
+    def _release(self, now: float) -> None:
+        for tenant, limited in list(self._limited.items()):
+            if limited.tried is not None or limited.until > now:
+                continue
+            while limited.tickets and not limited.tickets[0].waits:  # cancelled or late: it is handed out already
+                limited.tickets.popleft()
+            if not limited.tickets:
+                del self._limited[tenant]
+                continue
+            limited.tried = limited.tickets.popleft()
+            self._queue_of(limited.tried).add(limited.tried, now)
 
     def cancelled(self, rid: str) -> bool:
         """Request ``rid`` needs no preparation any more. False: it does not wait here."""

@@ -57,7 +57,7 @@ class Inbox:
             while True:
                 self._changed.clear()
                 self._admission.late(self._clock.now_ms())
-                while (ticket := self._admission.next()) is not None:
+                while (ticket := self._admission.next(time.monotonic())) is not None:
                     group.create_task(self._see_through(ticket))
                 if len(self._admission) < READ_AHEAD:
                     self._room.set()
@@ -124,11 +124,17 @@ class Inbox:
                 self._kept -= len(payload)
             elif ticket.rid is None:
                 payload = await self._bus.read_push(ticket.entry_id)
-            await self._intake.take(InboxEntry(ticket.entry_id, ticket.rid, payload))
-        finally:
+            wait_s = await self._intake.take(InboxEntry(ticket.entry_id, ticket.rid, payload))
+        except BaseException:
+            self._admission.done(ticket)
+            raise
+        if wait_s:
+            ticket.payload = None  # it is read again
+            self._admission.postpone(ticket, time.monotonic(), wait_s)
+        else:
             self._admission.done(ticket)
             self._held.discard(ticket.entry_id)
-            self._changed.set()
+        self._changed.set()
 
 
 def _next_count(entries: list[InboxEntry]) -> int:

@@ -52,20 +52,23 @@ class Intake:
         self._admit = admit
         self._recover = recover
 
-    async def take(self, entry: InboxEntry) -> None:
-        """Admit or end one entry. Raises only Fenced (another scheduler leads)."""
-        started = time.monotonic()
+    async def take(self, entry: InboxEntry) -> float:
+        """Admit or end one entry; returns 0, or for how many seconds a push has to wait whose tenant is at a limit.
+        Raises only Fenced (another scheduler leads)."""
+        started, wait_s = time.monotonic(), 0.0
         try:
             if entry.rid is not None:
                 await self._take_accepted(entry, entry.rid)
             else:
-                await self._take_push(entry, entry.payload or b"")
+                wait_s = await self._take_push(entry, entry.payload or b"")
         except Fenced:
             raise
         except Exception as e:
             log.error("job %s could not be taken: %s", entry.entry_id, type(e).__name__)
             await self._end_unforeseen(entry)
-        self._metrics.admission_time.observe(time.monotonic() - started)
+        if not wait_s:
+            self._metrics.admission_time.observe(time.monotonic() - started)
+        return wait_s
 
     async def _end_unforeseen(self, entry: InboxEntry) -> None:
         """After an unexpected exception: end an accepted request by error frames, anything else by a dead letter."""
@@ -129,7 +132,7 @@ class Intake:
 
     # -------------------------------------------------------------- pushed by a producer
 
-    async def _take_push(self, entry: InboxEntry, payload: bytes) -> None:
+    async def _take_push(self, entry: InboxEntry, payload: bytes) -> float:
         try:
             if len(payload) > MAX_JOB_BYTES:
                 raise TooLarge(f"a job may have at most {MAX_JOB_BYTES} bytes")
@@ -139,14 +142,17 @@ class Intake:
             prepared = await self._tokenizers.push(payload)
         except (RequestError, ServiceError) as e:
             await self._reject(entry, payload, e)
-            return
+            return 0.0
         job = prepared.job
         assert job is not None
         verdict, rid = await self._bus.admit(
             self._epoch, entry.entry_id, rid=new_rid(), prompts=prepared.prompts, seed=_seed(job), job=job
         )
+        if verdict == "wait":
+            return int(rid) / 1000
         if verdict in ("new", "repeat"):
             await self._recover(rid)
+        return 0.0
 
     async def _reject(self, entry: InboxEntry, payload: bytes, error: RequestError | ServiceError) -> None:
         """Write a dead letter, and one error result if the payload names a producer that can be told."""

@@ -113,8 +113,17 @@ class Term:
 
         rids = list(await self._bus.scan_live())
         await asyncio.gather(*(recover(rid) for rid in rids))
+        await self._recount(rids)
         if self._known:
             log.info("took over %d unfinished requests", len(self._known))
+
+    async def _recount(self, rids: list[str]) -> None:
+        """Make the tenants' sets of running requests true: an older version that ended requests left them there."""
+        tenants = await self._bus.weigh_requests(rids)
+        owners = [(rid, tenants[rid][0]) for rid in rids if tenants[rid][0]]
+        changed = await self._bus.recount(self._epoch, owners)
+        if changed:
+            log.info("put %d entries of running requests right", changed)
 
     async def _publish_card(self) -> None:
         await self._bus.publish_card(self._tokenizers.card(self._model), self._tokenizers.tokenizer_json)

@@ -10,11 +10,12 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from protocol.errors import SpecialTokensRefused, StartError
 from protocol.messages import Plan
@@ -27,6 +28,23 @@ request_log = logging.getLogger("headrace.requests")
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+OLD_NAMES = {"admission_time_seconds": "ingest_time_seconds"}  # are served under both names until release 0.3
+
+
+class OldName(Collector):
+    """A metric once more, under the name that dashboards know it by."""
+
+    def __init__(self, metric: Histogram, name: str) -> None:
+        self._metric, self._name = metric, name
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._metric.collect():
+            text = f"{family.documentation} (old name of {family.name})"
+            old = Metric(self._name, text, family.type)
+            old.samples = [s._replace(name=self._name + s.name.removeprefix(family.name)) for s in family.samples]
+            yield old
 
 
 class Metrics:
@@ -87,6 +105,8 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         whole = Histogram(f"headrace_{name}", text, ["model"], buckets=buckets, registry=self.registry)
+        if name in OLD_NAMES:
+            self.registry.register(OldName(whole, f"headrace_{OLD_NAMES[name]}"))
         return whole.labels(model=self._model)
 
     def observe(self, stats: Stats, rate: float, inbox: int) -> None:

@@ -115,6 +115,65 @@ async def test_limits(open_gateway: Any, backend: Backend, tmp_path: Path) -> No
     assert [(await post("free"))[0] for _ in range(3)] == [200] * 3
 
 
+async def test_limits_hold_over_gateways_and_for_requests_without_a_client(
+    open_gateway: Any, backend: Backend, tmp_path: Path
+) -> None:
+    """Detach, leave, and read the answer later: it counts all the same, here and on another gateway."""
+    keys = tmp_path / "keys.json"
+    write_keys(keys, ann={"concurrent": 1, "tokens_per_minute": 1000})
+    fronts = [await open_gateway(api_keys_file=str(keys)) for _ in range(2)]
+    backend.hold = True
+    detached = {**bearer("ann"), "X-Headrace-Detached": "true"}
+    reply = await fronts[0].session.post(
+        fronts[0].url + "/v1/completions", json={**COMPLETION, "stream": True}, headers=detached
+    )
+    rid = reply.headers["X-Request-Id"]
+    reply.close()
+    await eventually(lambda: not fronts[0].gateway.answers.open)
+    for front in fronts:
+        status, body, _ = await front.post("/v1/completions", COMPLETION, headers=bearer("ann"))
+        assert (status, body["error"]["type"]) == (429, "rate_limit_error")
+    backend.hold = False
+    await eventually(lambda: all(r.landed for r in backend.running))
+    status, _, _ = await fronts[1].post("/v1/completions", COMPLETION, headers=bearer("ann"))
+    assert status == 200
+    left = await backend.bus._link.command("HGET", backend.bus.keys.limits("ann"), "tokens")
+    assert 1000 - 40 < float(left) <= 1000 - 10, "prompt and answer of both, whoever reads them"
+    assert rid in {r.record.rid for r in backend.running}
+
+
+async def test_readers_of_requests_begun_before_are_counted(
+    open_gateway: Any, backend: Backend, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.json"
+    write_keys(keys, ann={"readers": 1})
+    front = await open_gateway(api_keys_file=str(keys))
+    backend.hold = True
+    reply = await front.session.post(
+        front.url + "/v1/completions", json={**COMPLETION, "stream": True}, headers=bearer("ann")
+    )
+    url = f"{front.url}/v1/streams/{reply.headers['X-Request-Id']}"
+    first = await front.session.get(url, headers=bearer("ann"))
+    assert first.status == 200
+    async with front.session.get(url, headers=bearer("ann")) as second:
+        assert second.status == 429
+    first.close()
+    await eventually(lambda: not front.gateway.keys.identify(_request("ann")).readers)
+    reply.close()
+
+
+def _request(tenant: str) -> Any:
+    return type("Request", (), {"headers": bearer(tenant)})()
+
+
+def test_keys_of_one_tenant_name_the_same_limits(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    entries = [{"sha256": c * 64, "tenant": "ann", "concurrent": n} for c, n in (("a", 1), ("b", 2))]
+    path.write_text(json.dumps(entries))
+    with pytest.raises(StartError, match="ann"):
+        KeyRing(str(path))
+
+
 async def test_the_file_is_read_again(open_gateway: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KeyRing, "CHECK_S", 0.0)
     keys = tmp_path / "keys.json"

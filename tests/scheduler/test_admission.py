@@ -161,3 +161,48 @@ def test_tenants_without_jobs_are_forgotten() -> None:
         assert given is not None
         queue.done(given)
     assert len(queue._tenants) <= MOST_TENANTS
+
+
+def push(name: str, tenant: str = "a", deadline_ms: int = 0) -> Ticket:
+    return Ticket(name, None, tenant, KIB, deadline_ms)
+
+
+def test_pushes_of_a_tenant_at_its_limit_wait_and_are_tried_one_after_the_other() -> None:
+    queue = admission()
+    for k in range(3):
+        queue.add(push(str(k)), now=0.0)
+    first = queue.next(0.0)
+    assert first is not None
+    queue.postpone(first, 0.0, wait_s=10.0)
+    others = [one for _ in range(4) if (one := queue.next(1.0))]
+    assert [one.entry_id for one in others] == ["1", "2"], "they were queued before; each meets the limit by itself"
+    for one in reversed(others):
+        queue.postpone(one, 1.0, wait_s=10.0)
+    queue.add(push("later"), now=2.0)
+    queue.add(ticket("accepted"), now=2.0)
+    queue.add(push("other", "b"), now=2.0)
+    given = [one.entry_id for _ in range(4) if (one := queue.next(5.0))]
+    assert sorted(given) == ["accepted", "other"]
+    assert len(queue) == 4
+    order = []
+    while (one := queue.next(20.0)) is not None:
+        assert queue.next(20.0) is None, "one at a time shows whether there is room again"
+        order.append(one.entry_id)
+        queue.done(one)
+    assert order == ["1", "2", "0", "later"]
+    assert len(queue) == 0
+
+
+def test_a_postponed_push_that_is_late_goes_at_once() -> None:
+    queue = admission()
+    queue.add(push("a", deadline_ms=500), now=0.0)
+    given = queue.next(0.0)
+    assert given is not None
+    queue.postpone(given, 0.0, wait_s=1000.0)
+    assert queue.next(1.0) is None
+    assert queue.late(600)
+    late = queue.next(1.0)
+    assert late is not None
+    assert late.entry_id == "a"
+    queue.done(late)
+    assert queue.next(2000.0) is None

@@ -12,10 +12,13 @@ from typing import Any
 
 import aiohttp
 import msgpack
+import msgspec
 import pytest
 import redis
 
 from protocol.messages import Admitted, Frame, Job, Row, decode_frames, encode, new_rid
+from protocol.records import TenantLimits
+from protocol.sampling import SamplingParams
 from tests.bus import Bus
 from tests.conftest import leaked_keys
 from tests.models import BOS, byte_tokenizer
@@ -201,6 +204,31 @@ async def test_a_bad_push_is_one_dead_letter_and_one_result_where_an_id_exists(
         assert result.id == (entry if producer_id == "*" else producer_id)
         assert result.finish_reason == "error"
         assert (result.error or {})["code"] == code
+
+
+async def test_a_push_of_a_tenant_at_its_limit_waits_until_there_is_room(stage: Stage, raw: redis.Redis) -> None:
+    """It is not refused, and nobody else waits with it."""
+    stage.scheduler()
+    stage.worker(step_s=0.01)
+    one = TenantLimits(concurrent=1)
+    rid = new_rid()
+    running = Job(prompt="ab", tenant="few", sampling=SamplingParams(max_tokens=40, temperature=0))
+    await stage.bus.accept(running, rid=rid, tenant_limits=one)
+    for number, tenant in ((1, "few"), (2, "few"), (3, "many")):
+        job = {"v": 1, "id": f"p{number}", "tenant": tenant, "prompt": "cd", "results": "r"}
+        await stage.bus.push(msgspec.json.encode({**job, "sampling": {"max_tokens": 2}}))
+    ended: list[str] = []
+    after = "0-0"
+    while len(ended) < 3:
+        for entry, result in await stage.bus.read_results("r", after, 5000):
+            after = entry
+            ended.append(result.id)
+            record = await stage.bus.read_request(rid)
+            assert record is not None
+            assert result.id == "p3" or not record.open, "the running one came first"
+    assert sorted(ended) == ["p1", "p2", "p3"]
+    await stage.at_rest()
+    assert leaked_keys(raw) == []
 
 
 async def test_a_push_that_lay_past_its_deadline(stage: Stage, raw: redis.Redis) -> None:
