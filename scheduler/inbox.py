@@ -90,7 +90,12 @@ class Inbox:
                 await asyncio.sleep(CLAIM_S)
 
     async def _add(self, entries: list[InboxEntry]) -> None:
-        new = [entry for entry in entries if entry.entry_id not in self._held]
+        new = []
+        for entry in entries:
+            if entry.rid is not None and entry.payload is not None:  # can be neither: ended here
+                await self._intake.take(entry)
+            elif entry.entry_id not in self._held:
+                new.append(entry)
         self._held.update(entry.entry_id for entry in new)
         weights = await self._bus.weigh_requests([entry.rid for entry in new if entry.rid is not None])
         now = time.monotonic()

@@ -11,7 +11,17 @@ from typing import Any
 import msgspec
 
 from protocol.bus import LeaderBus
-from protocol.errors import DeadlineExceeded, EngineFailed, Fenced, RequestError, ServiceError, TooLarge
+from protocol.errors import (
+    Conflict,
+    DeadlineExceeded,
+    EngineFailed,
+    Fenced,
+    InvalidRequest,
+    NotFound,
+    RequestError,
+    ServiceError,
+    TooLarge,
+)
 from protocol.jobs import MAX_TIMEOUT_S
 from protocol.keys import NAME
 from protocol.messages import DEFAULT_TENANT, MAX_JOB_BYTES, Job, body_hash, encode, new_rid, unpack_ids
@@ -27,6 +37,9 @@ log = logging.getLogger("headrace.scheduler")
 
 MAX_ADDRESS_BYTES = 16 << 20  # a larger payload is rejected without being decoded
 
+CONFLICT = Conflict("this id was used for a job with another body", param="id")
+NEITHER = InvalidRequest("an entry holds a rid (written by accept) or a job, never both")
+UNKNOWN = NotFound("no request has the rid of this entry", param="rid")
 UNFORESEEN = EngineFailed("the job could not be read or prepared")
 
 
@@ -57,7 +70,9 @@ class Intake:
         Raises only Fenced (another scheduler leads)."""
         started, wait_s = time.monotonic(), 0.0
         try:
-            if entry.rid is not None:
+            if entry.rid is not None and entry.payload is not None:
+                await self._reject(entry, entry.payload, NEITHER)
+            elif entry.rid is not None:
                 await self._take_accepted(entry, entry.rid)
             else:
                 wait_s = await self._take_push(entry, entry.payload or b"")
@@ -90,6 +105,8 @@ class Intake:
 
     async def _take_accepted(self, entry: InboxEntry, rid: str) -> None:
         record = await self._bus.read_request(rid)
+        if record is None:  # none of ours wrote this, or it is long over
+            await self._reject(entry, rid.encode(), UNKNOWN)
         if record is None or record.prompts or not record.open:
             # gone, or admitted or ended before: the script removes the entry
             stored, seed = (record.prompts, record.seed or 0) if record else ([], 0)
@@ -146,12 +163,20 @@ class Intake:
         job = prepared.job
         assert job is not None
         verdict, rid = await self._bus.admit(
-            self._epoch, entry.entry_id, rid=new_rid(), prompts=prepared.prompts, seed=_seed(job), job=job
+            self._epoch,
+            entry.entry_id,
+            rid=new_rid(),
+            prompts=prepared.prompts,
+            seed=_seed(job),
+            job=job,
+            payload_hash=body_hash(payload),
         )
         if verdict == "wait":
             return int(rid) / 1000
         if verdict in ("new", "repeat"):
             await self._recover(rid)
+        elif verdict == "conflict":
+            await self._reject(entry, payload, CONFLICT)
         return 0.0
 
     async def _reject(self, entry: InboxEntry, payload: bytes, error: RequestError | ServiceError) -> None:

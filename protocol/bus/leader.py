@@ -193,14 +193,17 @@ class LeaderBus(RequestReads):
         prompts: list[bytes],
         seed: int,
         job: Job | None = None,
+        payload_hash: str = "",
         producer_id: str | None = None,
         thinking: bool = False,
     ) -> tuple[str, str]:
         """(verdict, rid). verdict: "new"; "repeat" (admitted before: read the record); "cancelled" (marked before it
         was admitted: to be finished); "gone" (no such request, or it has ended). ``job`` is given for a producer's
         push, which becomes a request here (deadline from timeout_s and the time of the push); its id may name an
-        earlier request: ("duplicate", that rid). ``producer_id``: the id of an accepted job, repeated in the notice
-        of admission, as is ``thinking`` (the prompt has opened a thought)."""
+        earlier request: ("duplicate", that rid), or one of another body: ("conflict", that rid); the entry is then
+        left to `reject`. ``payload_hash``: the push's own, which tells it from another one that was rejected under its
+        id. ``producer_id``: the id of an accepted job, repeated in the notice of admission, as is ``thinking`` (the
+        prompt has opened a thought)."""
         args: list[Argument] = []
         if job is not None:
             if job.id is None:
@@ -208,12 +211,12 @@ class LeaderBus(RequestReads):
             producer_id = job.id
             self._idempotency(job.tenant, job.id)  # both must be names
             args = [job.tenant, job.id or "", encode(job), job_fingerprint(job), job.choices]
-            args += [int((job.timeout_s or 0) * 1000), job.reply_to or "", job.results or ""]
+            args += [int((job.timeout_s or 0) * 1000), job.reply_to or "", job.results or "", payload_hash]
         prompt_tokens = sum(len(p) for p in prompts) // ID_BYTES
         admitted = encode(Admitted(prompt_tokens, True) if thinking else (prompt_tokens,))
         row = encode(Row(rid, -1, 0, admitted, producer_id))
         verdict, owner = await self._run("admit", epoch, entry_id, rid, seed, row, len(prompts), *prompts, *args)
-        if verdict != b"cancelled":
+        if verdict not in (b"cancelled", b"conflict"):
             self._handed_out.discard(entry_id)
         return verdict.decode(), owner.decode()
 
@@ -229,8 +232,9 @@ class LeaderBus(RequestReads):
         tenant: str | None = None,
         id: str | None = None,
     ) -> None:
-        """End a push that can be no request: dead letter, and where ``tenant`` is known one error result under ``id``
-        (default: the entry id). ``error``: code, message, param."""
+        """End a push that can be no request: dead letter, and where ``tenant`` is known one error result, without a
+        rid, under ``id`` (default: the entry id). ``error``: code, message, param. The same payload again, under the
+        same id, is told nothing more."""
         producer_id = id or entry_id
         frames = encode(Frame(None, "", "error", error))
         row = encode(Row("", 0, 0, frames, producer_id))

@@ -1,8 +1,9 @@
 -- Turn an inbox entry into a request that can run: its prompt ids and seed are stored, once.
 -- KEYS: leader. ARGV: P, epoch, entry id, rid, seed, admission row, number of prompts, prompts...,
--- and for a producer's push further: tenant, id, body, hash, n, timeout_ms, channel, results
--- -> {verdict, rid}: new | repeat | cancelled | gone | duplicate | wait (a push of a tenant at its limit stays in the
---    inbox: the second value is for how many milliseconds)
+-- and for a producer's push further: tenant, id, body, hash, n, timeout_ms, channel, results, hash of the payload
+-- -> {verdict, rid}: new | repeat | cancelled | gone | duplicate | conflict (the id is another body's: `reject` takes the
+--    entry and tells) | wait (a push of a tenant at its limit stays in the inbox: the second value is for how many
+--    milliseconds)
 allow_when_full()
 local epoch, entry, rid, seed, row, count = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
 if not is_leader(epoch) then return fenced('epoch') end
@@ -35,7 +36,8 @@ else
   local tenant, id, body, hash, n = ARGV[push + 1], ARGV[push + 2], ARGV[push + 3], ARGV[push + 4], ARGV[push + 5]
   local timeout, channel, results = tonumber(ARGV[push + 6]), ARGV[push + 7], ARGV[push + 8]
   local idem = 'idem:' .. tenant .. ':' .. id
-  local owner = string.match(redis.call('GET', P .. idem) or '', '^(%S+)')
+  local owner, owner_hash = string.match(redis.call('GET', P .. idem) or '', '^(%S+) (%S+)$')
+  if owner and owner_hash ~= hash and owner_hash ~= ARGV[push + 9] then return {'conflict', owner} end
   local now = milliseconds()
   if not owner and redis.call('XRANGE', jobs, entry, entry)[1] then
     local which, wait = met_limit(tenant, prompt_tokens, tonumber(now))

@@ -1,7 +1,8 @@
 -- End a push that can be no request: a dead letter, and one error result for its id.
 -- KEYS: leader. ARGV: P, epoch, entry id, retention, tenant, id, hash, channel, row, results, result,
 --       dead letter fields...
--- -> 'rejected' | 'repeat' | 'duplicate' (the id belongs to an earlier push: only the dead letter is written)
+-- -> 'rejected' | 'repeat' | 'duplicate' (an earlier push with this id and hash: only the dead letter is written).
+-- An id that is another body's stays that one's; this entry is told its error all the same.
 allow_when_full()
 local epoch, entry, retention, tenant, id, hash = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
 local channel, row, results, result = ARGV[8], ARGV[9], ARGV[10], ARGV[11]
@@ -12,7 +13,7 @@ redis.pcall('XADD', P .. 'dead', 'MAXLEN', '~', '1000', '*', unpack(ARGV, 12))
 if tenant ~= '' and id ~= '' then
   local idem = P .. 'idem:' .. tenant .. ':' .. id
   local found = redis.call('TYPE', idem).ok
-  if found == 'string' then return 'duplicate' end
+  if found == 'string' and string.match(redis.call('GET', idem), '(%S+)$') == hash then return 'duplicate' end
   if found == 'none' then redis.call('SET', idem, '- ' .. hash, 'PX', retention) end -- else somebody else wrote there
 end
 if results ~= '' then

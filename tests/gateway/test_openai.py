@@ -186,6 +186,35 @@ async def test_messages_reach_the_scheduler_as_templates_know_them(
     assert (job.priority, job.cache_salt, job.chat_template_kwargs) == ("batch", "s", {"enable_thinking": False})
 
 
+async def test_messages_as_clients_write_them(front: Front, backend: Backend) -> None:
+    """What litellm adds, an assistant that said nothing, and the history of a call."""
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    status, _, _ = await front.post(
+        "/v1/chat/completions",
+        {
+            "model": MODEL,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}],
+                    "annotations": [],
+                },
+                {"role": "assistant", "content": None},
+                {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "why"},
+                {"role": "tool", "tool_call_id": "c1", "content": "42"},
+            ],
+        },
+    )
+    assert status == 200
+    normal_call = {**call, "function": {"name": "f", "arguments": {"a": 1}}}
+    assert backend.running[-1].record.job.messages == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "", "reasoning_content": "why", "tool_calls": [normal_call]},
+        {"role": "tool", "content": "42", "tool_call_id": "c1"},
+    ]
+
+
 async def test_generate_tokenize_detokenize(front: Front) -> None:
     status, body, _ = await front.post("/generate", {"prompt": "x", "max_tokens": 2, "temperature": 0})
     assert (status, body) == (200, {"response": word(0, 0) + word(0, 1)})

@@ -218,6 +218,26 @@ class TestAdmit:
         assert list(await stage.bus.scan_live()) == [rid]
         assert stage.raw.xlen(stage.key("jobs")) == 0
 
+    async def test_an_id_of_another_body_is_a_conflict_and_leaves_the_entry(self, stage: Stage) -> None:
+        rid = messages.new_rid()
+        job = Job(prompt="x", id="mine", results="res")
+        assert (await self.push(stage, job, rid))[:2] == ("new", rid)
+        other = Job(prompt="y", id="mine", results="res")
+        verdict, owner, entry_id = await self.push(stage, other, messages.new_rid())
+        assert (verdict, owner) == ("conflict", rid)
+        assert stage.raw.xlen(stage.key("jobs")) == 1
+        error = {"code": "idempotency_conflict", "message": "used", "param": "id"}
+        for _ in range(2):  # safe to repeat
+            await stage.bus.reject(
+                stage.epoch, entry_id, payload_hash="h", error=error, tenant="default", id="mine", results="res",
+            )  # fmt: skip
+        ((_, result),) = await stage.bus.read_results("res")
+        assert (result.id, result.rid, result.error) == ("mine", "", error)
+        assert await stage.bus.find_request("default", "mine") == rid
+        assert list(await stage.bus.scan_live()) == [rid]
+        assert stage.raw.xlen(stage.key("jobs")) == 0
+        assert len(stage.entries("dead")) == 1
+
     async def test_a_push_without_an_id_goes_by_its_entry(self, stage: Stage) -> None:
         rid = messages.new_rid()
         verdict, _, entry_id = await self.push(stage, Job(prompt="x"), rid)
@@ -285,6 +305,23 @@ class TestReject:
         with pytest.raises(Conflict):
             await stage.bus.accept(Job(prompt="x", tenant="t"), rid=messages.new_rid(), idempotency="mine")
         assert leaked_keys(stage.raw) == []
+
+    async def test_a_job_that_was_refused_is_told_once_and_another_under_its_id_too(self, stage: Stage) -> None:
+        for hash in ("x", "x", "y"):
+            entry = await stage.bus.push(b"garbage")
+            await stage.bus.reject(
+                stage.epoch, entry, payload_hash=hash, error=self.ERROR, tenant="default", id="mine", results="res"
+            )
+        assert len(await stage.bus.read_results("res")) == 2
+        assert len(stage.entries("dead")) == 3
+        # the first again, now that it could run: it was told its end
+        job = Job(prompt="x", id="mine")
+        for hash, expected in (("x", "duplicate"), ("z", "conflict")):
+            entry = await stage.bus.push(b"garbage")
+            verdict, _ = await stage.bus.admit(
+                stage.epoch, entry, rid=messages.new_rid(), prompts=[b""], seed=1, job=job, payload_hash=hash
+            )
+            assert verdict == expected
 
     async def test_a_wrong_type_under_the_id_is_no_duplicate(self, stage: Stage) -> None:
         stage.raw.lpush(stage.bus.keys.idempotency("t", "mine"), "x")

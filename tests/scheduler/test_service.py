@@ -242,6 +242,58 @@ async def test_a_push_that_lay_past_its_deadline(stage: Stage, raw: redis.Redis)
     assert raw.xlen(stage.bus.keys.dead) == 1
 
 
+async def test_a_second_push_under_an_id_is_the_same_request_or_a_conflict(stage: Stage, raw: redis.Redis) -> None:
+    """As HTTP answers 409. The first one's own end carries its rid, the conflict has none."""
+    stage.scheduler()
+    stage.worker()
+
+    async def push(prompt: str) -> None:
+        job = {"id": "a1", "prompt": prompt, "results": "r", "reply_to": "me", "sampling": {"max_tokens": 1}}
+        await stage.bus.push(json.dumps(job).encode())
+
+    for prompt in ("x", "x", "other", "x"):
+        await push(prompt)
+        await stage.at_rest()
+    results = {result.rid: result for _, result in await stage.bus.read_results("r")}
+    assert len(await stage.bus.read_results("r")) == len(results) == 2
+    conflict = results.pop("")
+    assert (conflict.id, conflict.finish_reason) == ("a1", "error")
+    assert (conflict.error or {})["code"] == "idempotency_conflict"
+    ((rid, first),) = results.items()
+    assert (first.id, first.finish_reason) == ("a1", "length")
+    assert await stage.bus.find_request("default", "a1") == rid
+    ((_, letter),) = raw.xrange(stage.bus.keys.dead)
+    assert (letter[b"code"], letter[b"id"]) == (b"idempotency_conflict", b"a1")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rid": "0" * 32, "job": '{"id": "both", "prompt": "x", "results": "r"}'},
+        {"rid": "0" * 32},
+        {"rid": b"\xff\x00"},
+        {"rid": ""},
+        {"other": "x"},
+        {"job": ""},
+        {"job": "x", "rid": ""},
+    ],
+    ids=str,
+)
+async def test_an_entry_that_cannot_be_understood_leaves_a_dead_letter(
+    stage: Stage, raw: redis.Redis, fields: dict[Any, Any]
+) -> None:
+    stage.scheduler()
+    stage.worker()
+    raw.xadd(stage.bus.keys.jobs, fields)
+    rid = await stage.accept("after", max_tokens=1)
+    assert len(await stage.tokens(rid)) == 1
+    await stage.at_rest()
+    assert raw.xlen(stage.bus.keys.jobs) == 0
+    assert raw.xlen(stage.bus.keys.dead) == 1
+    told = [("both", "")] if "both" in str(fields) else []
+    assert [(result.id, result.rid) for _, result in await stage.bus.read_results("r")] == told
+
+
 # ------------------------------------------------------------------ what is refused, cancelled, late
 
 
