@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -24,11 +25,18 @@ AHEAD = 2  # steps submitted to an overlapping engine before the first of them i
 
 @dataclass(slots=True)
 class Ticket:
-    """One plan on its way to the engine. The queue's bound is the reader's: it holds back (service.py)."""
+    """One plan on its way to the engine. The queue has no bound of its own: the session's reader holds back."""
 
     engine_run: int
     plan_id: str  # of the plans stream
     plan: Plan
+
+
+class Order(Enum):
+    """What the queue holds beside tickets."""
+
+    RESET = auto()  # finish the steps under way, then empty the engine
+    STOP = auto()
 
 
 Deliver = Callable[[Ticket, Sampled, int], None]  # (ticket, result, us that the device stood idle before the step)
@@ -44,8 +52,9 @@ class Device:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         self._deliver = deliver
-        self._queue: SimpleQueue[Ticket | int | None] = SimpleQueue()
+        self._queue: SimpleQueue[Ticket | Order] = SimpleQueue()
         self._engine_run = 0
+        self._stopping = False
         self._submitted = 0
         self._finished = 0  # tickets that were executed or skipped
         self._ready: asyncio.Future[None] | None = None
@@ -68,12 +77,12 @@ class Device:
     def reset(self, engine_run: int) -> None:
         """From here on only tickets of ``engine_run`` count; the engine is emptied before the first of them."""
         self._engine_run = engine_run
-        self._queue.put(engine_run)
+        self._queue.put(Order.RESET)
 
     def stop(self) -> None:
         """The thread ends after the step that it is in."""
-        self._engine_run = -1
-        self._queue.put(None)
+        self._stopping = True
+        self._queue.put(Order.STOP)
 
     # -------------------------------------------------------------- in the thread
 
@@ -94,11 +103,8 @@ class Device:
         ahead = AHEAD if self.engine.overlaps else 1
         stopped_at = time.perf_counter()  # when the device last ran out of steps
         while True:
-            try:
-                item = self._queue.get(block=not running)
-            except Empty:
-                item = None if self._engine_run < 0 else -1
-            if item is None:
+            item = self._next(wait=not running)
+            if self._stopping:
                 return
             if isinstance(item, Ticket):
                 idle_us = 0 if running else int((time.perf_counter() - stopped_at) * 1e6)
@@ -109,7 +115,7 @@ class Device:
                 if len(running) < ahead:
                     continue
                 self._finish(*running.popleft())
-            elif item == -1:  # nothing queued
+            elif item is None:
                 self._finish(*running.popleft())
             else:
                 while running:
@@ -118,11 +124,18 @@ class Device:
             if not running:
                 stopped_at = time.perf_counter()
 
+    def _next(self, wait: bool) -> Ticket | Order | None:
+        """What is queued next; None if that is nothing and it is not to be waited for."""
+        try:
+            return self._queue.get(block=wait)
+        except Empty:
+            return None
+
     def _finish(self, ticket: Ticket, output: StepOutput, idle_us: int) -> None:
         sampled = output.wait()
         self.steps += 1
         self._finished += 1
-        if ticket.engine_run == self._engine_run:
+        if ticket.engine_run == self._engine_run and not self._stopping:
             self._post(self._deliver, ticket, sampled, idle_us)
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:

@@ -13,11 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from protocol.messages import LANDED, CommitRow, HintRow, NewSequence, Plan, Terminal, encode, pack_ids, unpack_ids
+from protocol.messages import (
+    LANDED,
+    LOGPROB_FLOOR,
+    CommitRow,
+    HintRow,
+    NewSequence,
+    Plan,
+    Terminal,
+    encode,
+    pack_ids,
+    unpack_ids,
+)
 from workers.detokenizer import TextStream, Vocabulary, WindowVocabulary
 from workers.engines.base import Sampled
-
-LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON cannot say
 
 
 class StopStrings:

@@ -143,6 +143,7 @@ class Worker:
 
     def __init__(self, config: WorkerConfig, bus: WorkerBus, engine: Engine, progress: Progress) -> None:
         self.config = config
+        self.name = config.name
         self.bus = bus
         self.engine = engine
         self.metrics = Metrics(config.served_model_name, config.name)
@@ -197,8 +198,8 @@ class Worker:
                 await runner.cleanup()
 
     async def _live(self) -> int:
-        gen = await self.bus.register(self.config.name, None, "loading")
-        log.info("registered as %s, generation %d", self.config.name, gen)
+        gen = await self.bus.register(self.name, None, "loading")
+        log.info("registered as %s, generation %d", self.name, gen)
         loaded = await self._load_while_beating(gen)
         return await self._serve(*loaded) if loaded is not None else 0
 
@@ -241,9 +242,9 @@ class Worker:
                 await asyncio.sleep(session.HEARTBEAT_S)
                 state = self.state
                 try:
-                    await self.bus.heartbeat(self.config.name, held[0], state=state if state != said else None)
+                    await self.bus.heartbeat(self.name, held[0], state=state if state != said else None)
                 except Fenced:  # retired meanwhile: the model goes on loading under another gen
-                    held[0] = await self.bus.register(self.config.name, None, state)
+                    held[0] = await self.bus.register(self.name, None, state)
                 said = state
 
         loading = asyncio.ensure_future(self.device.start(self._load))
@@ -275,8 +276,8 @@ class Worker:
                     return 0
                 log.warning("%s: dropping all sequences and registering anew", fenced)
             await self._until_idle()
-            gen = await self.bus.register(self.config.name, capacity, self.state)
-            log.info("registered as %s, generation %d", self.config.name, gen)
+            gen = await self.bus.register(self.name, capacity, self.state)
+            log.info("registered as %s, generation %d", self.name, gen)
 
     async def _until_idle(self) -> None:
         """Let the step under way end first: a worker whose device hangs must not offer itself again."""

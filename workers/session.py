@@ -11,17 +11,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from protocol.bus import WorkerBus
 from protocol.errors import Fenced
 from protocol.messages import LANDED, Capacity, Hint
 from workers.detokenizer import Vocabulary, WindowVocabulary
-from workers.engine_thread import Ticket
-from workers.engines.base import Sampled
+from workers.engine_thread import Device, Ticket
+from workers.engines.base import Engine, Sampled
+from workers.metrics import Metrics
 from workers.outputs import Batch, Outputs
-
-if TYPE_CHECKING:
-    from workers.service import Worker
 
 log = logging.getLogger("headrace.worker")
 
@@ -31,13 +30,34 @@ MAX_OPEN_STEPS = 256  # read but not committed; beyond it the reader waits
 QUIET_S = 1.0  # a draining worker without sequences leaves after so long without a plan
 
 
+class Host(Protocol):
+    """What a session needs of the worker process (service.Worker): it outlives the session."""
+
+    bus: WorkerBus
+    name: str
+    engine: Engine
+    device: Device
+    metrics: Metrics
+    state: str  # serving or draining, written by the session
+    draining: asyncio.Event
+
+    def next_engine_run(self) -> int:
+        """A number that no engine run of this process had before."""
+
+    def progressed(self) -> None:
+        """The device stands idle or moves on."""
+
+    def watch_progress(self) -> None:
+        """The device does not move on. Raises TimeoutError once that lasts too long."""
+
+
 class Session:
     """The worker under one gen. ``run`` ends with Fenced("gen"), with 0 after a drain, or with a failure."""
 
-    def __init__(self, worker: Worker, gen: int, capacity: Capacity, vocabulary: Vocabulary | WindowVocabulary) -> None:
+    def __init__(self, worker: Host, gen: int, capacity: Capacity, vocabulary: Vocabulary | WindowVocabulary) -> None:
         self.worker = worker
         self.bus = worker.bus
-        self.wid = worker.config.name
+        self.wid = worker.name
         self.gen = gen
         self.capacity = capacity
         self.vocabulary = vocabulary
@@ -114,7 +134,7 @@ class Session:
             return
         plan, metrics = ticket.plan, self.worker.metrics
         metrics.step.observe(sampled.exec_us * 1e-6)
-        metrics.scheduled.observe(sum(memoryview(plan.counts).cast("i")) if plan.counts else len(plan.seats) // 2)
+        metrics.scheduled.observe(plan.tokens)
         metrics.tokens.inc(tokens)
         if sampled.mask_us:
             metrics.mask.observe(sampled.mask_us * 1e-6)

@@ -17,7 +17,7 @@ import numpy as np
 
 from protocol.errors import StartError, StructureNotSupported
 from protocol.grammar import Grammars, TokenVocabulary
-from protocol.messages import Capacity, NewSequence, Plan, PoolCapacity, choice_seed, unpack_ids
+from protocol.messages import ID_BYTES, Capacity, NewSequence, Plan, PoolCapacity, choice_seed, unpack_ids
 from workers.detokenizer import Vocabulary
 from workers.engines.base import Progress, Sampled
 from workers.masks import Masks, StepMasks
@@ -123,9 +123,9 @@ class SimulatedEngine:
         for new in plan.new:
             self._seat(new)
         for seat, ids in plan.blocks:
-            self._blocks[seat] += len(ids) // 4
-        seats = np.frombuffer(plan.seats, np.uint16)
-        counts = np.frombuffer(plan.counts, np.int32) if plan.counts else np.ones(len(seats), np.int32)
+            self._blocks[seat] += len(ids) // ID_BYTES
+        seats = np.frombuffer(plan.seats, "<u2")
+        counts = np.frombuffer(plan.counts, "<i4") if plan.counts else np.ones(len(seats), np.int32)
         self._compute(seats, counts)
         sampling = seats[np.frombuffer(plan.samples, np.uint8) != 0] if plan.samples else seats
         sampled = self._sample(sampling)
@@ -142,7 +142,7 @@ class SimulatedEngine:
         self.masks.add(new)
         self._known[seat] = len(unpack_ids(new.token_ids))
         self._computed[seat] = new.computed
-        self._blocks[seat] = len(new.block_table) // 4
+        self._blocks[seat] = len(new.block_table) // ID_BYTES
         self._keys[seat] = choice_seed(new.seed, new.choice)
         if new.sampling.logprobs is not None:
             self._wants_logprobs[seat] = new.sampling.logprobs

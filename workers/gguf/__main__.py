@@ -9,10 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from protocol.errors import StartError
+from protocol.errors import EX_CONFIG, StartError
 from workers.gguf.once import convert_once
-
-EX_CONFIG = 78
 
 
 def main(source: str, directory: str) -> int:
