@@ -195,10 +195,6 @@ class Models:
                 self.reachable = False
             self._read_at = time.monotonic()
 
-    def open_streams(self) -> int:
-        """Readers of every model, for tests and shutdown: 0 when every client has disconnected."""
-        return sum(len(model.outlet.everyone()) for model in self._open.values())
-
     def readiness(self) -> dict[str, dict[str, Any]]:
         return {
             name: {"ready": model.ready, "workers": model.workers, "scheduler": model.led}

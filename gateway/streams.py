@@ -26,7 +26,7 @@ log = logging.getLogger("headrace.gateway")
 
 SILENCE_S = 1.0  # how often the lengths of silent journals are compared
 LENGTHS_AT_ONCE = 512
-KEEP_ALIVE_S = 15.0  # how often a silent stream sends a comment, so that proxies keep the connection
+KEEP_ALIVE_LOOKS = 15  # looks (one each SILENCE_S) after which a silent stream sends a comment: proxies keep the link
 RECORD_CHECK_S = 32.0  # longest pause between reads of the record of a silent request
 
 _admitted_decoder = msgspec.msgpack.Decoder(Admitted)
@@ -47,9 +47,13 @@ class Follower:
         self.behind = False
         self.failed: HeadraceError | None = None
         self.accepted = True  # False while accept is under way: a missing record then means nothing
-        self.silent_s = 0.0
+        self.silent_looks = 0  # since the last news; a look is taken every SILENCE_S
         self.record_check_s = SILENCE_S
         self.dirty = False
+
+    @property
+    def silent_s(self) -> float:
+        return self.silent_looks * SILENCE_S
 
     @property
     def over(self) -> bool:
@@ -68,7 +72,7 @@ class Follower:
         """Called once after all rows of a publication."""
 
     def nudge(self) -> None:
-        """Called every KEEP_ALIVE_S while no row arrives."""
+        """Called every KEEP_ALIVE_LOOKS looks while no row arrives."""
 
     def feed(self, row: Row) -> None:
         choice = row.choice
@@ -83,7 +87,7 @@ class Follower:
             return
         position = self.cursors[choice]
         if row.cursor == position:
-            self.silent_s = 0.0
+            self.silent_looks = 0
             self.take(choice, row.frames)
             if self.tally.open == 0 or self.tally.prompt_tokens is None:
                 self.news.set()
@@ -259,10 +263,10 @@ class Outlet:
     async def _check_silent(self) -> None:
         silent = []
         for follower in self.everyone():
-            follower.silent_s += SILENCE_S
-            if follower.silent_s % KEEP_ALIVE_S == 0:
+            follower.silent_looks += 1
+            if follower.silent_looks % KEEP_ALIVE_LOOKS == 0:
                 follower.nudge()
-            if follower.silent_s > SILENCE_S and not follower.behind and not follower.over:
+            if follower.silent_looks > 1 and not follower.behind and not follower.over:
                 silent.append(follower)
         asked = [(f, c) for f in silent for c in range(f.tally.choices) if f.tally.ends[c] is None]
         for at in range(0, len(asked), LENGTHS_AT_ONCE):

@@ -19,9 +19,8 @@ from typing import Any, NoReturn, TypeVar
 
 from headrace.option_table import options_of
 from headrace.options import Unusable, add_option, state_dir
-from protocol.errors import HeadraceError, StartError
+from protocol.errors import EX_CONFIG, HeadraceError, StartError
 
-EX_CONFIG = 78
 DEFAULT_REDIS = "redis://127.0.0.1:6379/0"
 
 Config = TypeVar("Config")

@@ -16,12 +16,11 @@ from pathlib import Path
 
 from headrace.serve import leash
 from headrace.serve.progress import Progress, parse
-from protocol.errors import StartError
+from protocol.errors import EX_CONFIG, StartError
 
 CONVERSION = 1  # counts changes of workers/gguf after which a file has to be converted anew
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):(.+\.gguf)", re.ASCII)
 HUB_TIMEOUT_S = 5
-EX_CONFIG = 78
 
 
 def source_of(model: str) -> Path | None:

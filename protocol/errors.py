@@ -31,6 +31,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+EX_CONFIG = 78  # sysexits.h: exit code of a process that failed with StartError; it is not started again
+
 
 class HeadraceError(Exception):
     """Anything that Headrace raises on purpose."""

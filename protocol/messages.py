@@ -21,7 +21,6 @@ from protocol.sampling import SamplingParams
 
 WIRE = 1  # version of the wire between our services; no plans between different ones
 
-FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 Priority = Literal["interactive", "standard", "batch"]
 PRIORITIES: tuple[Priority, ...] = ("interactive", "standard", "batch")
 DEFAULT_TENANT = "default"
@@ -34,6 +33,7 @@ def new_rid() -> str:
     return secrets.token_hex(16)
 
 
+LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON cannot say
 ID_BYTES = 4  # of one packed token or block id
 
 
@@ -52,6 +52,9 @@ def unpack_ids(raw: bytes) -> array[int]:
     if _BIG_ENDIAN:
         ids.byteswap()
     return ids
+
+
+SEAT_BYTES = 2  # of one packed seat
 
 
 def pack_seats(seats: Iterable[int]) -> bytes:
@@ -192,6 +195,11 @@ class Plan(Struct, array_like=True):
     blocks: list[tuple[int, bytes]] = []  # (seat, ids of blocks appended to its table), for known seats
     ends: list[tuple[int, str]] = []  # (seat, finish reason): write a terminal frame, then empty the seat
     frees: list[int] = []  # seats whose sequences ended or were preempted: drop their state. Applied before `new`
+
+    @property
+    def tokens(self) -> int:
+        """Scheduled tokens of the step."""
+        return sum(unpack_ids(self.counts)) if self.counts else len(self.seats) // SEAT_BYTES
 
 
 class PoolCapacity(Struct, array_like=True):

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from protocol import records as wire
 from protocol.bus import LeaderBus
@@ -29,7 +30,7 @@ from scheduler.core.events import (
     StepDone,
     WorkerServing,
 )
-from scheduler.core.scheduler import Core, CoreConfig, Stats
+from scheduler.core.scheduler import Core, CoreConfig
 from scheduler.election import ServerClock, Timing
 from scheduler.inbox import Inbox
 from scheduler.intake import Intake
@@ -47,35 +48,39 @@ AGAIN_S = 0.05  # pause before an end is retried whose choice had another state 
 RATE_S = 10.0  # time constant of the measured token rate
 
 
+@dataclass(frozen=True)
+class Process:
+    """What a scheduler process has before it leads, and its term uses."""
+
+    bus: LeaderBus
+    tokenizers: TokenizerPool
+    metrics: Metrics
+    health: Health
+    clock: ServerClock
+    timing: Timing
+    model: str  # served name
+    tenant_weights: dict[str, float]
+    max_model_len: int | None = None  # as configured; None: what the workers can hold
+
+
 class Term:
     """One epoch of leadership over one model."""
 
-    def __init__(
-        self,
-        bus: LeaderBus,
-        epoch: int,
-        tokenizers: TokenizerPool,
-        metrics: Metrics,
-        health: Health,
-        clock: ServerClock,
-        timing: Timing,
-        *,
-        model: str,
-        tenant_weights: dict[str, float],
-        max_model_len: int | None = None,
-    ) -> None:
-        self._bus = bus
+    def __init__(self, process: Process, epoch: int) -> None:
+        self._bus = bus = process.bus
         self._epoch = epoch
-        self._model = model
-        self._tokenizers = tokenizers
-        self._longest_wanted = max_model_len  # as configured; None: what the workers can hold
-        self._metrics = metrics
-        self._health = health
-        self._clock = clock
-        self._timing = timing
-        self.core = Core(CoreConfig(max_model_len=tokenizers.max_model_len, tenant_weights=tenant_weights))
+        self._model = process.model
+        self._tokenizers = tokenizers = process.tokenizers
+        self._longest_wanted = process.max_model_len
+        self._metrics = metrics = process.metrics
+        self._health = process.health
+        self._clock = clock = process.clock
+        weights = process.tenant_weights
+        self.core = Core(CoreConfig(max_model_len=tokenizers.max_model_len, tenant_weights=weights))
+        self._group = asyncio.TaskGroup()  # entered by run: all that the term does are its tasks
         intake = Intake(bus, tokenizers, epoch, clock, metrics, self._admit, self._recover)
-        self._inbox = Inbox(bus, f"epoch-{epoch}", intake, clock, tenant_weights)
+        self._inbox = Inbox(bus, f"epoch-{epoch}", intake, clock, weights)
+        self._registry = WorkerRegistry(bus, epoch, self.core, process.timing, metrics, self._group, self._apply)
         self._known: set[str] = set()  # rids that the core holds
         self._early_cancels: dict[str, tuple[str, float]] = {}  # rid -> reason, when; the core did not know it yet
         self._finish_gate = asyncio.Semaphore(READS_AT_ONCE)
@@ -83,11 +88,7 @@ class Term:
         self._after = "0-0"  # last event read
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            self._group = group
-            self._registry = WorkerRegistry(
-                self._bus, self._epoch, self.core, self._timing, self._metrics, group, self._apply
-            )  # fmt: skip
+        async with self._group as group:
             await self._rebuild()
             await self._registry.look()
             self._follow_capacity()
@@ -283,7 +284,7 @@ class Term:
         while True:
             now, stats = time.monotonic(), self.core.stats()
             rate.note(now, stats.counters.output_tokens, idle=not stats.running)
-            if depth != (depth := {**_depth(stats), "rate": rate.value}):
+            if depth != (depth := {**stats.depth(), "rate": rate.value}):
                 await self._bus.write_depth(self._epoch, depth)
             if ticks % TICKS_PER_SECOND == 0:
                 self._metrics.observe(stats, rate.value, await self._bus.inbox_length())
@@ -329,15 +330,6 @@ class TokenRate:
         elapsed = now - since
         share = min(1.0, elapsed / RATE_S) if self.value else 1.0
         self.value += (made / elapsed - self.value) * share
-
-
-def _depth(stats: Stats) -> dict[str, int | float]:
-    """The fields of `depth` without the rate."""
-    depth: dict[str, int | float] = {"requests": stats.waiting, "tokens": stats.waiting_tokens}
-    for tenant, (requests, tokens) in stats.tenants.items():
-        depth[f"requests:{tenant}"] = requests
-        depth[f"tokens:{tenant}"] = tokens
-    return depth
 
 
 def _error(choice: FinishChoice) -> dict[str, str | None] | None:

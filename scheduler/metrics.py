@@ -129,7 +129,7 @@ class Metrics:
         self._step_time.labels(self._model, wid).observe(exec_us / 1e6)
 
     def planned(self, wid: str, plan: Plan) -> None:
-        tokens = sum(memoryview(plan.counts).cast("i")) if plan.counts else len(plan.seats) // 2
+        tokens = plan.tokens
         self._step_tokens.labels(self._model, wid).observe(tokens)
 
     def leads(self, epoch: int) -> None:

@@ -23,7 +23,7 @@ from protocol.keys import check_name
 from protocol.preloaded import Preloaded
 from scheduler.chat_format import AUTO
 from scheduler.election import ServerClock, Timing, keep_lead, stand_by
-from scheduler.leader import Term
+from scheduler.leader import Process, Term
 from scheduler.metrics import Health, Metrics, serve_status
 from scheduler.tokenizer_pool import SpecialTokensInContent, TokenizerPool
 
@@ -120,10 +120,11 @@ class _Life:
         log.info("%s leads %s in epoch %d", self.owner, model, epoch)
         self.health.state = "leading"
         self.metrics.leads(epoch)
-        term = Term(
-            self.bus, epoch, self.tokenizers, self.metrics, self.health, clock, timing,
-            model=model, tenant_weights=config.tenant_weights or {}, max_model_len=config.max_model_len,
+        process = Process(
+            self.bus, self.tokenizers, self.metrics, self.health, clock, timing, model,
+            config.tenant_weights or {}, config.max_model_len,
         )  # fmt: skip
+        term = Term(process, epoch)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(keep_lead(self.bus, epoch, self.owner, timing, clock, note))

@@ -22,7 +22,7 @@ from gateway.edge import encode_json, error_object
 from gateway.openai.parsed import ParsedAnswer, parsed_answer
 from gateway.openai.view import View
 from protocol.errors import InvalidRequest, StreamDiverged, http_status
-from protocol.messages import Frame, Job, split_stream
+from protocol.messages import LOGPROB_FLOOR, Frame, Job, split_stream
 
 decode_frame = msgspec.msgpack.Decoder(Frame).decode
 DONE = b"data: [DONE]\n\n"
@@ -386,7 +386,7 @@ def token_text(raw: bytes) -> str:
 
 def finite(value: float) -> float:
     """JSON has no infinities; a logprob of minus infinity becomes OpenAI's value for it."""
-    return value if math.isfinite(value) else -9999.0
+    return value if math.isfinite(value) else LOGPROB_FLOOR
 
 
 def _logprob_entry(raw: bytes, logprob: float) -> dict[str, Any]:

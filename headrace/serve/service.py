@@ -29,9 +29,9 @@ from headrace.model import choose as choose_model
 from headrace.option_table import OPTIONS, options_of
 from headrace.serve import embedded, progress
 from headrace.serve.durability import check_durability
-from headrace.serve.supervisor import EX_CONFIG, Child, GaveUp, Program, Supervisor
+from headrace.serve.supervisor import Child, GaveUp, Program, Supervisor
 from protocol.bus import GatewayBus, LeaderBus
-from protocol.errors import StartError
+from protocol.errors import EX_CONFIG, StartError
 from protocol.keys import MODEL_NAME
 
 IMPORTANT = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL) ")  # a log line as the command line formats it

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headrace.serve import leash
-from protocol.errors import HeadraceError, StartError
+from protocol.errors import EX_CONFIG, HeadraceError, StartError
 
-EX_CONFIG = 78  # a child's exit code for "this start can never succeed": never repeated
 DEATHS = 5  # within WINDOW_S of one process: give up
 WINDOW_S = 60.0
 BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)

@@ -97,7 +97,7 @@ class BatchBuilder:
             waiting = worker.assigned[0] if worker.assigned else self._lifecycle.queue.head()
             head = None
             if waiting is not None and not (begun and begun[-1].waiting_level <= waiting.waiting_level):
-                head = self._head_for(worker)
+                head = self._assign_next(worker)
             if head is None and not begun:
                 break
             sequence = head or begun.pop()
@@ -122,9 +122,10 @@ class BatchBuilder:
         waiting = min(self._lifecycle.queue.sequences + len(worker.assigned), worker.most_seqs - worker.running)
         return min(budget, worker.step_time.chunk(decodes, uncached, len(worker.prefilling) + waiting))
 
-    def _head_for(self, worker: WorkerState) -> Sequence | None:
-        """Assign the sequence that starts on ``worker`` next and return it, or None. Heads of the queue
-        for which another worker is better are assigned there first, as far as it has room, so the order is kept."""
+    def _assign_next(self, worker: WorkerState) -> Sequence | None:
+        """Assign sequences from the queue's head to workers until ``worker`` has one; it, or None if none may start
+        there. Heads that are better off elsewhere are assigned there, as far as the others have room: order is kept,
+        none overtakes the head."""
         queue = self._lifecycle.queue
         while not worker.assigned:
             head = queue.head()

@@ -63,9 +63,9 @@ class Stats:
     workers: dict[str, WorkerStats]
     counters: Counters  # live object: copy to keep
 
-    def depth(self) -> dict[str, int]:
-        """The fields of the `depth` hash: what waits, in all and per tenant."""
-        fields = {"requests": self.waiting, "tokens": self.waiting_tokens}
+    def depth(self) -> dict[str, float]:
+        """The fields of the `depth` hash but for the rate: what waits, in all and per tenant."""
+        fields: dict[str, float] = {"requests": self.waiting, "tokens": self.waiting_tokens}
         for tenant, (requests, tokens) in self.tenants.items():
             fields[f"requests:{tenant}"], fields[f"tokens:{tenant}"] = requests, tokens
         return fields

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.app import Gateway, GatewayConfig
 from tests.gateway.backend import Backend
-from tests.gateway.front import Front, eventually
+from tests.gateway.front import Front, eventually, followers
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ async def open_gateway(redis_url: str, backend: Backend) -> AsyncIterator[Callab
     for gateway, session in closing:
         await session.close()
         # no zombies: with its clients gone a gateway follows nothing
-        await eventually(lambda g=gateway: not g.models.open_streams() and not g.answers.open)
+        await eventually(lambda g=gateway: not followers(g) and not g.answers.open)
         await gateway.__aexit__()
 
 

@@ -39,6 +39,11 @@ def rid_of(events: list[bytes]) -> str:
     return str(payload(events[0])["id"])
 
 
+def followers(gateway: Gateway) -> int:
+    """Readers of every model's streams."""
+    return sum(len(model.outlet.everyone()) for model in gateway.models._open.values())
+
+
 async def eventually(condition: Callable[[], Any], what: str = "the condition") -> Any:
     """Wait until ``condition()`` (may be async) is true, and return it."""
     async with asyncio.timeout(PATIENCE_S):

@@ -180,7 +180,7 @@ async def test_a_silent_stream_shows_that_it_lives(
     front: Front, client: openai.AsyncOpenAI, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By comments, which no client takes for an event, wherever they fall."""
-    monkeypatch.setattr("gateway.streams.KEEP_ALIVE_S", 1.0)
+    monkeypatch.setattr("gateway.streams.KEEP_ALIVE_LOOKS", 1)
     backend.hold = True
     stream = await client.completions.create(model=MODEL, prompt="x", stream=True)
     reply = await front.session.post(front.url + "/v1/completions", json=COMPLETION)

@@ -15,7 +15,7 @@ from headrace import cli
 from headrace.option_table import OPTIONS, options_of
 from headrace.options import argv_of, child_environment, served_name
 from headrace.serve import service as serve
-from protocol.errors import StartError
+from protocol.errors import EX_CONFIG, StartError
 
 COMMANDS = sorted(cli.COMMANDS)
 
@@ -196,7 +196,7 @@ def test_a_second_serve_in_the_same_place_is_refused(tmp_path: Path) -> None:
 
 def test_a_start_error_is_one_sentence_and_exit_code_78() -> None:
     ended = run("serve", "--model", "/nowhere/at/all")
-    assert ended.returncode == cli.EX_CONFIG
+    assert ended.returncode == EX_CONFIG
     assert ended.stderr == (
         "headrace serve: --model /nowhere/at/all: no such directory (a hub id has the form owner/name)\n"
     )

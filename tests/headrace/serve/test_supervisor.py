@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from headrace.serve import supervisor as module
-from headrace.serve.supervisor import EX_CONFIG, GaveUp, Program, Supervisor
-from protocol.errors import StartError
+from headrace.serve.supervisor import GaveUp, Program, Supervisor
+from protocol.errors import EX_CONFIG, StartError
 
 WAIT_S = 60  # generous: the machine may be busy
 
