@@ -1,6 +1,6 @@
-"""Incremental text: what one more token adds to what was said, never half a character.
+"""Incremental detokenization: the text that each further token adds, whole characters only.
 
-The one idea: most tokenizers only write bytes. A token of a byte-level BPE, or of a sentencepiece with byte fallback,
+Most tokenizers only write bytes: a token of a byte-level BPE, or of a sentencepiece with byte fallback,
 has bytes of its own whatever stands around it, so text is those bytes through an incremental UTF-8 decoder: one
 dictionary look-up for a usual token. That this holds for a tokenizer is checked at load against its own ``decode``;
 where it does not (WordPiece and others), a sliding window is decoded twice per token instead: the prefix and read

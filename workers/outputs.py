@@ -1,7 +1,7 @@
 """From sampled ids to journal rows: text, stop checks, frames, terminal results.
 
-The one idea: a sequence's output state follows the *executed* steps, one by one, in order; rows gather until the commit
-that runs meanwhile has ended, and then go together. A token after a sequence's end is thrown away here: it is
+A sequence's output state follows the *executed* steps, one by one, in order. While a commit is under way rows gather;
+the next commit takes them all. A token after a sequence's end is thrown away here: it is
 never journaled, published or hinted.
 """
 

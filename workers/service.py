@@ -1,7 +1,7 @@
 """The worker process: its configuration, its load, its signals, and one session after another.
 
-The one idea: what a worker is allowed to do is decided by (epoch, gen) alone. Fenced, it drops everything it holds
-and registers anew; loading is done once, a session (session.py) is cheap.
+What a worker may do is decided by (epoch, gen) alone. Once fenced, it drops all its sequences and registers anew:
+the model is loaded once per process, a session (session.py) costs little.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One session of a worker: the time under one gen, from registration until it is fenced or leaves.
 
-Four tasks and one callback share it: plans are read, executed steps become rows, one commit at a time makes
-them durable, beats tell that all this moves on, and a drain waits for its end. Within a session an engine run is the
-time under one leader: at its end all sequences are dropped, since journals and requests are the truth and the next
-leader continues from them.
+Four tasks and one callback: plans are read, executed steps become rows, one commit at a time makes them
+durable, heartbeats are sent while there is progress, and a drain waits until nothing is left. Within a session an
+engine run is the time under one leader: at its end all sequences are dropped, since the next leader continues from
+the journals and request records.
 """
 
 from __future__ import annotations

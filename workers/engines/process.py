@@ -122,7 +122,7 @@ class ProcessEngine:
         self._send("reset")
 
     def beat(self) -> int:
-        """EngineFailed if there is nobody left to beat."""
+        """EngineFailed if the child has ended."""
         if self._child is not None and self._child.poll() is not None:
             raise EngineFailed(f"the engine's process {_how(self._child.returncode)}; its log is above")
         return int(struct.unpack_from("<q", self._beat)[0])
@@ -151,13 +151,13 @@ class ProcessEngine:
         self._channel = Channel(ours)
 
     def _load_tokenizer(self) -> None:
-        """Meanwhile here, where text is made."""
+        """Load the tokenizer here, in the process that makes text, while the child loads the model."""
         from transformers import AutoTokenizer  # takes seconds to import
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.config.model, trust_remote_code=False)
         except (OSError, ValueError, KeyError):
-            self.tokenizer = None  # the child says what is wrong with it
+            self.tokenizer = None  # the child reports the error
 
     def _send(self, *message: Any) -> None:
         try:
@@ -175,7 +175,7 @@ class ProcessEngine:
         return message
 
     def _death(self) -> HeadraceError:
-        """Why there is nobody to talk to: what the child said last, or how it ended."""
+        """Why the connection is closed: the error that the child sent last, or how its process ended."""
         try:
             while (message := self._channel.receive()) is not None:
                 if message[0] == "raised":
@@ -280,7 +280,7 @@ def _say(channel: Channel, error: BaseException) -> None:
         name, text = EngineFailed.__name__, f"{name}: {text}"
     try:
         channel.send("raised", name, text)
-    except OSError:  # nobody is there to hear it
+    except OSError:  # the parent is gone
         pass
 
 
@@ -294,14 +294,14 @@ def main() -> None:
     link, shared, parent, level = map(int, sys.argv[1:5])
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it ended before the wish was made
+        if os.getppid() != parent:  # it ended before prctl took effect
             raise SystemExit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent decides
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     code = 0
     try:
         serve(Channel(socket.socket(fileno=link)), mmap.mmap(shared, 8))
-    except HeadraceError:  # told to the parent, who says it
+    except HeadraceError:  # sent to the parent, which reports it
         code = 1
     except BaseException:
         log.critical("the engine failed", exc_info=True)

@@ -1,6 +1,6 @@
 """An engine that only keeps time: every step takes as long as a model of step times says, no arithmetic is done.
 
-For tests, and to find out what scheduler, server and gateways can carry without a GPU for each. Tokens are a hash of
+For tests, and to measure the scheduler, the server and the gateways without GPUs. Tokens are a hash of
 (seed, choice, position), so a sequence gives the same tokens wherever and however often it runs. It checks
 what an engine relies on: that plans follow each other, and that every computed token has a block.
 """

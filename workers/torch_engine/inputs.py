@@ -163,7 +163,7 @@ class Seats:
         return step
 
     def _again(self, last: HostStep) -> HostStep:
-        """One more token for each row of ``last``, all decodes then, too: what was checked of it holds still."""
+        """The step after ``last`` where both are decodes of the same seats: only the blocks have to be checked anew."""
         seats, computed = last.seats, last.contexts
         contexts = computed + 1
         self._check_blocks(seats, contexts)

@@ -1,10 +1,10 @@
-"""A pass through a model as one native call, if its layers are.
+"""A pass through a model as one native call, where all its decoder layers are one.
 
-Embed, turn, layers, norm, head: for most models nothing else happens in a pass, yet transformers' own way through it
-costs a decode of a small model a tenth of its time, masks and caches that nobody reads included. Whether nothing else
-happens is seen as with layers (layers.py): the forwards mention only the names below, and what comes out is compared
-with the model's own logits before it is used. Angles are a table by position, made once; whether the model's depend on
-anything else is tried.
+Embedding, rotary angles, layers, final norm, head: in most models a pass consists of nothing else, yet transformers'
+forward around the layers (masks and caches that are not used here) takes a tenth of a decode step of a small model.
+That nothing else happens is checked as for layers (layers.py): the forwards mention only the names below, and the
+logits are compared with the model's own before the call is used. Angles are a table by position, made once; it is
+tested whether the model's angles depend on anything but the position.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _angles(rotary: nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor]
         same = all(
             torch.equal(a[:, p[0]], b) for p in some for a, b in zip(table, rotary(x, position_ids=p), strict=True)
         )
-    except (TypeError, RuntimeError, AttributeError, ValueError):  # of another kind than we know
+    except (TypeError, RuntimeError, AttributeError, ValueError):  # another signature than usual
         return None
     cosine, sine = (angle[0].contiguous() for angle in table)
     return (cosine, sine) if same and cosine.dtype == sine.dtype == torch.float32 else None
