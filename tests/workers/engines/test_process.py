@@ -21,7 +21,7 @@ from tests.conftest import MODEL
 from tests.models import tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence
 from tests.workers.scripted import ScriptedScheduler
-from tests.workers.torch_engine.test_parity import first_difference, reference_of
+from tests.workers.torch_engine.parity import first_difference, reference_of
 from workers.engines.process import ProcessEngine
 from workers.engines.simulated import SimulatedConfig, SimulatedEngine
 from workers.service import WorkerConfig, make_engine, run_worker

@@ -15,18 +15,17 @@ from protocol.sampling import SamplingParams
 from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
 from tests.workers.core_driver import CoreDriver
 from tests.workers.plan_maker import PlanMaker, Sequence
-from tests.workers.torch_engine.test_parity import (
+from tests.workers.torch_engine.parity import (
     BLOCK,
     first_difference,
     make_engine,
     make_requests,
-    one_thread,
     reference_of,
 )
 from workers.native.library import KernelsUnavailable
 from workers.torch_engine import make
 
-__all__ = ["one_thread"]  # the autouse fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

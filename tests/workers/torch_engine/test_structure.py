@@ -17,11 +17,11 @@ from protocol.structure import Structure
 from tests.models import EOS, tiny_model
 from tests.workers.core_driver import CoreDriver
 from tests.workers.plan_maker import Sequence
-from tests.workers.torch_engine.test_parity import BLOCK, make_engine, one_thread
+from tests.workers.torch_engine.parity import BLOCK, make_engine
 from workers.masks import StepMasks
 from workers.torch_engine.sampler import rule_out
 
-__all__ = ["one_thread"]  # the autouse fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCHEMAS: list[Any] = [
     {"type": "object", "properties": {"name": {"type": "string", "maxLength": 6}, "tags": {

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from protocol.errors import ModelRefused, StartError
 from tests.models import BOS, EOS, PAD, VOCAB, byte_tokenizer, liven
 from tests.workers.core_driver import CoreDriver
-from tests.workers.torch_engine.test_parity import first_difference, make_engine, make_requests, reference_of
+from tests.workers.torch_engine.parity import first_difference, make_engine, make_requests, reference_of
 from workers.torch_engine import loader
 
 LAYERS = 4

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.models import SERVED, tiny_model
-from tests.workers.torch_engine.test_parity import BLOCK, make_engine, one_thread
+from tests.workers.torch_engine.parity import BLOCK, make_engine
 from workers.native.library import KernelsUnavailable, Packed, load_kernels
 from workers.torch_engine import verify
 from workers.torch_engine.cpu.layers import Done, NativeLayers
 
-__all__ = ["one_thread"]  # the autouse fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 try:
     load_kernels()

@@ -15,14 +15,14 @@ from protocol.sampling import SamplingParams
 from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence
 from tests.workers.torch_engine.cuda.triton_device import DEVICE
-from tests.workers.torch_engine.test_parity import first_difference, one_thread, reference_of
+from tests.workers.torch_engine.parity import first_difference, reference_of
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.cuda.backend import CudaBackend
 from workers.torch_engine.cuda.graphs import Bucket, choose_buckets
 from workers.torch_engine.engine import TorchEngine
 from workers.torch_engine.make import torch_alone
 
-__all__ = ["one_thread"]  # the autouse fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCK = 8
 BUDGET = 16
