@@ -125,12 +125,15 @@ class _Life:
             config.tenant_weights or {}, config.max_model_len,
         )  # fmt: skip
         term = Term(process, epoch)
+        deposed: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(keep_lead(self.bus, epoch, self.owner, timing, clock, note))
                 group.create_task(term.run())
         except* Fenced as fenced:
-            raise Fenced("epoch") from fenced
+            deposed = fenced  # raised below: Python before 3.11.4 wraps in a group what is raised in here
+        if deposed is not None:
+            raise Fenced("epoch") from deposed
 
     async def _release(self) -> None:
         """Hand the lead over if this process leads, also if it began to lead just before the end."""
