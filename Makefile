@@ -9,7 +9,7 @@ PYTEST ?= $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test check lint format sweep nightly tsan chaos bench bench-peers
+.PHONY: help venv serve test check lint format sweep nightly tsan mutations chaos bench bench-peers
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ nightly: $(KERNELS) ## what takes minutes: the image with its downloads, ThreadS
 
 tsan: $(KERNELS) ## the kernels' threads under ThreadSanitizer (docs/kernels.md)
 	$(PYTEST) -m nightly tests/workers/native/test_team_sanitized.py $(ARGS)
+
+mutations: $(KERNELS) ## faults put in on purpose, one at a time: each must turn its tests red
+	$(BIN)/python -m tests.mutations $(ARGS)
 
 chaos: $(STAMP) ## an hour of random faults under load (ARGS='--minutes 5 --seed 1')
 	$(BIN)/python -m tests.chaos.driver $(ARGS)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.deploy.image import Container, Image, build_context
 from tests.deploy.ready import completion_of
-from tests.stack import START_S, free_port
+from tests.stack import free_port
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -29,7 +29,7 @@ def test_the_image_serves_on_its_native_kernels(tmp_path: Path, light: bool) -> 
     port = free_port()
     with Container(image, tmp_path / "context", tmp_path, light=light) as container:
         container.start("serve", "--port", str(port), "--model", "examples/demo-model", "--run-dir", "/tmp/run")
-        answer = completion_of(port, container.running, container.output, START_S if light else 1200)
+        answer = completion_of(port, container.running, container.output, 600 if light else 1200)
         said = container.output()
     assert answer["usage"]["completion_tokens"] >= 1
     built, _, served = said.partition("BUILT\n")
