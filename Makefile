@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 KERNELS := workers/native/.built
 KERNEL_SOURCES := setup.py $(wildcard workers/native/*.cpp workers/native/*.inc)
 PYTEST ?= $(BIN)/python -m pytest
@@ -14,11 +15,19 @@ ARGS ?=
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml constraints.txt
+# What serving needs, and what tests and checks need besides. TORCH=cpu asks for torch's build without CUDA.
+$(STAMP) $(DEV): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	touch $(STAMP)
+	@test "$(TORCH)" != cpu || $(BIN)/python -m pip install -c constraints.txt '$(CPU_TORCH)' \
+	  || echo "pip's index has no $(CPU_TORCH) (PIP_EXTRA_INDEX_URL may name one that has): the usual torch is taken"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$(EXTRA)]' $(BUILDS_KERNELS)
+	touch $(STAMP) $@
 	@! ls workers/native/_kernels*.so >/dev/null 2>&1 || touch $(KERNELS)
+
+$(STAMP): EXTRA := gguf
+$(DEV): EXTRA := dev
+BUILDS_KERNELS := 'setuptools>=77'
+CPU_TORCH := $(shell sed -n 's/^torch==.*/&+cpu/p' constraints.txt)
 
 # Built anew when their sources change. What they are required for says so: then a failure to build is one.
 $(KERNELS): $(KERNEL_SOURCES) | $(STAMP)
@@ -27,48 +36,48 @@ $(KERNELS): $(KERNEL_SOURCES) | $(STAMP)
 
 test: export HEADRACE_REQUIRE_KERNELS := 1
 
-venv: $(STAMP) ## make and fill .venv
+venv: $(DEV) ## make and fill .venv
 
 # On a terminal, `set -m` gives it to serve alone: Ctrl-C is serve's to answer, and make ends with its exit code.
 serve: $(KERNELS) ## serve a small chat model (MODEL=... serves another; ARGS='--port ...')
 	@bash -c '[ -t 0 ] && set -m && { $(BIN)/headrace serve "$$@"; exit $$?; }; exec $(BIN)/headrace serve "$$@"' serve $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 # Several at once, file by file: most of them wait for processes of their own rather than compute.
-test: $(KERNELS) ## run the tests (ARGS='tests/headrace -k cli')
+test: $(DEV) $(KERNELS) ## run the tests (ARGS='tests/headrace -k cli')
 	$(PYTEST) -m "not sweep and not nightly" -n 3 --dist loadfile $(ARGS)
 
 check: lint test ## everything that a change must pass: format, lint, types, import rules, tests
 
-lint: $(STAMP) ## format check, ruff, mypy, import rules, documents
+lint: $(DEV) ## format check, ruff, mypy, import rules, documents
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(PYTEST) -q tests/test_docs.py
 
-format: $(STAMP) ## rewrite the code in the project's format
+format: $(DEV) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-sweep: $(STAMP) ## parity over every causal architecture of the installed transformers
+sweep: $(DEV) ## parity over every causal architecture of the installed transformers
 	$(PYTEST) -m sweep $(ARGS)
 
 nightly: export HEADRACE_REQUIRE_KERNELS := 1
-nightly: $(KERNELS) ## what takes minutes: the image with its downloads, ThreadSanitizer
+nightly: $(DEV) $(KERNELS) ## what takes minutes: the image with its downloads, ThreadSanitizer
 	$(PYTEST) -m nightly $(ARGS)
 
-tsan: $(KERNELS) ## the kernels' threads under ThreadSanitizer (docs/kernels.md)
+tsan: $(DEV) $(KERNELS) ## the kernels' threads under ThreadSanitizer (docs/kernels.md)
 	$(PYTEST) -m nightly tests/workers/native/test_team_sanitized.py $(ARGS)
 
-mutations: $(KERNELS) ## faults put in on purpose, one at a time: each must turn its tests red
+mutations: $(DEV) $(KERNELS) ## faults put in on purpose, one at a time: each must turn its tests red
 	$(BIN)/python -m tests.mutations $(ARGS)
 
-chaos: $(STAMP) ## an hour of random faults under load (ARGS='--minutes 5 --seed 1')
+chaos: $(DEV) ## an hour of random faults under load (ARGS='--minutes 5 --seed 1')
 	$(BIN)/python -m tests.chaos.driver $(ARGS)
 
-bench: $(STAMP) ## measure Headrace, about 10 minutes, into docs/performance.md (ARGS=--quick; ARGS='--only w2 commit')
+bench: $(DEV) ## measure Headrace, about 10 minutes, into docs/performance.md (ARGS=--quick; ARGS='--only w2 commit')
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.suite $(ARGS)
 
-bench-peers: $(STAMP) ## measure it beside other engines, which are installed into ~/.cache/headrace/bench
+bench-peers: $(DEV) ## measure it beside other engines, which are installed into ~/.cache/headrace/bench
 	$(BIN)/python -m benchmarks.peers $(ARGS)

@@ -46,6 +46,26 @@ def test_make_knows_the_targets_that_the_readme_names() -> None:
         assert f"make {target} " in shown
 
 
+@pytest.mark.parametrize(("target", "extra"), [("serve", "gguf"), ("test", "dev")])
+@pytest.mark.parametrize("torch", ["", "cpu"])
+def test_serving_installs_less_than_testing(tmp_path: Path, target: str, extra: str, torch: str) -> None:
+    """And each installs once. A virtual environment of programs that only write down how they are called."""
+    calls = tmp_path / "calls"
+    for name in ("python", "headrace"):
+        program = tmp_path / "venv" / "bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {calls}\n')
+        program.chmod(0o755)
+    places = [f"VENV={tmp_path}/venv", f"KERNELS={tmp_path}/built"]
+    subprocess.run(["make", target, *places, f"TORCH={torch}", "MODEL=some/model"], cwd=ROOT, timeout=60, check=True)
+    *installs, last = [line for line in calls.read_text().splitlines() if "setup.py" not in line]
+    assert [re.findall(r"-e \.\[(\w+)\]", line) for line in installs] == [[]] * bool(torch) + [[extra]]
+    assert all(line.startswith("python -m pip install -c constraints.txt ") for line in installs)
+    if torch:
+        assert re.search(r" torch==[\d.]+\+cpu$", installs[0])
+    assert last.startswith("headrace serve --model some/model" if target == "serve" else "python -m pytest ")
+
+
 @pytest.mark.parametrize("name", [n for n in COMPOSE["services"] if n != "redis"])
 def test_compose_uses_options_that_exist(name: str) -> None:
     service = COMPOSE["services"][name]
