@@ -122,6 +122,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.timeout(900)  # transformers takes a while where others compute too
 def test_twenty_chats_equal_generate(stack: Stack, small_model: Path, one_thread: None) -> None:
     """Greedy, token for token, all twenty at once through the queue, against transformers' own batch of twenty."""
     assert len(CHATS) == 20
