@@ -55,21 +55,26 @@ def _value(node: ast.expr) -> Any:
 
 
 def _balanced(source: Source) -> Reading[str]:
-    """The text from the next bracket to the one that closes it, whatever stands in quotes."""
+    """The text from the next bracket to the one that closes it, whatever stands in quotes. Line breaks in quotes, which
+    some models write as they are, are escaped."""
     start, depth = source.at, 0
+    out: list[str] = []
     if (yield from source.peek()) != "[":
         raise Malformed
     while True:
         run = _PLAIN.match(source.text, source.at)
         assert run is not None
         source.at = run.end()
+        out.append(run[0])
         if source.at - start > MAX_LIST:
             raise Malformed
         char = yield from source.peek()
         if not char:
             raise Cut
         if char in _QUOTED:
+            quoted_from = source.at
             yield from _quoted(source, char)
+            out.append(source.text[quoted_from : source.at].replace("\n", "\\n"))
             continue
         if CONTROL.match(char):
             raise Malformed
@@ -80,8 +85,9 @@ def _balanced(source: Source) -> Reading[str]:
         else:
             continue  # more of the run has come
         source.at += 1
+        out.append(char)
         if not depth:
-            return source.text[start : source.at]
+            return "".join(out)
 
 
 def _quoted(source: Source, quote: str) -> Reading[None]:

@@ -1,0 +1,127 @@
+"""The loop of a tool through real processes, by the unmodified client: a call that its schema rules, its result, an
+answer. The model is the tree's own, whose chat template knows no tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+
+from tests.stack import Stack
+
+MODEL = Path(__file__).parents[2] / "examples" / "demo-model"
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "enum": ["Zürich", "Bern", 'St. "Gallen"']},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+        "units": {"anyOf": [{"const": "C"}, {"type": "null"}]},
+    },
+    "required": ["city", "days", "units"],
+    "additionalProperties": False,
+}
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "forecast", "description": "the weather", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {},
+                                                                    "additionalProperties": False}}},
+]  # fmt: skip
+ASK: Any = {
+    "model": "demo",
+    "messages": [{"role": "user", "content": "Will it rain?"}],
+    "tools": TOOLS,
+    "max_tokens": 200,
+}
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with Stack(
+        tmp_path_factory.mktemp("stack"), "--model", str(MODEL), "--served-model-name", "demo", "--dtype", "float32"
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=stack.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def forecast(city: str, days: int, units: str | None) -> str:
+    return f"{days} days of rain in {city}, in {units}"
+
+
+def test_the_loop_of_a_tool(client: openai.OpenAI) -> None:
+    first = client.chat.completions.create(**ASK, tool_choice={"type": "function", "function": {"name": "forecast"}})
+    message = first.choices[0].message
+    assert first.choices[0].finish_reason == "tool_calls"
+    assert message.content is None
+    assert message.tool_calls is not None
+    (call,) = message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    jsonschema.validate(arguments, SCHEMA)
+    history: Any = [
+        *ASK["messages"], message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": forecast(**arguments)},
+    ]  # fmt: skip
+    last = client.chat.completions.create(**{**ASK, "messages": history, "max_tokens": 12}, tool_choice="none")
+    assert last.choices[0].message.tool_calls is None
+    assert last.usage is not None
+    assert first.usage is not None
+    assert last.usage.prompt_tokens > 20
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_required_calls_stream_as_argument_deltas(client: openai.OpenAI, temperature: float) -> None:
+    for seed in range(4):
+        asked = {
+            **ASK,
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        whole = client.chat.completions.create(**asked)
+        assert whole.choices[0].message.tool_calls is not None
+        (expected,) = whole.choices[0].message.tool_calls
+        pieces, name, finish = [], "", None
+        for chunk in client.chat.completions.create(**asked, stream=True):
+            choice = chunk.choices[0]
+            finish = choice.finish_reason or finish
+            for delta in choice.delta.tool_calls or ():
+                assert delta.function is not None
+                name = delta.function.name or name
+                pieces.append(delta.function.arguments or "")
+        assert finish == "tool_calls"
+        assert (name, "".join(pieces)) == (expected.function.name, expected.function.arguments)
+        parameters = next(t["function"]["parameters"] for t in TOOLS if t["function"]["name"] == name)
+        jsonschema.validate(json.loads("".join(pieces)), parameters)
+
+
+def test_several_calls_and_free_answers(client: openai.OpenAI) -> None:
+    many = client.chat.completions.create(**ASK, tool_choice="required", temperature=1.0, n=3, seed=1)
+    for choice in many.choices:
+        for call in choice.message.tool_calls or ():
+            if choice.finish_reason == "tool_calls":
+                parameters = next(
+                    t["function"]["parameters"] for t in TOOLS if t["function"]["name"] == call.function.name
+                )
+                jsonschema.validate(json.loads(call.function.arguments), parameters)
+    free = client.chat.completions.create(**{**ASK, "max_tokens": 8})
+    assert free.choices[0].message.content or free.choices[0].message.tool_calls
+
+
+def test_what_cannot_be_is_a_400(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{**ASK, "messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]})
+    assert caught.value.param == "messages[0].tool_calls[0].function"
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    refused: Any = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{**ASK, "tools": refused}, tool_choice="required")
+    assert "uniqueItems" in caught.value.message
