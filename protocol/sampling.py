@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import InvalidRequest
+from protocol.formats.spec import FormatSpec
 from protocol.structure import Structure
 
 MAX_CHOICES = 8
@@ -16,6 +17,15 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 INT64_MAX = 2**63 - 1
+
+
+class Content(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What tells plain content from thoughts and calls, in an answer that may hold either: stop strings are looked for
+    in content alone."""
+
+    format: FormatSpec
+    functions: list[str]  # their calls are looked for
+    thinking: bool  # the prompt has opened a thought
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -44,6 +54,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     skip_special_tokens: bool = True
     logprobs: int | None = None
     structure: Structure | None = None  # what the text must look like
+    content: Content | None = None  # where stop strings are looked for; not for requests to set
 
     @property
     def greedy(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from protocol.formats.parser import Parser
 from protocol.messages import (
     LANDED,
     LOGPROB_FLOOR,
@@ -70,8 +71,8 @@ class Output:
     """The output of one sequence under one placement."""
 
     __slots__ = (
-        "awaited", "count", "cursor", "dropped", "end_ids", "eos", "min_tokens", "new", "plain", "row", "seat",
-        "steady_until", "stops", "stream", "tail", "text",
+        "awaited", "count", "cursor", "dropped", "end_ids", "eos", "min_tokens", "new", "parser", "plain", "row",
+        "seat", "steady_until", "stops", "stream", "tail", "text",
     )  # fmt: skip
 
     def __init__(self, new: NewSequence, vocabulary: Vocabulary | WindowVocabulary, eos: frozenset[int]) -> None:
@@ -86,7 +87,11 @@ class Output:
         self.eos = frozenset() if sampling.ignore_eos and not ruled else eos
         self.end_ids = self.eos.union(sampling.stop_token_ids)
         self.min_tokens = 0 if ruled else sampling.min_tokens
-        searched = sampling.stop and not ruled
+        content = sampling.content if sampling.stop else None  # stops are searched in plain content alone
+        self.parser = (
+            Parser(content.format, dict.fromkeys(content.functions), thinking=content.thinking) if content else None
+        )
+        searched = sampling.stop and (self.parser is not None or not ruled)
         self.stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if searched else None
         self.awaited = structure.after if structure is not None else []  # ids that content begins after
         self.tail: list[int] = []  # the last ids while they are awaited
@@ -97,7 +102,7 @@ class Output:
         self.row: OutputRow | None = None  # gathers frames for the next commit
         self.dropped = False  # journal closed or no longer ours: nothing more of it is committed
         for at, token in enumerate(islice(ids, new.prompt_len, None), 1):
-            self._show(self.stream.push(token), at)
+            self._show(token, self.stream.push(token), at)
             self._await(token)
 
     def _await(self, token: int) -> None:
@@ -106,14 +111,23 @@ class Output:
             if self.tail == self.awaited:
                 self.awaited = []
 
-    def _show(self, text: str, count: int) -> tuple[str, str | None]:
+    def _show(self, token: int, text: str, count: int) -> tuple[str, str | None]:
         """Pass text of the output's ``count``-th token through the stop check; what may be shown, the stop found."""
         found = None
-        if self.stops is not None and count > self.min_tokens and not self.awaited:
+        content = self.parser is None or self._in_content(self.parser, token, text)
+        if self.stops is not None and content and count > self.min_tokens and not self.awaited:
             text, found = self.stops.feed(text)
+        elif self.stops is not None and self.stops.held:  # no stop string runs into a thought or a call
+            text, self.stops.held = self.stops.held + text, ""
         if self.text is not None and text:
             self.text.append(text)
         return text, found
+
+    def _in_content(self, parser: Parser, token: int, text: str) -> bool:
+        """Whether ``token`` is part of plain content, and begins neither a thought nor a call."""
+        before = parser.in_content
+        parser.feed(token, text)
+        return before and parser.in_content
 
     @property
     def held(self) -> str:
@@ -240,11 +254,11 @@ class Outputs:
         sampling, stop = output.new.sampling, None
         if token in output.end_ids and output.count > output.min_tokens:
             shown = not sampling.skip_special_tokens if token in output.eos else sampling.include_stop_str_in_output
-            text, found = output._show(output.stream.push(token) if shown else "", output.count)
+            text, found = output._show(token, output.stream.push(token) if shown else "", output.count)
             if token not in output.eos:
                 stop = token
             return text + self._flush(output), "stop", found if found is not None else stop
-        text, found = output._show(output.stream.push(token), output.count)
+        text, found = output._show(token, output.stream.push(token), output.count)
         output._await(token)
         if found is not None:
             return text, "stop", found

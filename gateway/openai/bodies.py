@@ -229,7 +229,7 @@ def _sampling(
     given: dict[str, Any] = {
         name: value
         for name in SamplingParams.__struct_fields__
-        if name not in ("logprobs", "stop", "structure") and (value := getattr(body, name)) is not None
+        if name not in ("logprobs", "stop", "structure", "content") and (value := getattr(body, name)) is not None
     }
     given.setdefault("max_tokens", max_tokens)
     if body.stop is not None:

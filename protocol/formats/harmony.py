@@ -26,6 +26,7 @@ class Harmony:
         self.start, self.channel, self.message = map(alphabet.encode, ("<|start|>", "<|channel|>", "<|message|>"))
         self.ends = tuple(map(alphabet.encode, ("<|end|>", "<|call|>", "<|return|>", "<|start|>")))
         self.thinking = False
+        self.plain = False  # within a message that is content
 
     def run(self) -> Reading[None]:
         source = self.source
@@ -50,6 +51,7 @@ class Harmony:
             yield from self._call(recipient[1])
             return
         self.thinking = channel.startswith("analysis") or (recipient is None and bool(_OTHER.search(header)))
+        self.plain = not self.thinking
         self.sink.turn()
         try:
             emit = self.sink.reasoning if self.thinking else self.sink.content
@@ -59,7 +61,7 @@ class Harmony:
         finally:
             if self.thinking:
                 self.sink.turn()
-            self.thinking = False
+            self.thinking = self.plain = False
 
     def _call(self, name: str) -> Generator[None, None, None]:
         source, sink = self.source, self.sink

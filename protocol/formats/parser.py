@@ -66,7 +66,9 @@ class Parser:
     @property
     def in_content(self) -> bool:
         """Whether the text at this point is plain content: neither thought nor (perhaps) a call."""
-        return not self._thinks and not self._in_call
+        if self._harmony is not None:
+            return self._harmony.plain
+        return not self.thinking and not self._in_call
 
     @property
     def _thinks(self) -> bool:

@@ -15,7 +15,7 @@ from protocol.errors import StructureNotSupported
 from protocol.formats.call_grammar import JSON_STYLE, quoted
 from protocol.formats.spec import FormatSpec
 from protocol.messages import Job
-from protocol.sampling import SamplingParams
+from protocol.sampling import Content, SamplingParams
 from protocol.structure import Structure
 
 START = "start: answer\n"
@@ -23,11 +23,15 @@ START = "start: answer\n"
 
 def sampling_of(job: Job, prompt: Sequence[int]) -> SamplingParams:
     """The sampling parameters that ``prompt`` is continued with."""
-    structure, spec = job.sampling.structure, job.format
-    if structure is None or spec is None or structure.after:
-        return job.sampling
-    ruled = after_thought(structure, spec, spec.thinking(prompt))
-    return msgspec.structs.replace(job.sampling, structure=ruled)
+    sampling, spec = job.sampling, job.format
+    if spec is None or (sampling.structure is None and not sampling.stop):
+        return sampling
+    thinking, structure, content = spec.thinking(prompt), sampling.structure, None
+    if structure is not None and not structure.after:
+        structure = after_thought(structure, spec, thinking)
+    if sampling.stop:
+        content = Content(spec, [tool["function"]["name"] for tool in job.tools or ()], thinking)
+    return msgspec.structs.replace(sampling, structure=structure, content=content)
 
 
 def after_thought(structure: Structure, spec: FormatSpec, thinking: bool) -> Structure:

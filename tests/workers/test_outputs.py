@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocol.formats.families import REASONING, TOOLS
+from protocol.formats.spec import FormatSpec
 from protocol.messages import Frame, NewSequence, Plan, Terminal, decode_frames, pack_ids, unpack_ids
-from protocol.sampling import SamplingParams
+from protocol.sampling import Content, SamplingParams
 from protocol.structure import Structure
 from workers.engines.base import Sampled
 from workers.engines.simulated import EOS, byte_vocabulary
@@ -144,6 +146,29 @@ def test_a_stop_string_over_several_tokens(include: bool) -> None:
     assert text_of(frames) == ("aEEND" if include else "aE")
     assert (frames[-1].finish, frames[-1].extra) == ("stop", {"stop": "END"})
     assert [extra_of(f).get("held") for f in frames] == [None, "E", "E", "EN", None]
+
+
+THINKER = Content(FormatSpec(name="hermes", tools=TOOLS["hermes"], reasoning=REASONING["think"]), ["f"], thinking=True)
+
+
+@pytest.mark.parametrize("replayed", [0, 7, 40, 70])
+def test_stop_strings_are_looked_for_in_plain_content_alone(replayed: int) -> None:
+    """Not in a thought, not in a call; what one of them might begin is not held back at the border."""
+    thought = b"no END here E</think>"
+    call = b'<tool_call>{"name": "f", "arguments": {"a": "END"}}</tool_call>'
+    text = thought + b"see E" + call + b" aENDz"
+    frames = Steps(stop=["END"], content=THINKER, output=text[:replayed], cursor=replayed).frames(text[replayed:])
+    assert (frames[-1].finish, frames[-1].extra) == ("stop", {"stop": "END"})
+    assert text_of(frames) == text[replayed : text.index(b"ENDz")].decode()
+
+
+def test_a_grammar_leaves_stop_strings_to_plain_content() -> None:
+    structure = Structure(grammar="start: /.*/", field="tools")
+    frames = Steps(stop=["END"], structure=structure).frames(b"aENDb")
+    assert text_of(frames) == "aENDb"
+    content = Content(FormatSpec(name="hermes", tools=TOOLS["hermes"]), ["f"], thinking=False)
+    frames = Steps(stop=["END"], structure=structure, content=content).frames(b"aENDb")
+    assert (text_of(frames), frames[-1].finish) == ("a", "stop")
 
 
 def brute_force(text: str, stops: list[str]) -> tuple[str, str | None]:
