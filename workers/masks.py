@@ -14,16 +14,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import numpy as np
 
 from protocol.errors import GrammarFailed, RequestError, StructureNotSupported
-from protocol.grammar import Grammars, Matcher
+from protocol.grammar import Grammars, MaskRow, Matcher
 from protocol.messages import NewSequence, unpack_ids
-
-_NO_ROWS = np.zeros(0, np.int64)
 
 
 @dataclass
@@ -31,29 +30,31 @@ class StepMasks:
     """The masks of one draw. Rows that have failed are not among ``rows``."""
 
     rows: np.ndarray  # int64 [m]: indices into the rows that sample
-    bits: np.ndarray  # int32 [m, words]: bit i of word w is id 32 w + i
-    failed: dict[int, tuple[str, str]]  # seat -> error code and message, for those that end here
-    mask_us: int = 0  # longest time that one of these masks took
+    masks: list[MaskRow]  # [m]
+    failed: dict[int, tuple[str, str]] = field(default_factory=dict)  # seat -> error code and message: they end here
+    mask_us: int = 0  # time in which all of them were made
     wait_us: int = 0  # time that the draw waited for them
+
+    def __post_init__(self) -> None:
+        self.pointers = np.array([mask.pointer for mask in self.masks], np.uint64)
+
+    @property
+    def bits(self) -> np.ndarray:
+        """int32 [m, words]: bit i of word w is id 32 w + i."""
+        return np.stack([mask.bits for mask in self.masks])
 
 
 @dataclass(eq=False)
 class _Seat:
-    """One constrained sequence. Written by the threads while ``ready`` is clear, read by the device thread after."""
+    """One constrained sequence. Its own thread writes it until ``built`` is set, then one job at a time does."""
 
-    row: np.ndarray  # int32 [words]
+    mask: MaskRow | None = None
     matcher: Matcher | None = None
     failed: tuple[str, str] | None = None
-    took_us: int = 0
-    ready: threading.Event = field(default_factory=threading.Event)
-
-    def fill(self) -> None:
-        matcher = self.matcher
-        if self.failed is None and matcher is not None and not matcher.fill(self.row):
-            self.failed = _failure(matcher.failed or "no token fits")
+    built: threading.Event = field(default_factory=threading.Event)
 
 
-def _failure(reason: str) -> tuple[str, str]:
+def _failure(reason: str | None) -> tuple[str, str]:
     return GrammarFailed.code, f"the grammar could not be followed: {reason}"
 
 
@@ -89,6 +90,12 @@ class Masks:
         self._making = threading.Lock()
         self._seats: dict[int, _Seat] = {}
         self._builder, self._filler = _Beside("grammars"), _Beside("masks")
+        self._filled = threading.Event()  # the masks after the last draw are there
+        self._filled.set()
+        self._took_us = 0
+        self._any_failed = False  # some sequence here failed: who, is looked for at each draw from then on
+        self._last: tuple[bytes, np.ndarray, list[_Seat]] | None = None  # what `_constrained` said last
+        self._steady: StepMasks | None = None  # the last masks, while nobody comes, goes or fails
 
     def prepare(self) -> None:
         """Make the grammars' tables now: it holds the interpreter for as long as a second or two."""
@@ -101,19 +108,23 @@ class Masks:
 
     def add(self, new: NewSequence) -> None:
         """Take in a sequence; nothing happens for one that is not constrained."""
-        self._seats.pop(new.seat, None)
+        self.drop(new.seat)
         structure = new.sampling.structure
         if structure is None or not structure.constrains:
             return
-        seat = self._seats[new.seat] = _Seat(np.zeros(0, np.int32))
+        seat = self._seats[new.seat] = _Seat()
+        self._last = None
         self._builder.run(lambda: self._build(seat, new))
 
     def drop(self, seat: int) -> None:
         """Forget a seat; no error if it is unknown."""
-        self._seats.pop(seat, None)
+        if self._seats.pop(seat, None) is not None:
+            self._last = None
 
     def clear(self) -> None:
         self._seats.clear()
+        self._last = None
+        self._any_failed = False
 
     def close(self) -> None:
         self._builder.close()
@@ -124,64 +135,79 @@ class Masks:
 
     def take(self, seats: np.ndarray) -> StepMasks | None:
         """The masks for a draw of the rows of ``seats``; None if none of them is constrained."""
-        found = [(at, seat) for at, number in enumerate(seats.tolist()) if (seat := self._seats.get(number))]
+        rows, found = self._constrained(seats)
         if not found:
             return None
         began = time.perf_counter()
-        for _, seat in found:
-            seat.ready.wait()
-        wait_us = int((time.perf_counter() - began) * 1e6)
-        failed = {int(seats[at]): seat.failed for at, seat in found if seat.failed is not None}
-        masked = [(at, seat) for at, seat in found if seat.failed is None]
-        rows = np.array([at for at, _ in masked], np.int64) if masked else _NO_ROWS
-        bits = np.stack([seat.row for _, seat in masked]) if masked else np.zeros((0, 0), np.int32)
-        return StepMasks(rows, bits, failed, max(seat.took_us for _, seat in found), wait_us)
+        self._filled.wait()
+        steady = self._steady
+        if steady is None or self._any_failed:
+            for seat in found:
+                seat.built.wait()
+            steady = self._steady = self._gather(seats, rows, found)
+        steady.mask_us, steady.wait_us = self._took_us, int((time.perf_counter() - began) * 1e6)
+        return copy(steady)
+
+    def _gather(self, seats: np.ndarray, rows: np.ndarray, found: list[_Seat]) -> StepMasks:
+        failed = {int(seats[row]): seat.failed for row, seat in zip(rows, found, strict=True) if seat.failed}
+        if failed:
+            rows = np.array([row for row, seat in zip(rows, found, strict=True) if not seat.failed], np.int64)
+        masks = [seat.mask for seat in found if seat.failed is None and seat.mask is not None]
+        return StepMasks(rows, masks, failed)
 
     def drawn(self, seats: np.ndarray, tokens: Callable[[], np.ndarray]) -> None:
-        """A draw for ``seats`` is on its way; ``tokens`` gives its ids, and may block until they are there."""
-        found = [(at, seat) for at, number in enumerate(seats.tolist()) if (seat := self._seats.get(number))]
-        found = [(at, seat) for at, seat in found if seat.failed is None]
-        if not found:
-            return
-        for _, seat in found:
-            seat.ready.clear()
-        self._filler.run(lambda: _advance(found, tokens))
+        """A draw for ``seats`` is on its way; ``tokens`` gives its ids, and may block until they are there.
+
+        To be called after each `take` that found some.
+        """
+        rows, found = self._constrained(seats)
+        self._filled.clear()
+        self._filler.run(lambda: self._advance(rows, found, tokens))
+
+    def _constrained(self, seats: np.ndarray) -> tuple[np.ndarray, list[_Seat]]:
+        """Rows (int64 [m]) of the constrained ones among ``seats``, and what is kept of each."""
+        key = seats.tobytes()
+        if self._last is None or self._last[0] != key:
+            found = [(row, seat) for row, number in enumerate(seats.tolist()) if (seat := self._seats.get(number))]
+            self._last = key, np.array([row for row, _ in found], np.int64), [seat for _, seat in found]
+            self._steady = None
+        return self._last[1:]
 
     # ------------------------------------------------------------------ in the threads
 
     def _build(self, seat: _Seat, new: NewSequence) -> None:
-        began = time.perf_counter()
         try:
             self.prepare()
             grammars, sampling = self._grammars, new.sampling
             if not isinstance(grammars, Grammars):
                 raise grammars or StructureNotSupported("there is no tokenizer")
             assert sampling.structure is not None
-            seat.row = np.zeros(grammars.words, np.int32)
+            seat.mask = MaskRow(grammars.words)
             seat.matcher = grammars.matcher(sampling.structure, sampling.stop_token_ids)
             seat.matcher.advance(unpack_ids(new.token_ids)[new.prompt_len :].tolist())
-            seat.fill()
+            if not seat.matcher.fill(seat.mask):
+                seat.failed = _failure(seat.matcher.failed)
         except Exception as error:  # whatever it is, it is this sequence's
             seat.failed = _failure(str(error) if isinstance(error, RequestError) else type(error).__name__)
-        seat.took_us = int((time.perf_counter() - began) * 1e6)
-        seat.ready.set()
+        self._any_failed |= seat.failed is not None
+        seat.built.set()
 
-
-def _advance(found: list[tuple[int, _Seat]], tokens: Callable[[], np.ndarray]) -> None:
-    try:
-        ids = tokens().tolist()
-    except Exception:  # the step's own failure, which its reader is told of
-        for _, seat in found:
-            seat.failed = _failure("the step before failed")
-            seat.ready.set()
-        return
-    for at, seat in found:
-        began = time.perf_counter()
-        assert seat.matcher is not None
+    def _advance(self, rows: np.ndarray, found: list[_Seat], tokens: Callable[[], np.ndarray]) -> None:
+        """Bring the matchers over the ids that were drawn, and fill their next masks."""
         try:
-            seat.matcher.advance(ids[at : at + 1])
-            seat.fill()
-        except Exception as error:
-            seat.failed = _failure(type(error).__name__)
-        seat.took_us = int((time.perf_counter() - began) * 1e6)
-        seat.ready.set()
+            ids = tokens()[rows].tolist()
+            began = time.perf_counter()
+            for token, seat in zip(ids, found, strict=True):
+                matcher, mask = seat.matcher, seat.mask
+                if seat.failed is not None or matcher is None or mask is None:
+                    continue
+                matcher.advance_one(token)
+                if not matcher.fill(mask):
+                    seat.failed = _failure(matcher.failed)
+                    self._any_failed = True
+            self._took_us = int((time.perf_counter() - began) * 1e6)
+        except Exception as error:  # also the step's own failure, which its reader is told of
+            for seat in found:
+                seat.failed = seat.failed or _failure(type(error).__name__)
+            self._any_failed = True
+        self._filled.set()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from protocol.errors import StructureNotSupported
-from protocol.grammar import MAX_COMPILED, Grammars, Matcher, TokenVocabulary
+from protocol.grammar import MAX_COMPILED, Grammars, MaskRow, Matcher, TokenVocabulary
 from protocol.structure import Structure
 
 END, OTHER_END, THINK, VOCAB, PADDED = 256, 257, 258, 259, 264
@@ -23,9 +23,9 @@ def grammars() -> Grammars:
 
 
 def allowed(matcher: Matcher) -> set[int]:
-    row = np.zeros(-(-PADDED // 32), np.int32)
+    row = MaskRow(-(-PADDED // 32))
     matcher.fill(row)
-    return set(np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist())
+    return set(np.flatnonzero(np.unpackbits(row.bits.view(np.uint8), bitorder="little")).tolist())
 
 
 def admits(grammars: Grammars, text: str, **structure: Any) -> bool:
@@ -136,7 +136,7 @@ def test_a_token_that_does_not_fit_fails_the_matcher_for_good(grammars: Grammars
     matcher.advance(b'{"secret')
     assert matcher.failed
     assert "secret" not in matcher.failed
-    assert not matcher.fill(np.zeros(9, np.int32))
+    assert not matcher.fill(MaskRow(9))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -208,8 +208,8 @@ class SimulatedOutput:
 
 def _constrain(tokens: np.ndarray, drawn: np.ndarray, masks: StepMasks) -> None:
     """Each constrained row takes one of the ids that its mask allows, by the same hash."""
-    for row, bits in zip(masks.rows.tolist(), masks.bits, strict=True):
-        allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
+    for row, mask in zip(masks.rows.tolist(), masks.masks, strict=True):
+        allowed = np.flatnonzero(np.unpackbits(mask.bits.view(np.uint8), bitorder="little"))
         tokens[row] = allowed[int(drawn[row]) % len(allowed)]
 
 

@@ -43,6 +43,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "touch": [_P, _I],
     "rms_norm": [_P, _I, _P, _P, _I, _I, _F],
     "draw": [_P, _I, _P, _P, _I, _I],
+    "rule_out": [_P, _I, _P, _P, _I, _I, _I],
     "rotary": [_P, _I, _I, _P, _P, _I, _P, _I, _I, _I, _I, _I],
 }
 
@@ -84,6 +85,7 @@ class Kernels:
     _rms_norm: Callable[..., None]
     _rotary: Callable[..., None]
     _draw: Callable[..., None]
+    _rule_out: Callable[..., None]
 
     def set_threads(self, threads: int) -> None:
         """How many threads compute, the caller's among them. Of the process, and not while a call is under way."""
@@ -183,6 +185,13 @@ class Kernels:
             logits.data_ptr(), logits.stride(0), draws.ctypes.data, tokens.data_ptr(), len(draws), logits.shape[1]
         )
         return tokens
+
+    def rule_out(self, logits: torch.Tensor, rows: np.ndarray, masks: np.ndarray, words: int) -> None:
+        """Minus infinity into ``rows`` (int64 [m]) of logits [T, vocabulary], where the row's mask has no bit.
+        ``masks``: addresses (uint64 [m]) of ``words`` int32 words each."""
+        self._rule_out(
+            logits.data_ptr(), logits.stride(0), rows.ctypes.data, masks.ctypes.data, words, len(rows), logits.shape[1]
+        )
 
 
 @cache

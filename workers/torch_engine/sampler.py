@@ -1,7 +1,7 @@
 """Sampling: from logits to one token id per row, in batch, on the device, without waiting for it.
 
-Order, per row: logprobs are read off the model's own logits; then penalties, logit_bias, min_tokens; then the draw
-(draw.py), which the engine's backend hands in.
+Order, per row: logprobs are read off the model's own logits; then penalties, logit_bias, min_tokens, the masks of
+constrained rows (rule_out.py); then the draw (draw.py), which the engine's backend hands in.
 
 What no row of a step asks for is not computed. Counts of earlier tokens exist only for seats with penalties.
 """
@@ -18,6 +18,7 @@ from protocol.sampling import SamplingParams
 from workers.masks import StepMasks
 from workers.torch_engine.draw import DRAW_FIELDS, Draw
 from workers.torch_engine.inputs import to_device
+from workers.torch_engine.rule_out import RuleOut, rule_out
 
 COLDEST = 1e-5  # temperatures below are greedy: dividing by them overflows
 
@@ -41,6 +42,7 @@ class Sampler:
         self.eos_token_ids = eos_token_ids
         self.device = device
         self.draw = draw
+        self.rule_out: RuleOut = getattr(draw, "rule_out", rule_out)
         self.penalties = Penalties(vocab_size, device)
         self.bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # seat -> ids, values
         self.banned: dict[int, tuple[int, np.ndarray]] = {}  # seat -> position of the first free token, banned ids
@@ -99,12 +101,12 @@ class Sampler:
         fields = self._fields[seats]
         lp_rows = np.flatnonzero(fields["logprobs"] >= 0)
         if not len(lp_rows) and not self._has_processors and not (fields["temperature"] > 0).any():
-            return Drawn(_largest(logits, best, masks))  # 16-bit logits order as if widened
+            return Drawn(self._largest(logits, best, masks))  # 16-bit logits order as if widened
         logits = logits.float()
         logprobs = torch.log_softmax(logits[self._index(lp_rows)], dim=-1) if len(lp_rows) else None
         logits = self._process_logits(logits, seats, positions)
         if masks is not None:
-            rule_out(logits, masks)
+            self.rule_out(logits, masks)
         tokens = self.draw(logits, fields, positions)
         self.penalties.count(seats, tokens)
         if logprobs is None:
@@ -114,6 +116,16 @@ class Sampler:
         top = logprobs.topk(most, dim=-1)
         drawn = logprobs.gather(-1, of_rows[:, None])[:, 0]
         return Drawn(tokens, lp_rows, drawn, top.indices, top.values)
+
+    def _largest(self, logits: torch.Tensor, best: torch.Tensor | None, masks: StepMasks | None) -> torch.Tensor:
+        """int64 [k]: the largest of each row, once what is ruled out is out."""
+        if masks is None or not len(masks.rows):
+            return logits.argmax(dim=-1) if best is None else best
+        self.rule_out(logits, masks)
+        if best is None:
+            return logits.argmax(dim=-1)
+        rows = self._index(masks.rows)
+        return best.index_copy(0, rows, logits[rows].argmax(dim=-1))
 
     def tops(self, seats: np.ndarray) -> np.ndarray:
         """How many alternatives each seat asked for; -1: no logprobs at all."""
@@ -218,36 +230,3 @@ class Penalties:
         if counted:
             rows, slots = (to_device(np.array(column), self.device) for column in zip(*counted, strict=True))
             self.drawn.index_put_((slots, tokens[rows]), torch.ones_like(slots, dtype=torch.int32), accumulate=True)
-
-
-def rule_out(logits: torch.Tensor, masks: StepMasks) -> None:
-    """Write minus infinity where a row of ``masks`` has no bit, and beyond its bits, into that row of ``logits``."""
-    if not len(masks.rows):
-        return
-    size = min(logits.shape[-1], 32 * masks.bits.shape[1])
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        of_rows = logits.numpy()
-        ruled_out = np.unpackbits((~masks.bits).view(np.uint8), axis=1, count=size, bitorder="little").view(bool)
-        for row, out in zip(masks.rows.tolist(), ruled_out, strict=True):
-            np.putmask(of_rows[row, :size], out, -np.inf)
-            of_rows[row, size:] = -np.inf
-        return
-    device = logits.device
-    bits, rows = to_device(masks.bits, device), to_device(masks.rows, device)
-    ids = torch.arange(size, device=device)
-    ruled_out_bits = (bits[:, ids >> 5] >> (ids & 31)) & 1 == 0
-    own = logits[rows]
-    own[:, :size].masked_fill_(ruled_out_bits, -torch.inf)
-    own[:, size:] = -torch.inf
-    logits.index_copy_(0, rows, own)
-
-
-def _largest(logits: torch.Tensor, best: torch.Tensor | None, masks: StepMasks | None) -> torch.Tensor:
-    """int64 [k]: the largest of each row, once what is ruled out is out."""
-    if masks is None or not len(masks.rows):
-        return logits.argmax(dim=-1) if best is None else best
-    rule_out(logits, masks)
-    if best is None:
-        return logits.argmax(dim=-1)
-    rows = to_device(masks.rows, logits.device)
-    return best.index_copy(0, rows, logits[rows].argmax(dim=-1))

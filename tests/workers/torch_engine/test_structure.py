@@ -11,6 +11,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
+from protocol.grammar import MaskRow
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from protocol.structure import Structure
@@ -19,7 +20,9 @@ from tests.workers.core_driver import CoreDriver
 from tests.workers.plan_maker import Sequence
 from tests.workers.torch_engine.parity import BLOCK, make_engine
 from workers.masks import StepMasks
-from workers.torch_engine.sampler import rule_out
+from workers.native.library import load_kernels
+from workers.torch_engine.cpu.backend import NativeDraw
+from workers.torch_engine.rule_out import rule_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,14 +164,30 @@ def test_logprobs_are_the_models_own(engine):
     assert logprob < top[-1]
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_mask_touches_its_own_rows_alone(dtype):
-    logits = torch.randn(4, 70).to(dtype)
+def test_a_mask_touches_its_own_rows_alone(dtype, native):
+    logits = torch.randn(4, 100).to(dtype)
     before = logits.clone()
-    bits = np.zeros((2, 2), np.int32)
-    bits[0, 0], bits[1, 1] = 1 << 5, -(1 << 31)
-    rule_out(logits, StepMasks(np.array([3, 1]), bits, {}))
+    masks = [MaskRow(2), MaskRow(2)]
+    masks[0].bits[0], masks[1].bits[1] = 1 << 5, -(1 << 31)
+    ways = {False: rule_out, True: NativeDraw(load_kernels()).rule_out}
+    ways[native](logits, StepMasks(np.array([3, 1]), masks))
     assert torch.equal(logits[[0, 2]], before[[0, 2]])
     assert torch.isfinite(logits[3]).nonzero().flatten().tolist() == [5]
     assert torch.isfinite(logits[1]).nonzero().flatten().tolist() == [63]
     assert logits[3, 5] == before[3, 5]
+
+
+def test_native_and_plain_ways_rule_out_the_same():
+    rng = np.random.default_rng(0)
+    masks = [MaskRow(40) for _ in range(8)]
+    for number, mask in enumerate(masks):
+        mask.bits[:] = (0, -1, 1)[number % 3]
+        mask.bits[::7] = rng.integers(-(2**31), 2**31, len(mask.bits[::7]))
+    first = torch.randn(16, 1270)
+    second = first.clone()
+    step = StepMasks(rng.permutation(16)[:8], masks)
+    rule_out(first, step)
+    NativeDraw(load_kernels()).rule_out(second, step)
+    assert torch.equal(first, second)

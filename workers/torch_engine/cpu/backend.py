@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from workers.engines.base import Progress
+from workers.masks import StepMasks
 from workers.native.library import Kernels
 from workers.native.structs import DRAW
 from workers.torch_engine import verify
@@ -26,6 +27,7 @@ from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.kv_pool import KVPool
 from workers.torch_engine.plain.backend import TorchBackend
 from workers.torch_engine.replace import agrees
+from workers.torch_engine.rule_out import rule_out
 
 
 class NativeBackend(TorchBackend):
@@ -95,6 +97,13 @@ class NativeDraw:
             draws[name] = fields[name]
         draws["uniform"] = uniforms(fields["key"], positions)
         return self.kernels.draw(logits, draws)
+
+    def rule_out(self, logits: torch.Tensor, masks: StepMasks) -> None:
+        """rule_out.py's, as one native call."""
+        if logits.dtype != torch.float32:
+            rule_out(logits, masks)
+        elif len(masks.rows):
+            self.kernels.rule_out(logits, masks.rows, masks.pointers, len(masks.masks[0].bits))
 
 
 def take_memory(pool: KVPool, kernels: Kernels) -> None:
