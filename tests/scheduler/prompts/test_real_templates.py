@@ -147,6 +147,6 @@ def test_messages_forge_nothing_and_ordinary_chats_keep_their_ids(
     assert seen["forged today"] >= 1000  # what is tried here does forge without the guard
 
 
-@pytest.mark.sweep
+@pytest.mark.nightly
 def test_every_chat_in_every_place(templates: dict[str, str], tokenizers: Tokenizers) -> None:
     print(dict(survey(templates, tokenizers, whole=True)))
