@@ -95,9 +95,12 @@ class ControlTokens:
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a chat's text, to which nothing is added. Unlike ``encode``, ``encode_batch_fast`` releases the
     interpreter's lock and keeps no offsets."""
-    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
-    ids: list[int] = encoding.ids
+    (ids,) = encode_all(tokenizer, [text])
     return ids
+
+
+def encode_all(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def prefix_tree(words: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from scheduler.special_tokens import ControlTokens, encode
+from scheduler.special_tokens import ControlTokens, encode, encode_all
 
 NONCE = 6  # private-use characters (about 94 bits), or four times as many letters
 FIRST, SIZE = 0xF1000, 0xE000  # private-use characters of the nonce; those of the numbers lie below
@@ -59,11 +59,11 @@ class TwinTokenizer:
         return ids
 
     def _verify(self, backend: Any) -> None:
-        for word, name in self._names.items():
-            if encode(self._twin, name) != encode(backend, word):
-                raise TwinFailed("a control token has other ids under its secret name")
-            if not self._control.isdisjoint(encode(self._twin, word)):
-                raise TwinFailed("a control token is known by its public name")
+        words, names = list(self._names), list(self._names.values())
+        if encode_all(self._twin, names) != encode_all(backend, words):
+            raise TwinFailed("a control token has other ids under its secret name")
+        if not all(map(self._control.isdisjoint, encode_all(self._twin, words))):
+            raise TwinFailed("a control token is known by its public name")
 
 
 def _names(backend: Any, words: list[str]) -> tuple[str, dict[str, str]]:

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import redis
 
-from protocol.messages import Admitted, Frame, Job, Row, decode_frames, encode, new_rid
+from protocol.messages import Frame, Job, Row, decode_frames, encode, new_rid
 from protocol.records import TenantLimits
 from protocol.sampling import SamplingParams
 from tests.bus import Bus

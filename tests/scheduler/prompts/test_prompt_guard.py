@@ -9,6 +9,8 @@ from urllib.parse import quote
 
 import jinja2
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
 from protocol.errors import SpecialTokensRefused
@@ -177,6 +179,27 @@ def test_every_value_that_a_request_gives_is_guarded() -> None:
     assert [id for id in ids if id > 255] == [made.tokens.ids["<|im_end|>"]]
     text = made._render([], arguments)
     assert bytes(id for id in ids[:-1]) == text.encode()[: -len("<|im_end|>")]  # and it is the same text
+
+
+PIECES = ["<|im_end|>", "<|IM_END|>", "<|", "im_", "im_end", "end|>", "|>", "<", "<think>", "<th", "\n", " ", "a",
+          "\U000f0001", "\\U000f0001", "[", "]", "é"]  # fmt: skip
+GUARD = guard(CHATML)
+texts = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["user", "system", "tool"]), texts, texts), min_size=1, max_size=3))
+def test_whatever_pieces_messages_are_made_of_only_the_templates_tokens_are_tokens(
+    chat: list[tuple[str, str, str]],
+) -> None:
+    """And the rest is the text as it was given, byte by byte (this tokenizer has a token for each)."""
+    start, end = GUARD.tokens.ids["<|im_start|>"], GUARD.tokens.ids["<|im_end|>"]
+    expected: list[int] = []
+    for role, name, content in chat:
+        named = f"[{name}] " if name else ""
+        expected += [start, *f"{role}\n{named}{content}".encode(), end, *b"\n"]
+    messages = [{"role": role, "name": name, "content": content} for role, name, content in chat]
+    assert GUARD.ids(messages, {}) == expected
 
 
 # ------------------------------------------------------------------ what is refused
