@@ -220,6 +220,7 @@ class Capacity(Struct, array_like=True):
     engine: str = "torch"
     dtype: str = ""
     device: str = ""
+    step_us: list[tuple[int, int]] = []  # (tokens, least microseconds) of the steps that the engine recorded and timed
 
 
 # ---------------------------------------------------------------- worker -> journal and subscribers

@@ -1,95 +1,205 @@
-"""How long steps take at one worker, and how far ahead of it to plan.
+"""How long steps take at one worker, how much prefill a step may hold, and how far ahead to plan.
 
-The device must never wait for a plan, and a new request should not have to wait behind plans made too early. So the
-planned work outstanding at a worker covers its *lead*: the time from the decision to plan until the worker could
-start on it, plus the time until its commit is known here. The lead cannot be measured at a saturated worker (its hint
-comes when the device is done, however early the plan was), but lateness can: the hint says how long the device waited.
-The lead grows by the lateness, and shrinks by a thousandth per step that was in time; in equilibrium fewer than one
-step in a hundred is late, by little. A plan sent to an idle worker measures the way directly.
+**Step time.** A step takes nearly the same time whatever it holds until its products, and no longer the reading of the
+weights, fill it: `fixed + tokens x price`, or, where the engine records graphs, the time of the bucket that the step is
+padded to. An engine that records buckets times each at its warm-up and says so (`Capacity.step_us`); for others the
+fixed part and the price are learned. A price per token that contains the fixed part would spiral: a small chunk looks
+dear, so the next one is smaller.
+
+**The knee.** Decodes and prefills together fill the smallest step whose cost per token is within KNEE of the best that
+the machine can do. Below it tokens are dear, above it every stream waits longer for nothing.
+
+**How far ahead.** The device must never wait for a plan, and a new request should not have to wait behind plans made
+too early. So the planned work outstanding at a worker covers its *lead*: the time from the decision to plan until the
+worker could start on it, plus the time until its commit is known here. The lead cannot be measured at a saturated
+worker (its hint comes when the device is done, however early the plan was), but lateness can: the hint says how long
+the device waited. The lead grows by the lateness, and shrinks by a thousandth per step that was in time; in equilibrium
+fewer than one step in a hundred is late, by little. A plan sent to an idle worker measures the way directly.
 """
 
 from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
 
 FIRST_LEAD_S = 0.01
 MOST_LEAD_S = 0.25
 DECAY = 0.999
 SMOOTHING = 0.2
-DRIFT = 0.025  # learning rate of decode times from steps that also hold prefill tokens
-MOST_SCALE = 5.0  # bound on how much one slow step changes the estimate
+MOST_SCALE = 2.0  # bound on how much one slow step changes an estimate
+KNEE = 0.88  # a token at the knee costs at most 1 / KNEE of what one costs in the largest step
+LEAST_KNEE = 32
 LEAST_CHUNK = 8
-SHORT_CHUNK = 64
-SHORT_PROMPT = 256
-SLOWER = 1.7  # how much longer a step may take for a prefill in it: below 2, because the estimate lags
-WAITING_WEIGHT = 4  # weight of a waiting prompt against a stream, since batches stay smaller until it runs
+SLOWER = 1.9  # how much longer a step may take for the prefill of a prompt behind which nobody waits
 UNBOUNDED = 1 << 62
 
 
-class StepTimeModel:
-    """Step times as decode time by number of rows, plus a time per prefill token alone, or beside so many rows.
+class AffineSteps:
+    """`fixed + price x (tokens + ROW x rows)`, learned by a Kalman filter whose two parameters drift slowly.
 
-    Beside few rows a token costs more than in a long chunk of its own, since small matrix products are slow.
+    While steps of one size come, what they do not tell apart stays as it was learned before. What a decode row costs
+    beyond a prefill token (it reads a context) is not a third parameter: where the number of rows stays as it is, that
+    cannot be told from the fixed part.
     """
 
-    def __init__(self) -> None:
+    ROW = 0.5
+    NOISE = 0.1  # of a measured time, as a share of it
+    DRIFT = 1e-3  # growth of the variance of each parameter, per step
+    FIRST_FIXED = 16  # tokens whose price the fixed part is taken for at first
+
+    def __init__(self, most_tokens: int) -> None:
+        self._most = most_tokens
+        self._fixed = self._price = 0.0  # seconds
+        self._variance = (0.0, 0.0, 0.0)  # of fixed, of price, and their covariance
+
+    def seconds(self, rows: int, tokens: int) -> float:
+        """Of a step of ``tokens``, ``rows`` of them decodes; 0 while nothing is known."""
+        return self._fixed + self._price * (tokens + self.ROW * rows) if tokens else 0.0
+
+    def padded(self, tokens: int) -> int:
+        return tokens
+
+    def learn(self, rows: int, tokens: int, exec_s: float) -> None:
+        size = tokens + self.ROW * rows
+        if not self._price:
+            price = exec_s / (size + self.FIRST_FIXED)
+            self._fixed, self._price = self.FIRST_FIXED * price, price
+            self._variance = ((2 * self._fixed) ** 2, price**2, 0.0)
+            return
+        expected = self.seconds(rows, tokens)
+        exec_s = min(max(exec_s, expected / MOST_SCALE), expected * MOST_SCALE)
+        fixed, price, both = self._variance
+        fixed, price = fixed * (1 + self.DRIFT), price * (1 + self.DRIFT)
+        of_fixed, of_price = fixed + both * size, both + price * size
+        whole = of_fixed + of_price * size + (self.NOISE * max(exec_s, expected)) ** 2
+        off = (exec_s - expected) / whole
+        self._fixed = max(0.0, self._fixed + of_fixed * off)
+        self._price = max(1e-9, self._price + of_price * off)
+        self._variance = (fixed - of_fixed**2 / whole, price - of_price**2 / whole, both - of_fixed * of_price / whole)
+
+    def knee(self) -> int:
+        """Tokens of the smallest step that is nearly as cheap per token as the largest one; 0 while nothing is known."""
+        if not self._price:
+            return 0
+        share = (self._price + self._fixed / self._most) / KNEE - self._price  # of the fixed part, that a token may carry
+        return min(self._most, max(LEAST_KNEE, round(self._fixed / share)))
+
+
+class MeasuredSteps:
+    """Times of the buckets that the engine recorded and timed, set right by a fifth of what a step was off."""
+
+    def __init__(self, step_us: Sequence[tuple[int, int]]) -> None:
+        self._warm = [(tokens, us / 1e6) for tokens, us in sorted(step_us)]
+        self._now = self._warm.copy()
+
+    def _bucket(self, tokens: int) -> int:
+        return min(bisect.bisect_left(self._now, (tokens, 0.0)), len(self._now) - 1)
+
+    def seconds(self, rows: int, tokens: int) -> float:
+        """``rows`` makes no difference: reading their contexts is learned with the decode steps."""
+        size, seconds = self._now[self._bucket(tokens)]
+        return seconds * max(1.0, tokens / size) if tokens else 0.0
+
+    def padded(self, tokens: int) -> int:
+        """The size of the bucket that a step of ``tokens`` takes."""
+        return max(tokens, self._now[self._bucket(tokens)][0])
+
+    def learn(self, rows: int, tokens: int, exec_s: float) -> None:
+        k = self._bucket(tokens)
+        size, seconds = self._now[k]
+        off = exec_s / self.seconds(rows, tokens)
+        self._now[k] = (size, seconds * (1 + SMOOTHING * (min(max(off, 1 / MOST_SCALE), MOST_SCALE) - 1)))
+
+    def knee(self) -> int:
+        """From the times at warm-up: with noise on them another bucket would be found at every look."""
+        best = min(seconds / size for size, seconds in self._warm)
+        return next(size for size, seconds in self._warm if seconds / size * KNEE <= best)
+
+
+class StepTimeModel:
+    """What one worker's steps are expected to take, and how much prefill may stand beside decodes.
+
+    ``step_us``: (tokens, microseconds) of the steps that the engine timed; empty: it learns. ``target_s``: longest step
+    that the operator wants streams to wait for, where it can be kept; 0: none.
+    """
+
+    def __init__(
+        self, step_us: Sequence[tuple[int, int]] = (), most_tokens: int = 2048, target_s: float = 0.0
+    ) -> None:
         self.lead_s = FIRST_LEAD_S
-        self.prefill_token_s = 0.0
-        self._decode_s: dict[int, float] = {}  # bit length of the number of rows -> seconds
-        self._beside_s: dict[int, float] = {}  # the same -> seconds per prefill token beside them
+        self._steps: AffineSteps | MeasuredSteps = MeasuredSteps(step_us) if step_us else AffineSteps(most_tokens)
+        self._target_s = target_s
+        self._decode_s: dict[int, float] = {}  # bit length of the number of rows -> seconds of steps without prefill
 
     def decode_s(self, rows: int) -> float:
         """Expected time of a step of ``rows`` decodes alone; 0 while nothing is known."""
-        if not rows or not self._decode_s:
+        if not rows:
             return 0.0
+        known = self._decode_s.get(rows.bit_length())
+        if known is not None:
+            return known
+        if (modelled := self._steps.seconds(rows, rows)) or not self._decode_s:
+            return modelled
         size = rows.bit_length()
-        known = self._decode_s.get(size)
-        return known if known is not None else self._decode_s[min(self._decode_s, key=lambda k: (abs(k - size), k))]
-
-    def token_s(self, rows: int) -> float:
-        """Expected time of one prefill token beside ``rows`` decodes; 0 while nothing is known."""
-        return self._beside_s.get(rows.bit_length(), self.prefill_token_s)
+        return self._decode_s[min(self._decode_s, key=lambda k: (abs(k - size), k))]
 
     def step_s(self, rows: int, prefill_tokens: int) -> float:
-        return self.decode_s(rows) + prefill_tokens * self.token_s(rows)
+        """Expected time of a step: that of its decodes, and what the prefill tokens add to it."""
+        steps, decode_s = self._steps, self.decode_s(rows)
+        if not prefill_tokens:
+            return decode_s
+        whole = steps.seconds(rows, rows + prefill_tokens)
+        return whole + max(0.0, decode_s - steps.seconds(rows, rows))
 
     def learn(self, rows: int, prefill_tokens: int, exec_s: float) -> None:
-        """One step of ``rows`` decodes and ``prefill_tokens`` took ``exec_s``.
-
-        An unknown part is initialized with the time that the known part leaves, or with its share of the tokens. The
-        error of a mixed step goes almost entirely to the prefill tokens, since steps with decodes alone are frequent
-        unless load never pauses.
-        """
+        """One step of ``rows`` decodes and ``prefill_tokens`` took ``exec_s``."""
         tokens = rows + prefill_tokens
         if not tokens or exec_s <= 0:
             return
-        size = rows.bit_length()
-        decode_s, prefill_s = self.decode_s(rows), prefill_tokens * self.token_s(rows)
-        if rows and (not decode_s or (not prefill_tokens and size not in self._decode_s)):
-            decode_s = max(exec_s - prefill_s, exec_s * rows / tokens)
-        if prefill_tokens and not prefill_s:
-            prefill_s = max(exec_s - decode_s, exec_s * prefill_tokens / tokens)
-        off = min(exec_s / (decode_s + prefill_s), MOST_SCALE) - 1
-        if rows:
-            self._decode_s[size] = decode_s * (1 + (DRIFT if prefill_tokens else SMOOTHING) * off)
-        if prefill_tokens:
-            token_s = prefill_s / prefill_tokens * (1 + SMOOTHING * off)
-            if rows:
-                self._beside_s[size] = token_s
-            if not rows or not self.prefill_token_s:
-                self.prefill_token_s = token_s
+        if prefill_tokens or isinstance(self._steps, AffineSteps):
+            beyond = max(0.0, self.decode_s(rows) - self._steps.seconds(rows, rows)) if prefill_tokens else 0.0
+            self._steps.learn(rows, tokens, max(exec_s - beyond, exec_s / MOST_SCALE))
+        if not prefill_tokens:
+            size = rows.bit_length()
+            known = self._decode_s.get(size)
+            if known is None:
+                self._decode_s[size] = exec_s
+            else:
+                off = min(max(exec_s / known, 1 / MOST_SCALE), MOST_SCALE) - 1
+                self._decode_s[size] = known * (1 + SMOOTHING * off)
 
-    def chunk(self, rows: int, prompt_tokens: int, prompts: int) -> int:
-        """Most prefill tokens beside ``rows`` decodes, for a prompt of which ``prompt_tokens`` are to be computed.
+    def chunk(self, rows: int, prompts: int) -> int:
+        """Most prefill tokens beside ``rows`` decodes, where ``prompts`` wait or are being prefilled.
 
-        As many as make the step take SLOWER times as long as without them; at least LEAST_CHUNK, so that prefills do
-        not starve where a prefill token costs as much as a decode (small machines). A short prompt may take more: it
-        slows only few steps. So may any where many ``prompts`` wait: a longer step delays each decode, but shortens the
-        wait of each prompt behind this one.
+        Decodes and prefill fill the knee; where decodes take more than half of it, prefill still gets half a knee. A
+        prompt behind which nobody waits takes no more than makes the step SLOWER times as long, or half a knee.
         """
-        decode_s, token_s = self.decode_s(rows), self.token_s(rows)
-        if not decode_s or not token_s:
+        knee = self._steps.knee()
+        if not knee:
             return UNBOUNDED
-        least = SHORT_CHUNK if prompt_tokens <= SHORT_PROMPT else LEAST_CHUNK
-        return max(least, round((SLOWER - 1) * decode_s / token_s * max(1.0, WAITING_WEIGHT * (prompts - 1) / rows)))
+        most = self._steps.padded(max(knee, rows + knee // 2)) - rows
+        decode_s = self.decode_s(rows)
+        limit_s = self._target_s
+        if prompts <= 1 and not limit_s:
+            limit_s = SLOWER * decode_s
+        if not limit_s:
+            return most
+        least = min(most, max(LEAST_CHUNK, self.least_beside(knee, rows)))
+        return max(least, self._within(max(limit_s, SLOWER * decode_s), rows, most))
+
+    def least_beside(self, knee: int, rows: int) -> int:
+        return knee // 4
+
+    def _within(self, limit_s: float, rows: int, most: int) -> int:
+        """The most of ``most`` prefill tokens with which the step is expected to stay within ``limit_s``."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.step_s(rows, middle) <= limit_s:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     def was_late(self, idle_s: float) -> None:
         """The device waited for a plan that could have been sent earlier."""

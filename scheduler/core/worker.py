@@ -59,7 +59,7 @@ class WorkerState:
         self.limit = min(capacity.max_model_len, pool.units * pool.unit_tokens)  # tokens of one sequence, in all
         self.budget = min(capacity.max_num_batched_tokens, most_tokens or NEVER)
         self.most_seqs = min(capacity.max_num_seqs, most_seqs or NEVER, self.budget)
-        self.step_time = StepTimeModel()
+        self.step_time = StepTimeModel(capacity.step_us, self.budget)
 
         seats = min(2 * capacity.max_num_seqs, MOST_SEATS)
         self.seats: list[Sequence | None] = [None] * seats
