@@ -101,7 +101,7 @@ class BatchBuilder:
             if head is None and not begun:
                 break
             sequence = head or begun.pop()
-            room = self._allowance(worker, decodes) - spent
+            room = self._allowance(worker, decodes, sequence) - spent
             if room <= 0:
                 break
             if sequence is head:
@@ -111,13 +111,16 @@ class BatchBuilder:
             spent += count
         return rows, new
 
-    def _allowance(self, worker: WorkerState, decodes: int) -> int:
-        """Prefill tokens in this step, in all."""
+    def _allowance(self, worker: WorkerState, decodes: int, sequence: Sequence) -> int:
+        """Prefill tokens in this step, in all, if the next are those of ``sequence``."""
         budget = worker.budget - decodes
         if not (self._adaptive and decodes):
             return budget
+        uncached = sequence.uncached
+        if sequence.state is State.WAITING:
+            uncached = sequence.known_tokens - placement.cached_blocks(sequence, worker) * worker.block_size
         waiting = min(self._lifecycle.queue.sequences + len(worker.assigned), worker.most_seqs - worker.running)
-        return min(budget, worker.step_time.chunk(decodes, len(worker.prefilling) + waiting))
+        return min(budget, worker.step_time.chunk(decodes, uncached, len(worker.prefilling) + waiting))
 
     def _assign_next(self, worker: WorkerState) -> Sequence | None:
         """Assign sequences from the queue's head to workers until ``worker`` has one; it, or None if none may start

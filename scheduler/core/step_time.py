@@ -29,7 +29,7 @@ SMOOTHING = 0.2
 MOST_SCALE = 2.0  # bound on how much one slow step changes an estimate
 KNEE = 0.88  # a token at the knee costs at most 1 / KNEE of what one costs in the largest step
 LEAST_KNEE = 32
-LEAST_CHUNK = 8
+SHORT_PROMPT = 256
 SLOWER = 1.9  # how much longer a step may take for the prefill of a prompt behind which nobody waits
 UNBOUNDED = 1 << 62
 
@@ -168,27 +168,25 @@ class StepTimeModel:
                 off = min(max(exec_s / known, 1 / MOST_SCALE), MOST_SCALE) - 1
                 self._decode_s[size] = known * (1 + SMOOTHING * off)
 
-    def chunk(self, rows: int, prompts: int) -> int:
-        """Most prefill tokens beside ``rows`` decodes, where ``prompts`` wait or are being prefilled.
+    def chunk(self, rows: int, prompt_tokens: int, prompts: int) -> int:
+        """Most prefill tokens beside ``rows`` decodes, where ``prompts`` wait or are being prefilled, the next one with
+        ``prompt_tokens`` to compute.
 
         Decodes and prefill fill the knee; where decodes take more than half of it, prefill still gets half a knee. A
-        prompt behind which nobody waits takes no more than makes the step SLOWER times as long, or half a knee.
+        long prompt behind which nobody waits gains little by it and slows every stream for many steps: it takes no more
+        than makes the step SLOWER times as long, or a quarter of a knee. A target between tokens bounds all of them.
         """
         knee = self._steps.knee()
         if not knee:
             return UNBOUNDED
         most = self._steps.padded(max(knee, rows + knee // 2)) - rows
-        decode_s = self.decode_s(rows)
-        limit_s = self._target_s
-        if prompts <= 1 and not limit_s:
-            limit_s = SLOWER * decode_s
-        if not limit_s:
+        slower_s = SLOWER * self.decode_s(rows)
+        limit_s = max(self._target_s, slower_s) if self._target_s else UNBOUNDED
+        if prompts <= 1 and prompt_tokens > SHORT_PROMPT:
+            limit_s = min(limit_s, slower_s)
+        if limit_s == UNBOUNDED:
             return most
-        least = min(most, max(LEAST_CHUNK, self.least_beside(knee, rows)))
-        return max(least, self._within(max(limit_s, SLOWER * decode_s), rows, most))
-
-    def least_beside(self, knee: int, rows: int) -> int:
-        return knee // 4
+        return max(min(most, knee // 4), self._within(limit_s, rows, most))
 
     def _within(self, limit_s: float, rows: int, most: int) -> int:
         """The most of ``most`` prefill tokens with which the step is expected to stay within ``limit_s``."""
