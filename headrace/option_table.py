@@ -147,6 +147,14 @@ OPTIONS: tuple[Option, ...] = (
         metavar="JSON",
     ),
     Option(
+        "--inter-token-target-ms",
+        "serve scheduler",
+        "longest time between the tokens of a stream that prefill of other prompts may cause, where it can be kept "
+        "(default: what serves both best)",
+        number,
+        0.0,
+    ),
+    Option(
         "--strict-durability",
         "serve gateway scheduler worker",
         "refuse a Redis that could lose what it acknowledged, instead of warning",

@@ -61,6 +61,7 @@ class Process:
     model: str  # served name
     tenant_weights: dict[str, float]
     max_model_len: int | None = None  # as configured; None: what the workers can hold
+    inter_token_target_s: float = 0.0  # 0: the knee alone decides how much prefill a step holds
 
 
 class Term:
@@ -76,7 +77,13 @@ class Term:
         self._health = process.health
         self._clock = clock = process.clock
         weights = process.tenant_weights
-        self.core = Core(CoreConfig(max_model_len=tokenizers.max_model_len, tenant_weights=weights))
+        self.core = Core(
+            CoreConfig(
+                max_model_len=tokenizers.max_model_len,
+                tenant_weights=weights,
+                inter_token_target_s=process.inter_token_target_s,
+            )
+        )
         self._group = asyncio.TaskGroup()  # entered by run: all that the term does are its tasks
         intake = Intake(bus, tokenizers, epoch, clock, metrics, self._admit, self._recover)
         self._inbox = Inbox(bus, f"epoch-{epoch}", intake, clock, weights)

@@ -48,6 +48,7 @@ class SchedulerConfig:
     tool_format: str = AUTO  # how the model writes tool calls: a family, "none", or "auto": found out
     reasoning_format: str = AUTO  # the same for its thoughts
     tenant_weights: dict[str, float] | None = None  # share of served tokens; 1 where not named
+    inter_token_target_ms: float = 0.0  # longest step that prefill may cause beside decodes; 0: the knee decides
     timing: Timing = field(default_factory=Timing)
 
 
@@ -122,7 +123,7 @@ class _Life:
         self.metrics.leads(epoch)
         process = Process(
             self.bus, self.tokenizers, self.metrics, self.health, clock, timing, model,
-            config.tenant_weights or {}, config.max_model_len,
+            config.tenant_weights or {}, config.max_model_len, config.inter_token_target_ms / 1e3,
         )  # fmt: skip
         term = Term(process, epoch)
         deposed: BaseException | None = None

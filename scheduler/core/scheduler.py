@@ -41,6 +41,7 @@ class CoreConfig:
     plans_ahead: int = 16  # most plans outstanding at one worker
     aging_s: float = 30.0
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    inter_token_target_s: float = 0.0  # longest step that prefill may cause beside decodes; 0: the knee decides
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,7 @@ class Core:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             self._workers_made,
+            config.inter_token_target_s,
         )
         known = (
             self._lifecycle.limit if self._workers_made > 1 else None

@@ -78,11 +78,11 @@ class AffineSteps:
         self._variance = (fixed - of_fixed**2 / whole, price - of_price**2 / whole, both - of_fixed * of_price / whole)
 
     def knee(self) -> int:
-        """Tokens of the smallest step that is nearly as cheap per token as the largest one; 0 while nothing is known."""
+        """Tokens of the smallest step that is nearly as cheap per token as the largest; 0 while nothing is known."""
         if not self._price:
             return 0
-        share = (self._price + self._fixed / self._most) / KNEE - self._price  # of the fixed part, that a token may carry
-        return min(self._most, max(LEAST_KNEE, round(self._fixed / share)))
+        best_s = self._price + self._fixed / self._most  # of a token, in the largest step
+        return min(self._most, max(LEAST_KNEE, round(self._fixed / (best_s / KNEE - self._price))))
 
 
 class MeasuredSteps:
@@ -123,9 +123,7 @@ class StepTimeModel:
     that the operator wants streams to wait for, where it can be kept; 0: none.
     """
 
-    def __init__(
-        self, step_us: Sequence[tuple[int, int]] = (), most_tokens: int = 2048, target_s: float = 0.0
-    ) -> None:
+    def __init__(self, step_us: Sequence[tuple[int, int]] = (), most_tokens: int = 2048, target_s: float = 0.0) -> None:
         self.lead_s = FIRST_LEAD_S
         self._steps: AffineSteps | MeasuredSteps = MeasuredSteps(step_us) if step_us else AffineSteps(most_tokens)
         self._target_s = target_s

@@ -47,7 +47,14 @@ class InFlightBatch:
 
 class WorkerState:
     def __init__(
-        self, wid: str, gen: int, capacity: Capacity, most_seqs: int | None, most_tokens: int | None, order: int
+        self,
+        wid: str,
+        gen: int,
+        capacity: Capacity,
+        most_seqs: int | None,
+        most_tokens: int | None,
+        order: int,
+        target_s: float = 0.0,
     ) -> None:
         pool = capacity.pools[0]
         self.wid = wid
@@ -59,7 +66,7 @@ class WorkerState:
         self.limit = min(capacity.max_model_len, pool.units * pool.unit_tokens)  # tokens of one sequence, in all
         self.budget = min(capacity.max_num_batched_tokens, most_tokens or NEVER)
         self.most_seqs = min(capacity.max_num_seqs, most_seqs or NEVER, self.budget)
-        self.step_time = StepTimeModel(capacity.step_us, self.budget)
+        self.step_time = StepTimeModel(capacity.step_us, self.budget, target_s)
 
         seats = min(2 * capacity.max_num_seqs, MOST_SEATS)
         self.seats: list[Sequence | None] = [None] * seats

@@ -1,9 +1,10 @@
 """Chunk policies of the scheduler's core against models of machines, in simulated time; a run takes seconds.
 
-    PYTHONPATH=<checkout> python sim.py [--machine h100-8b,...] [--scenario burst,...] [--policy knee,...] [--seed N]
+    python -m benchmarks.step_time_sim [--machine h100-8b,...] [--scenario burst,...] [--policy knee,...] [--seed N]
 
-The core is the real one; only its Pace is replaced, and time is a model: h100-8b fits what an H100 took, cpu-135m two
-cores, h100-0.5b is one point and a guess. Milliseconds. In `long`, the ITL is that of the streams beside the prompts.
+The core is the real one; only its StepTimeModel is replaced where another policy than "knee" is asked for. Time is a
+model: h100-8b fits what an H100 took (docs/performance.md), cpu-135m two cores, h100-0.5b is one point and a guess.
+Milliseconds. In `long`, the ITL is that of the streams beside the prompts.
 """
 
 from __future__ import annotations
@@ -13,18 +14,15 @@ import bisect
 import heapq
 import random
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import Pool
 
 import scheduler.core.worker
 from protocol.messages import Capacity, HintRow, Plan, PoolCapacity, pack_ids
 from protocol.sampling import SamplingParams
-from scheduler.core.scheduler import Core, CoreConfig
 from scheduler.core.events import Arrive, SendPlan, StepDone, WorkerServing
-from scheduler.core.step_time import StepTimeModel
-import importlib.util
-_spec=importlib.util.spec_from_file_location('old','/tmp/old_step_time.py'); _old=importlib.util.module_from_spec(_spec); _spec.loader.exec_module(_old); OldPace=_old.StepTimeModel
+from scheduler.core.scheduler import Core, CoreConfig
+from scheduler.core.step_time import UNBOUNDED, StepTimeModel
 
 NOISE, WARM_NOISE, WAY_S = 0.05, 0.01, 0.0003  # of step times, of those at warm-up; core to device, and back
 ENDLESS = 1 << 30
@@ -71,70 +69,77 @@ MACHINES = {
 }
 
 
-class TablePace(OldPace):
-    """Step times by tokens, as measured at warm-up and corrected since; what prefill adds to a decode step likewise."""
+class LinearPrice(StepTimeModel):
+    """What the scheduler did before: a learned price for each prefill token, by number of rows beside it. The price
+    contains the step's fixed part, so chunks and price drive each other down."""
 
-    machine: Machine
-    rule: Rule
+    SLOWER, WAITING_WEIGHT = 1.7, 4
 
-    def __init__(self) -> None:
+    def __init__(self, *_: object) -> None:
         super().__init__()
-        table = [(n, t / 1e3) for n, t in self.machine.table if n <= self.machine.budget]
-        self.warm = [(n, t * random.gauss(1, WARM_NOISE)) for n, t in table]
-        self.table = self.warm.copy()
+        self.prefill_token_s = 0.0
+        self._beside_s: dict[int, float] = {}
+
+    def token_s(self, rows: int) -> float:
+        return self._beside_s.get(rows.bit_length(), self.prefill_token_s)
 
     def decode_s(self, rows: int) -> float:
-        return (super().decode_s(rows) or look_up(self.table, rows, False)) if rows else 0.0
+        if not rows or not self._decode_s:
+            return 0.0
+        size = rows.bit_length()
+        return self._decode_s[min(self._decode_s, key=lambda k: (abs(k - size), k))]
 
     def step_s(self, rows: int, prefill_tokens: int) -> float:
-        beyond = max(0.0, self.decode_s(rows) - look_up(self.table, rows, False)) if rows else 0.0
-        whole = beyond + look_up(self.table, rows + prefill_tokens, self.machine.padded)
-        return whole if prefill_tokens else self.decode_s(rows)
+        return self.decode_s(rows) + prefill_tokens * self.token_s(rows)
 
     def learn(self, rows: int, prefill_tokens: int, exec_s: float) -> None:
-        if exec_s <= 0 or not rows + prefill_tokens:
+        tokens, size = rows + prefill_tokens, rows.bit_length()
+        if not tokens or exec_s <= 0:
             return
-        better = 1 + 0.2 * (max(0.5, min(exec_s / self.step_s(rows, prefill_tokens), 2.0)) - 1)
+        decode_s, prefill_s = self.decode_s(rows), prefill_tokens * self.token_s(rows)
+        if rows and (not decode_s or (not prefill_tokens and size not in self._decode_s)):
+            decode_s = max(exec_s - prefill_s, exec_s * rows / tokens)
+        if prefill_tokens and not prefill_s:
+            prefill_s = max(exec_s - decode_s, exec_s * prefill_tokens / tokens)
+        off = min(exec_s / (decode_s + prefill_s), 5.0) - 1
+        if rows:
+            self._decode_s[size] = decode_s * (1 + (0.025 if prefill_tokens else 0.2) * off)
         if prefill_tokens:
-            k = min(bisect.bisect_left(self.table, (rows + prefill_tokens, 0.0)), len(self.table) - 1)
-            self.table[k] = (self.table[k][0], self.table[k][1] * better)
-        else:
-            self._decode_s[rows.bit_length()] = self.decode_s(rows) * better
+            token_s = prefill_s / prefill_tokens * (1 + 0.2 * off)
+            if rows:
+                self._beside_s[size] = token_s
+            if not rows or not self.prefill_token_s:
+                self.prefill_token_s = token_s
 
     def chunk(self, rows: int, prompt_tokens: int, prompts: int) -> int:
-        return self.rule(self, rows)
+        decode_s, token_s = self.decode_s(rows), self.token_s(rows)
+        if not decode_s or not token_s:
+            return UNBOUNDED
+        weight = max(1.0, self.WAITING_WEIGHT * (prompts - 1) / rows)
+        return max(64 if prompt_tokens <= 256 else 8, round((self.SLOWER - 1) * decode_s / token_s * weight))
 
 
-Rule = Callable[[TablePace, int], int]  # decode rows -> most prefill tokens beside them
+class NoBound(StepTimeModel):
+    def chunk(self, rows: int, prompt_tokens: int, prompts: int) -> int:
+        return UNBOUNDED
 
 
-def within(target_s: float = 0.0, slower: float = 1.7) -> Rule:
-    """The most of which the step stays within the target, or so many times what it takes without."""
-
-    def rule(pace: TablePace, rows: int) -> int:
-        limit = max(target_s, slower * pace.decode_s(rows))
-        tries = [n - rows for n, _ in pace.table] if pace.machine.padded else [round(1.2**k) for k in range(12, 43)]
-        return max((n for n in tries if n > 0 and pace.step_s(rows, n) <= limit), default=8)
-
-    return rule
+class Fixed512(StepTimeModel):
+    def chunk(self, rows: int, prompt_tokens: int, prompts: int) -> int:
+        return 512
 
 
-def knee(goodness: float = 0.88) -> Rule:
-    """All rows fill the smallest step whose tokens cost nearly as little as they can; at least half is prefill."""
+class Target25(StepTimeModel):
+    """The knee, and --inter-token-target-ms 25."""
 
-    def rule(pace: TablePace, rows: int) -> int:
-        size = next(n for n, t in pace.warm if t / n * goodness <= min(t / n for n, t in pace.warm))
-        total = max(size, rows + size // 2)
-        return (next((n for n, _ in pace.warm if n >= total), total) if pace.machine.padded else total) - rows
-
-    return rule
+    def __init__(self, step_us: list[tuple[int, int]], most_tokens: int) -> None:
+        super().__init__(step_us, most_tokens, target_s=0.025)
 
 
-POLICIES: dict[str, tuple[Rule | None, int]] = {  # None: the project's own Pace; the budget, 0: the machine's
-    "as it is": (None, 0), "new": (None, 0), "as it is 8192": (None, 8192), "no bound": (lambda *_: ENDLESS, 0),
-    "no bound 8192": (lambda *_: ENDLESS, 8192), "fixed 512": (lambda *_: 512, 0), "target 25": (within(0.025), 0),
-    "target 50": (within(0.05), 0), "target 100": (within(0.1), 0), "2 decodes": (within(slower=2), 0),
-    "4 decodes": (within(slower=4), 0), "knee": (knee(), 0), "knee 0.8": (knee(0.8), 0), "knee 0.95": (knee(0.95), 0),
+POLICIES: dict[str, tuple[type[StepTimeModel], int]] = {  # and the budget; 0: the machine's
+    "linear price": (LinearPrice, 0), "linear price 8192": (LinearPrice, 8192), "no bound": (NoBound, 0),
+    "no bound 8192": (NoBound, 8192), "fixed 512": (Fixed512, 0), "target 25": (Target25, 0),
+    "knee": (StepTimeModel, 0),
 }  # fmt: skip
 
 Job = tuple[float, int, int]  # arrival, prompt, output
@@ -169,22 +174,17 @@ def run(case: tuple[str, str, str, int]) -> dict[str, float]:
     random.seed(seed)
     jobs = jobs_of(MACHINES[name], scenario, rng := random.Random(seed))
     asked = [k for k, job in enumerate(jobs) if job[2] < ENDLESS]
-    rule, budget = POLICIES[policy]
+    model, budget = POLICIES[policy]
     machine = replace(MACHINES[name], budget=budget or MACHINES[name].budget)
-    fields = {"machine": machine, "rule": staticmethod(rule)}
-    def made(step_us, budget):
-        if policy == "new": return StepTimeModel(step_us, budget)
-        if rule: return type("Chosen", (TablePace,), fields)()
-        return OldPace()
-    def patched(step_us, budget):
-        m = made(step_us, budget)
-        if policy != "new":
-            pass
-        return m
-    scheduler.core.worker.StepTimeModel = patched
+    scheduler.core.worker.StepTimeModel = model  # type: ignore[misc]
+    step_us = []
+    if machine.padded:  # timed at warm-up, as an engine that records its steps does
+        timed = [(n, ms * max(0.9, random.gauss(1, WARM_NOISE))) for n, ms in machine.table if n <= machine.budget]
+        step_us = [(n, round(ms * 1e3)) for n, ms in timed]
     core = Core(CoreConfig(plans_ahead=2))
     pool = PoolCapacity("full", 16, machine.blocks)
-    core.apply(WorkerServing("w0", 1, Capacity("", 1 << 20, machine.rows, machine.budget, [pool], 32000, step_us=[(n, round(t * 1e3 * max(0.9, random.gauss(1, WARM_NOISE)))) for n, t in machine.table if n <= machine.budget] if machine.padded else [])), 0.0)
+    capacity = Capacity("", 1 << 20, machine.rows, machine.budget, [pool], 32000, step_us=step_us)
+    core.apply(WorkerServing("w0", 1, capacity), 0.0)
     seats: dict[int, list[int]] = {}  # seat -> [request, computed tokens, known ones when it came]
     left = [output for _, _, output in jobs]
     times: list[list[float]] = [[] for _ in jobs]
