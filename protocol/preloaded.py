@@ -317,7 +317,8 @@ class _Nursery:
             for other in self._links.values():
                 other.close()
             die_with(me)
-            os.nice(nice)
+            if nice:
+                be_nice(nice)
             limit_memory(memory_mib << 20)
             _work(link, self._answer)
             code = 0
@@ -363,6 +364,17 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it ended before the wish was made
             raise SystemExit(1)
+
+
+def be_nice(nice: int) -> None:
+    """Let everything else run first. A process of low priority must leave its parent's session too: where Linux shares
+    the processor out between sessions first (sched_autogroup), niceness counts only within one."""
+    os.setsid()
+    os.nice(nice)
+    try:
+        Path("/proc/self/autogroup").write_text(str(nice))
+    except OSError:  # not Linux, or without such groups
+        pass
 
 
 def give_back() -> None:

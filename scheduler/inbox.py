@@ -23,8 +23,8 @@ from scheduler.tokenizer_pool import LONG_BOUNDS, SHORT
 
 BLOCK_MS = 5000  # blocking reads: long enough to cost nothing, short enough to notice a closed server
 CLAIM_S = 1.0  # how often entries are looked for that a deposed leader read after our own start
-AT_ONCE = 64  # entries in one read
-READ_BYTES = 8 << 20  # wanted of one read
+FIRST_READ, LARGEST_READ = 4, 64  # entries in one read
+READ_BYTES = 4 << 20  # wanted of one read
 READ_AHEAD = 65_536  # tickets that wait
 KEPT_BYTES = 16 << 20  # payloads of all tickets that wait
 TENANT_BYTES = 2 << 20  # of one tenant's long texts in preparation
@@ -45,6 +45,7 @@ class Inbox:
         long = FairQueue(LONG_BOUNDS.processes + 1, TENANT_BYTES, weights)
         self._admission = Admission(short, long, SHORT, READS_AT_ONCE)
         self._held: set[str] = set()  # entries that wait or are seen through
+        self._weighed: dict[str, bool] = {}  # rid of a request that is just being read -> cancelled meanwhile
         self._kept = 0  # bytes of payloads
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
@@ -69,22 +70,26 @@ class Inbox:
 
     def cancelled(self, rid: str) -> None:
         """Request ``rid`` is to end: at once, if it waits here."""
+        if rid in self._weighed:
+            self._weighed[rid] = True
         if self._admission.cancelled(rid):
             self._changed.set()
 
     async def _read(self) -> None:
-        count = AT_ONCE
+        count = FIRST_READ
         while True:
             await self._room.wait()
             entries = await self._bus.read_jobs(self._consumer, count, BLOCK_MS)
-            count = _next_count(entries)
+            count = _next_count(count, entries)
             await self._add(entries)
 
     async def _claim(self) -> None:
         """What an earlier leader read and did not finish with; now, and again for what it reads while it is deposed."""
+        count = FIRST_READ
         while True:
             await self._room.wait()
-            entries = await self._bus.claim_jobs(self._consumer, AT_ONCE // 4)
+            entries = await self._bus.claim_jobs(self._consumer, count)
+            count = _next_count(count, entries)
             await self._add(entries)
             if not entries:
                 await asyncio.sleep(CLAIM_S)
@@ -97,15 +102,20 @@ class Inbox:
             elif entry.entry_id not in self._held:
                 new.append(entry)
         self._held.update(entry.entry_id for entry in new)
-        weights = await self._bus.weigh_requests([entry.rid for entry in new if entry.rid is not None])
+        rids = [entry.rid for entry in new if entry.rid is not None]
+        self._weighed.update(dict.fromkeys(rids, False))
+        weights = await self._bus.weigh_requests(rids)
         now = time.monotonic()
         for entry in new:
-            if entry.rid is not None:
-                tenant, size, deadline_ms = weights[entry.rid]
-                ticket = Ticket(entry.entry_id, entry.rid, sys.intern(tenant), size, deadline_ms)
+            if (rid := entry.rid) is not None:
+                tenant, size, deadline_ms, cancelled = weights[rid]
+                self._admission.add(Ticket(entry.entry_id, rid, sys.intern(tenant), size, deadline_ms), now)
+                if self._weighed.pop(rid) or cancelled:
+                    self._admission.cancelled(rid)
             else:
-                ticket = self._push(entry)
-            self._admission.add(ticket, now)
+                self._admission.add(ticket := self._push(entry), now)
+                if ticket.payload is None:  # to look into it has taken a millisecond or two
+                    await asyncio.sleep(0)
         if len(self._admission) >= READ_AHEAD:
             self._room.clear()
         self._changed.set()
@@ -142,7 +152,8 @@ class Inbox:
         self._changed.set()
 
 
-def _next_count(entries: list[InboxEntry]) -> int:
-    """How many entries to ask for, if they are as large as those before."""
+def _next_count(count: int, entries: list[InboxEntry]) -> int:
+    """How many entries to ask for after a read of ``count``: at first few, more while they are small."""
     largest = max((len(entry.payload or b"") for entry in entries), default=0)
-    return max(1, min(AT_ONCE, READ_BYTES // max(1, largest)))
+    more = 2 * count if len(entries) == count else count
+    return max(1, min(more, LARGEST_READ, READ_BYTES // max(1, largest)))

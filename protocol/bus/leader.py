@@ -153,18 +153,19 @@ class LeaderBus(RequestReads):
             await self._link.command("XACK", self.keys.jobs, GROUP, *gone)
         return self._hand_out(present)
 
-    async def weigh_requests(self, rids: Sequence[str]) -> dict[str, tuple[str, int, int]]:
-        """Of each accepted request tenant, bytes of its body, and deadline in server ms (0: none), in one round trip.
-        What is not there, or is not ours, weighs nothing."""
+    async def weigh_requests(self, rids: Sequence[str]) -> dict[str, tuple[str, int, int, bool]]:
+        """Of each accepted request tenant, bytes of its body, deadline in server ms (0: none), and whether it was
+        cancelled, in one round trip. What is not there, or is not ours, weighs nothing."""
         commands: list[tuple[Argument, ...]] = []
         for rid in rids:
             key = self.keys.request(rid)
-            commands += [("HMGET", key, "tenant", "deadline"), ("HSTRLEN", key, "body")]
+            commands += [("HMGET", key, "tenant", "deadline", "cancel"), ("HSTRLEN", key, "body")]
         replies = await self._link.pipeline(commands, tolerant=True)
         weights = {}
         for rid, fields, size in zip(rids, replies[::2], replies[1::2], strict=True):
-            tenant, deadline = fields or (None, None)
-            weights[rid] = ((tenant or b"").decode("utf-8", "replace"), size or 0, int(deadline or 0))
+            tenant, deadline, cancel = fields or (None, None, None)
+            name = (tenant or b"").decode("utf-8", "replace")
+            weights[rid] = (name, size or 0, int(deadline or 0), cancel is not None)
         return weights
 
     async def read_push(self, entry_id: str) -> bytes | None:

@@ -86,6 +86,21 @@ async def test_memory_is_bounded_beyond_what_was_loaded(home: Preloaded) -> None
     worker.close()
 
 
+async def test_a_nice_worker_gives_way_to_every_session(home: Preloaded) -> None:
+    worker = await home.fork(64, nice=15)
+    _, pid, *_ = await echo(worker)
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 15)  # type: ignore[arg-type]
+    assert os.getsid(pid) == pid  # type: ignore[arg-type]
+    assert autogroup_nice(pid) in ("15", None)  # type: ignore[arg-type]
+    worker.close()
+
+
+def autogroup_nice(pid: int) -> str | None:
+    """None where there are no such groups."""
+    group = Path(f"/proc/{pid}/autogroup")
+    return group.read_text().split()[-1] if group.exists() else None
+
+
 async def test_a_killed_worker_is_told_from_one_that_ran_out_of_time(home: Preloaded) -> None:
     worker = await home.fork(64)
     _, pid, *_ = await echo(worker)

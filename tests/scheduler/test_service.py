@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,14 @@ import pytest
 import redis
 
 from protocol.messages import Frame, Job, Row, decode_frames, encode, new_rid
+from protocol.preloaded import Preloaded
 from protocol.records import TenantLimits
 from protocol.sampling import SamplingParams
+from scheduler.tokenizer_pool import SHORT
 from tests.bus import Bus
 from tests.conftest import leaked_keys
 from tests.models import BOS, byte_tokenizer
-from tests.scheduler.conftest import Stage
+from tests.scheduler.conftest import HASTY, Stage
 from tests.scheduler.scripted_worker import expected_tokens
 
 
@@ -332,6 +337,77 @@ async def test_what_nobody_foresaw_ends_that_job_alone(
     assert error_of(await stage.frames(bad)) == ("error", "engine_failed", None)
     assert len(await stage.tokens(good)) == 2
     assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+async def test_stuck_long_texts_cost_neither_the_lead_nor_other_requests(stage: Stage, home: Preloaded) -> None:
+    """The process for long texts is stopped, as if each took for ever: no other request waits for it."""
+    stage.scheduler(timing=HASTY)
+    stage.worker()
+    long = await stop_long_process(stage, home)
+    subscription = stage.bus.subscribe("me")
+    await subscription.start()
+    stage.scheduler(timing=HASTY)  # stands by
+    flood = [await flooded(stage, "flooder", "me") for _ in range(30)]
+    mine = await flooded(stage, "other", "me")
+    epoch, beat = (await stage.bus.read_leader()).epoch, (await stage.bus.read_leader()).beat
+    for k in range(20):
+        rid = await stage.accept([k + 1], job={"tenant": "other" if k % 2 else "flooder"}, max_tokens=2)
+        assert len(await stage.tokens(rid)) == 2
+    leader = await stage.bus.read_leader()
+    assert (leader.epoch, leader.beat > beat) == (epoch, True)
+    os.kill(long, signal.SIGCONT)
+    ended: list[str] = []
+    async for rows in subscription:
+        ended += [row.rid for row in rows]
+        if len(ended) == len(flood) + 1:
+            break
+    await subscription.close()
+    assert set(ended) == {*flood, mine}
+    assert ended.index(mine) <= 4  # behind those that were in preparation already, before the rest
+    assert error_of(await stage.frames(mine)) == ("error", "context_length_exceeded", "prompt")
+
+
+async def flooded(stage: Stage, tenant: str, reply_to: str) -> str:
+    rid = new_rid()
+    await stage.bus.accept(Job(prompt="x" * 2 * SHORT, tenant=tenant), rid=rid, reply_to=reply_to)
+    return rid
+
+
+async def stop_long_process(stage: Stage, home: Preloaded) -> int:
+    """Stop the process for long texts, the only one that has made itself nicer, once it has had one. Its pid."""
+    before = nicest_children(home)  # of schedulers that have just ended
+    await stage.frames(await flooded(stage, "first", "nobody"))
+
+    async def there() -> int | None:
+        return next(iter(nicest_children(home) - before), None)
+
+    long: int = await stage.until(there)
+    os.kill(long, signal.SIGSTOP)
+    return long
+
+
+def nicest_children(home: Preloaded) -> set[int]:
+    assert home._process is not None
+    pid = home._process.pid
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    usual, nicer = os.getpriority(os.PRIO_PROCESS, pid), set()
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpriority(os.PRIO_PROCESS, child) > usual:
+                nicer.add(child)
+    return nicer
+
+
+async def test_a_cancelled_request_does_not_wait_for_the_long_texts_before_it(stage: Stage, home: Preloaded) -> None:
+    stage.scheduler()
+    long = await stop_long_process(stage, home)
+    rids = [await flooded(stage, "flooder", "me") for _ in range(10)]
+    late = await stage.accept("x" * 2 * SHORT, job={"timeout_s": 0.2})
+    await stage.bus.cancel(rids[-1], "flooder")
+    assert (await stage.frames(rids[-1]))[-1].finish == "abort"
+    assert (await stage.frames(late))[-1].finish == "deadline"
+    os.kill(long, signal.SIGCONT)
+    await stage.at_rest()
 
 
 async def test_a_foreign_type_under_our_key_stops_nothing(stage: Stage, raw: redis.Redis) -> None:
