@@ -110,7 +110,7 @@ class Inbox:
             if (rid := entry.rid) is not None:
                 tenant, size, deadline_ms, cancelled = weights[rid]
                 self._admission.add(Ticket(entry.entry_id, rid, sys.intern(tenant), size, deadline_ms), now)
-                if self._weighed.pop(rid) or cancelled:
+                if self._weighed.pop(rid, False) or cancelled:
                     self._admission.cancelled(rid)
             else:
                 self._admission.add(ticket := self._push(entry), now)
@@ -139,7 +139,8 @@ class Inbox:
                 self._kept -= len(payload)
             elif ticket.rid is None:
                 payload = await self._bus.read_push(ticket.entry_id)
-            wait_s = await self._intake.take(InboxEntry(ticket.entry_id, ticket.rid, payload))
+            there = ticket.rid is not None or payload is not None  # else somebody has deleted it
+            wait_s = await self._intake.take(InboxEntry(ticket.entry_id, ticket.rid, payload)) if there else 0.0
         except BaseException:
             self._admission.done(ticket)
             raise
