@@ -176,13 +176,15 @@ def _json_grammar(schema: Any) -> str:
 
 _HINTS = (
     ("oneOf", "oneOf"), ("format", "format"), ("regex parse error", "pattern"), ("lookaround", "pattern"),
-    ("patternProperty", "patternProperties"), ("maxProperties", "minProperties"), ("multiple", "multipleOf"),
+    ("patternProperty", "patternProperties"), ("multiple", "multipleOf"),
     ("required", "required"), ("Pointer", "$ref"), ("registry", "$ref"), ("anyOf", "anyOf"), ("Invalid type", "type"),
 )  # fmt: skip
 
 
 def _keyword(reason: str, schema: dict[str, Any]) -> str:
     """The keyword that a reason speaks of: quoted in it, known by its words, or the first that is there."""
+    if "maxProperties only supported" in reason:  # said of either
+        return "minProperties" if "minProperties" in schema else "maxProperties"
     for name in re.findall(r"[\"'`]?(\$?[A-Za-z]+)[\"'`]?", reason):
         if name in schema and name not in ("type", "const"):
             return str(name)

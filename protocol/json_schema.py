@@ -41,6 +41,16 @@ ANNOTATION_FORMATS = frozenset(
     ["password", "binary", "byte", "int32", "int64", "float", "double", "path", "file-path", "directory-path"]
 )
 MAX_DEPTH = 64
+# RFC 3339 as every validator reads it: the library's own also take `z`, `t` and the second 60.
+_TWO = "(0[48]|[2468][048]|[13579][26])"  # the last two digits of most leap years
+_DATE = (
+    r"([0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)-"  # no year 0
+    r"((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+    rf"|([0-9]{{2}}{_TWO}|{_TWO}00)-02-29"
+)
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+FORMAT_PATTERNS = {"date": f"^({_DATE})$", "time": f"^({_TIME})$", "date-time": f"^({_DATE})T{_TIME}$"}
+BELOW_ZERO = -1e-6  # the library takes -0 for less than 0
 _ONE = ("additionalProperties", "additionalItems", "items", "contains", "not", "if", "then", "else", "propertyNames")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -107,9 +117,14 @@ def served_schema(schema: Any) -> Any:
         if key in _MAPS and isinstance(value, dict):
             kept[key] = {name: served_schema(part) for name, part in value.items()}
         elif key in _LISTS and isinstance(value, list):
-            kept[key] = [served_schema(part) for part in value]
+            kept[key] = [*(served_schema(part) for part in value), *(kept.get(key) or ())]
         elif key in _ONE:
             kept[key] = served_schema(value)
-        else:
+        elif key == "exclusiveMaximum" and value == 0 and value is not False:
+            kept["maximum"] = min(BELOW_ZERO, schema.get("maximum", 0))
+        elif key == "format" and value in FORMAT_PATTERNS:
+            pattern = {"pattern": FORMAT_PATTERNS[value]}
+            kept["allOf"] = [*kept.get("allOf", []), pattern]
+        elif key != "maximum" or "maximum" not in kept:
             kept[key] = value
     return kept
