@@ -41,7 +41,17 @@ class Metrics:
             Histogram, "headrace_mask_seconds", "Longest mask of a step's constrained rows", buckets=MASK_BUCKETS
         )
         self.mask_wait = made(Counter, "headrace_mask_wait_seconds", "Time that draws waited for masks")
+        self._path = Gauge(
+            "headrace_worker_path_info", "1 for the path that passes take (docs/operations.md)", [*labels, "path"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._labels = labels
         self.sequences = made(Gauge, "headrace_worker_sequences", "Sequences on this worker that have not ended")
+
+    def takes(self, path: str) -> None:
+        """Passes through the model go by ``path``, and by no other any more."""
+        self._path.clear()
+        self._path.labels(**self._labels, path=path).set(1)
 
 
 async def serve_metrics(

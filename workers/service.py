@@ -230,7 +230,8 @@ class Worker:
 
         capacity = self.engine.load(progress)
         vocabulary = load_vocabulary(self.engine)
-        log.info("loaded in %.1f s", time.monotonic() - started)
+        log.info("loaded in %.1f s; path of a pass: %s", time.monotonic() - started, self.engine.path)
+        self.metrics.takes(self.engine.path)
         return msgspec.structs.replace(capacity, model=self.config.served_model_name), vocabulary
 
     async def _load_while_beating(self, gen: int) -> tuple[int, Capacity, Vocabulary | WindowVocabulary] | None:

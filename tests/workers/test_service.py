@@ -613,6 +613,8 @@ async def test_metrics_and_health(
     assert f"headrace_worker_tokens_total{label} 3.0" in text
     assert f"headrace_iteration_tokens_total_sum{label} 8.0" in text
     assert f"headrace_step_seconds_count{label} 3.0" in text
+    assert f'headrace_worker_path_info{{model="{MODEL}",path="simulated",worker="w0"}} 1.0' in text
+    assert any("path of a pass: simulated" in record.getMessage() for record in caplog.records)
     assert health == {"ok": True, "state": "serving", "stalled": False}
 
 

@@ -98,6 +98,7 @@ class ProcessEngine:
     def __init__(self, kind: str, config: Any) -> None:
         self.kind, self.config = kind, config
         self.eos_token_ids: Sequence[int] = ()
+        self.path = ""
         self.tokenizer: Any = None
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -111,7 +112,7 @@ class ProcessEngine:
             if name == "progress":
                 progress(*told)
             elif name == "loaded":
-                self.eos_token_ids = told[1]
+                self.eos_token_ids, self.path = told[1], told[2]
                 return _decode_capacity(told[0])
 
     def execute(self, plan: Plan) -> ProcessOutput:
@@ -230,7 +231,7 @@ def serve(channel: Channel, beat: mmap.mmap) -> None:
         capacity = engine.load(lambda stage, fraction: channel.send("progress", stage, fraction))
         gc.collect()
         gc.freeze()  # a collection over the modules of a whole model is a pause that every stream feels
-        channel.send("loaded", encode(capacity), list(engine.eos_token_ids))
+        channel.send("loaded", encode(capacity), list(engine.eos_token_ids), engine.path)
         running: SimpleQueue[StepOutput] = SimpleQueue()
         sender = threading.Thread(target=_send_results, args=(channel, running), daemon=True)
         sender.start()

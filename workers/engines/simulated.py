@@ -58,6 +58,7 @@ class SimulatedEngine:
     def __init__(self, config: SimulatedConfig, clock: Callable[[], float] = time.perf_counter) -> None:
         self.config = config
         self.eos_token_ids: Sequence[int] = config.eos_token_ids
+        self.path = "simulated"
         self.tokenizer: Any = None
         self._vocab_size = EOS + 1
         self._range = config.token_range or PRINTABLE

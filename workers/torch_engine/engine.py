@@ -49,6 +49,10 @@ class TorchEngine:
         self.masks = Masks(self._make_grammars)
         self._others = list(backends[1:])
 
+    @property
+    def path(self) -> str:
+        return self.backend.report.path
+
     # ------------------------------------------------------------------ load
 
     @torch.inference_mode()

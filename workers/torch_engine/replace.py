@@ -30,6 +30,15 @@ class FuseReport:
     fused: Counter[str] = field(default_factory=Counter)
     kept: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def path(self) -> str:
+        """The fastest kind of path through the model that was found: one call for the whole pass, layers as one call
+        each or several, modules one by one, or torch alone."""
+        for kind, path in {"pass": "whole pass", "layer": "fused layers"}.items():
+            if self.fused[kind]:
+                return path
+        return "fused modules" if self.fused.total() else "torch"
+
     def __str__(self) -> str:
         said = ", ".join(f"{count} {kind}" for kind, count in sorted(self.fused.items())) or "nothing replaced"
         left = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kept.items()))

@@ -117,6 +117,7 @@ def test_a_torch_engine_in_a_child_serves_what_transformers_gives(loaded, tmp_pa
     )  # fmt: skip
     engine = loaded("torch", config)
     assert engine.tokenizer.decode([97, 98]) == "ab"
+    assert engine.path == "whole pass"
     served = [Sequence(list(range(k, k + 9 + k)), SamplingParams(temperature=0, max_tokens=8)) for k in range(4)]
     PlanMaker(engine, blocks=40, block_size=8, budget=16, seats=8).run(served)
     reference = reference_of(path)
