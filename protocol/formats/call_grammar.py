@@ -60,7 +60,6 @@ class _Writer:
         self.tools = tools
         self.by_schema = by_schema
         self.alphabet = Alphabet(spec.controls)
-        self.ids = {char: id for id, (char, _) in self.alphabet.tokens.items()}
         self.rules: list[str] = []
 
     def text(self, answer: str) -> str:
@@ -72,16 +71,7 @@ class _Writer:
         return name
 
     def marker(self, text: str) -> str:
-        """A marker: control tokens by their ids, letters as they are."""
-        out, letters = [], ""
-        for char in self.alphabet.encode(text):
-            if char in self.ids:
-                out += [quoted(letters)] if letters else []
-                out.append(f"<[{self.ids[char]}]>")
-                letters = ""
-            else:
-                letters += char
-        return " ".join([*out, quoted(letters)] if letters else out)
+        return marker(self.alphabet, text)
 
     def until(self, marker: str) -> str:
         """Any text, and then ``marker``."""
@@ -237,6 +227,20 @@ class _Writer:
         if not required:
             last = f"({last} | {self.marker('<|channel|>final<|message|>')} TEXT)"
         return self.text(f"({between})* {last}")
+
+
+def marker(alphabet: Alphabet, text: str) -> str:
+    """A marker: control tokens by their ids, letters as they are."""
+    ids = {char: id for id, (char, _) in alphabet.tokens.items()}
+    out, letters = [], ""
+    for char in alphabet.encode(text):
+        if char in ids:
+            out += [quoted(letters)] if letters else []
+            out.append(f"<[{ids[char]}]>")
+            letters = ""
+        else:
+            letters += char
+    return " ".join([*out, quoted(letters)] if letters else out)
 
 
 def quoted(text: str) -> str:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import msgspec
 
 from protocol.errors import StructureNotSupported
-from protocol.formats.call_grammar import JSON_STYLE, quoted
+from protocol.formats.call_grammar import JSON_STYLE, marker, quoted
+from protocol.formats.source import Alphabet
 from protocol.formats.spec import FormatSpec
 from protocol.messages import Job
 from protocol.sampling import Content, SamplingParams
@@ -98,7 +99,7 @@ def _harmony_lead(spec: FormatSpec) -> str:
 
 
 def _marker(spec: FormatSpec, text: str) -> str:
-    return f"<[{spec.controls[text]}]>" if text in spec.controls else quoted(text)
+    return marker(Alphabet(spec.controls), text)
 
 
 def _literal_pattern(text: str) -> str:

@@ -67,7 +67,7 @@ class Machine:
         matcher = self.grammars.matcher(structure)
         ids = self.tokenizer.encode(text).ids
         for at, token in enumerate([*ids, self.end]):
-            if not self._allows(matcher, token):
+            if not self.allows(matcher, token):
                 return f"stuck after {self.tokenizer.decode(ids[:at], skip_special_tokens=False)!r}"
             matcher.advance([token])
         return matcher.failed
@@ -108,7 +108,7 @@ class Machine:
                 pieces.append((0, self.tokenizer.decode(whole)))
         return Reading(self.spec, pieces, functions=functions, eager=True)
 
-    def _allows(self, matcher: Any, token: int) -> bool:
+    def allows(self, matcher: Any, token: int) -> bool:
         row = np.zeros(self.grammars.words, np.int32)
         return bool(matcher.fill(row) and (int(row[token >> 5]) >> (token & 31)) & 1)
 
