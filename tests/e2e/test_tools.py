@@ -116,6 +116,39 @@ def test_several_calls_and_free_answers(client: openai.OpenAI) -> None:
     assert free.choices[0].message.content or free.choices[0].message.tool_calls
 
 
+@pytest.mark.parametrize("victim", ["worker", "scheduler"])
+def test_a_call_goes_on_where_a_process_died_in_its_middle(stack: Stack, client: openai.OpenAI, victim: str) -> None:
+    """The grammar's state is rebuilt from the journal: the call ends in the tokens of an undisturbed one."""
+    items = {"type": "integer", "minimum": 0, "maximum": 999}
+    schema = {
+        "type": "object", "required": ["numbers"], "additionalProperties": False,
+        "properties": {"numbers": {"type": "array", "items": items, "minItems": 80, "maxItems": 80}},
+    }  # fmt: skip
+    tool: Any = [{"type": "function", "function": {"name": "add", "parameters": schema}}]
+    asked = {
+        **ASK,
+        "tools": tool,
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 900,
+        "seed": 4,
+    }
+    undisturbed = client.chat.completions.create(**asked)
+    assert undisturbed.choices[0].message.tool_calls is not None
+    pieces: list[str] = []
+    killed = 0
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for delta in chunk.choices[0].delta.tool_calls or ():
+            assert delta.function is not None
+            pieces.append(delta.function.arguments or "")
+        if len(pieces) == 20 and not killed:
+            killed = stack.kill(victim)
+    assert killed
+    arguments = "".join(pieces)
+    jsonschema.validate(json.loads(arguments), schema)
+    assert arguments == undisturbed.choices[0].message.tool_calls[0].function.arguments
+
+
 def test_what_cannot_be_is_a_400(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**{**ASK, "messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]})
