@@ -51,7 +51,8 @@ class Sink:
             if not text:
                 return
             self.trim = False
-        text = self._space + text
+        if self._space:
+            text = self._space + text
         shown = text.rstrip(SPACE) if self.functions else text
         self._space = text[len(shown) :]
         if shown:

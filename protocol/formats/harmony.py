@@ -55,7 +55,7 @@ class Harmony:
         self.sink.turn()
         try:
             emit = self.sink.reasoning if self.thinking else self.sink.content
-            yield from self.source.until(self.ends, emit)
+            yield from self.source.pass_until(self.ends, emit)
         except Cut:
             return
         finally:

@@ -15,7 +15,7 @@ from protocol.formats.bodies import Bodies
 from protocol.formats.events import Event, Sink
 from protocol.formats.harmony import Harmony
 from protocol.formats.notations import Gemma, read_pythonic
-from protocol.formats.source import Alphabet, Cut, Malformed, Reading, Source, overlap
+from protocol.formats.source import Alphabet, Cut, Malformed, Reading, Resting, Source, heads_of, overlap
 from protocol.formats.spec import BARE_TOKEN, FormatSpec, Tools
 
 _BARE = {"json": "{", "pythonic": "["}
@@ -49,6 +49,7 @@ class Parser:
         triggers = [t for t in (self._thought and self._thought[0], self._opens) if t]
         self._triggers = re.compile("|".join(map(re.escape, triggers))) if triggers else None
         self._starts = triggers
+        self._heads = heads_of(triggers)
         if spec.tools is not None and spec.tools.kind == "harmony":
             self._harmony = Harmony(self._alphabet, self._source, self._sink)
             self._reading: Generator[None, None, None] = self._harmony.run()
@@ -80,8 +81,14 @@ class Parser:
 
     def feed(self, token: int | None, text: str) -> list[Event]:
         """The events of one more frame."""
-        before = self._thinks
         control = self._alphabet.tokens.get(token) if token is not None else None
+        resting = self._source.resting
+        if resting is not None and control is None and resting.heads.search(text) is None:
+            resting.emit(text)
+            if token is not None and self._thinks:
+                self.reasoning_tokens += 1
+            return self._taken()
+        before = self._thinks
         if control is not None:
             char, own = control
             text = text.removesuffix(own) + char
@@ -101,11 +108,15 @@ class Parser:
 
     def _more(self, text: str) -> list[Event]:
         self._source.text += text
+        self._source.resting = None
         if not self._over:
             try:
                 next(self._reading)
             except StopIteration:
                 self._over = True
+        return self._taken()
+
+    def _taken(self) -> list[Event]:
         events, self._sink.events = self._sink.events, []
         return events
 
@@ -148,6 +159,8 @@ class Parser:
             if source.ended:
                 return ""
             source.drop()
+            if not source.text:
+                source.resting = Resting(self._heads, sink.content)
             yield
 
     def _bare(self) -> Reading[bool]:
@@ -181,7 +194,7 @@ class Parser:
         source.mark = -1
         self._sink.turn()
         try:
-            yield from source.until((closes,), self._sink.reasoning)
+            yield from source.pass_until((closes,), self._sink.reasoning)
         except Cut:
             source.at = len(source.text)
         self._sink.turn()

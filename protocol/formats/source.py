@@ -10,8 +10,8 @@ are found like any text, and never in what was merely typed like them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 Reading = Generator[None, None, T]  # yields: more text is needed
@@ -48,6 +48,8 @@ class Alphabet:
         return tuple(piece for piece in _JOINTS.split(self.encode(marker)) if piece)
 
     def decode(self, text: str) -> str:
+        if text.isascii():
+            return text
         return CONTROL.sub(lambda m: self._texts.get(m[0], ""), text)
 
 
@@ -59,22 +61,58 @@ def overlap(text: str, marker: str) -> int:
     return len(text) - at if at >= 0 else 0
 
 
+class Resting(NamedTuple):
+    heads: re.Pattern[str]  # what may begin a marker
+    emit: Callable[[str], None]
+
+
+def heads_of(markers: Iterable[str]) -> re.Pattern[str]:
+    """Matches the first characters of ``markers``, and nothing where there are none."""
+    heads = sorted({marker[0] for marker in markers})
+    return re.compile("[" + re.escape("".join(heads)) + "]") if heads else re.compile(r"(?!)")
+
+
 class Source:
     """``text`` so far, read up to ``at``; ``ended`` once no more will come. ``mark``: where the call that is being read
-    began, -1 outside of calls."""
+    began, -1 outside of calls. ``resting``: what may be done with more text without asking the parser, as long as it
+    holds nothing that could begin a marker."""
 
-    __slots__ = ("at", "ended", "mark", "text")
+    __slots__ = ("at", "ended", "mark", "resting", "text")
 
     def __init__(self) -> None:
         self.text = ""
         self.at = 0
         self.mark = -1
         self.ended = False
+        self.resting: Resting | None = None
 
     def drop(self) -> None:
         """Forget what was read."""
         self.text = self.text[self.at :]
         self.at = 0
+
+    def pass_until(self, ends: tuple[str, ...], emit: Callable[[str], None]) -> Reading[str]:
+        """Hand the text before the first of ``ends`` to ``emit``, forgetting it, and say which it was. Cut if none
+        comes."""
+        heads = heads_of(ends)
+        while True:
+            found = [(at, -len(end), end) for end in ends if (at := self.text.find(end, self.at)) >= 0]
+            safe = min(found)[0] if found else len(self.text)
+            if not found and not self.ended:
+                safe = max(self.at, safe - max(overlap(self.text, end) for end in ends))
+            if safe > self.at:
+                emit(self.text[self.at : safe])
+            self.at = safe
+            if found:
+                end = min(found)[2]
+                self.at += len(end)
+                return end
+            if self.ended:
+                raise Cut
+            self.drop()
+            if not self.text:
+                self.resting = Resting(heads, emit)
+            yield
 
     def peek(self) -> Reading[str]:
         """The next character, "" at the end."""
