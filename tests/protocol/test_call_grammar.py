@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from protocol.formats.call_grammar import call_grammar
 from protocol.formats.families import TOOLS
 from protocol.formats.spec import FormatSpec, marker_texts
-from protocol.grammar import Grammars
+from protocol.grammar import Grammars, MaskRow
 from protocol.structure import Structure
 from tests.protocol.test_formats import FUNCTIONS, TWO_CALLS, Reading, spec_of
 
@@ -76,12 +76,12 @@ class Machine:
         """A random output of the grammar, up to its end."""
         matcher = self.grammars.matcher(Structure(grammar=grammar, field="tools"))
         out: list[int] = []
-        row = np.zeros(self.grammars.words, np.int32)
+        row = MaskRow(self.grammars.words)
         markers = [self.tokenizer.encode(text).ids for text in marker_texts(self.spec)]
         wanted: list[int] = []  # what is left of a marker, which no walk would come upon
         for _ in range(steps):
             assert matcher.fill(row), (matcher.failed, self.tokenizer.decode(out, skip_special_tokens=False))
-            allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
+            allowed = np.flatnonzero(np.unpackbits(row.bits.view(np.uint8), bitorder="little")).tolist()
             if self.end in allowed and (len(allowed) == 1 or draw.random() < 0.5):
                 return out
             allowed = [a for a in allowed if a != self.end and (a >= 1000 or len(self.bytes[a]) == 1)]
@@ -109,8 +109,8 @@ class Machine:
         return Reading(self.spec, pieces, functions=functions, eager=True)
 
     def allows(self, matcher: Any, token: int) -> bool:
-        row = np.zeros(self.grammars.words, np.int32)
-        return bool(matcher.fill(row) and (int(row[token >> 5]) >> (token & 31)) & 1)
+        row = MaskRow(self.grammars.words)
+        return bool(matcher.fill(row) and (int(row.bits[token >> 5]) >> (token & 31)) & 1)
 
 
 @pytest.mark.parametrize("controls", [False, True])
