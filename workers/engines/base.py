@@ -40,7 +40,10 @@ class StepOutput(Protocol):
 class Engine(Protocol):
     overlaps: bool  # execute returns before the device is done: the next step is submitted before this one's wait
     eos_token_ids: Sequence[int]  # known after load
-    path: str  # known after load: how the model is computed, for the log and a metric
+
+    @property
+    def path(self) -> str:
+        """Known after load: how the model is computed, for the log and a metric."""
 
     def load(self, progress: Progress) -> Capacity:
         """Load the model, size the pool, warm up. StartError / ModelRefused say what to do."""
