@@ -148,5 +148,6 @@ def test_messages_forge_nothing_and_ordinary_chats_keep_their_ids(
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)
 def test_every_chat_in_every_place(templates: dict[str, str], tokenizers: Tokenizers) -> None:
     print(dict(survey(templates, tokenizers, whole=True)))
