@@ -273,6 +273,41 @@ class TestAdmit:
         await other.close()
 
 
+class TestWeighing:
+    async def test_requests_are_weighed_without_their_bodies_and_nothing_foreign_weighs(self, stage: Stage) -> None:
+        rid = await stage.accept()
+        stage.raw.set(stage.bus.keys.request("foreign"), "not a hash")
+        weights = await stage.bus.weigh_requests([rid, "nobody", "foreign"])
+        tenant, size, deadline_ms, cancelled = weights[rid]
+        assert size == len(stage.raw.hget(stage.bus.keys.request(rid), "body"))
+        assert (tenant, deadline_ms, cancelled) == (
+            stage.field(rid, "tenant"),
+            int(stage.field(rid, "deadline")),
+            False,
+        )
+        assert weights["nobody"] == weights["foreign"] == ("", 0, 0, False)
+        await stage.bus.cancel(rid, tenant)
+        assert (await stage.bus.weigh_requests([rid]))[rid][3]
+
+    async def test_a_push_is_read_again_while_it_is_there(self, stage: Stage) -> None:
+        entry = await stage.bus.push(b"payload")
+        assert await stage.bus.read_push(entry) == b"payload"
+        stage.raw.xdel(stage.key("jobs"), entry)
+        assert await stage.bus.read_push(entry) is None
+
+    async def test_a_lost_read_is_found_behind_many_that_are_not(self, stage: Stage, redis_url: str) -> None:
+        handed_out = [await stage.accept() for _ in range(5)]
+        assert [e.rid for e in await stage.bus.read_jobs("term", 9, 0)] == handed_out
+        lost = await stage.accept()
+        other = Bus(redis_url, "test/model")  # stands for a connection whose reply never came
+        assert [e.rid for e in await other.read_jobs("term", 1, 0)] == [handed_out[0]]
+        await other.read_jobs("term", 9, 0)
+        await other.read_jobs("term", 9, 0)
+        await other.close()
+        stage.bus._missed_jobs = True
+        assert [e.rid for e in await stage.bus.read_jobs("term", 2, 0)] == [lost]
+
+
 class TestReject:
     ERROR = {"code": "invalid_request", "message": "v must be 1", "param": "v"}  # noqa: RUF012
 
