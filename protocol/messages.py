@@ -221,6 +221,7 @@ class Capacity(Struct, array_like=True):
     dtype: str = ""
     device: str = ""
     step_us: list[tuple[int, int]] = []  # (tokens, least microseconds) of the steps that the engine recorded and timed
+    level: int = 0  # protocol.levels: sequences that need more are not placed here
 
 
 # ---------------------------------------------------------------- worker -> journal and subscribers

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from protocol.levels import LEVEL
 from protocol.messages import Capacity, HintRow, Plan, PoolCapacity, pack_ids, unpack_ids
 from protocol.sampling import SamplingParams
 from scheduler.core.events import Arrive, ChoiceState, Effect, SendPlan, StepDone, WorkerServing
@@ -17,7 +18,13 @@ _numbers = itertools.count()
 
 
 def capacity(
-    *, blocks: int = 64, block_size: int = BLOCK, seqs: int = 8, tokens: int = 64, model_len: int = 256
+    *,
+    blocks: int = 64,
+    block_size: int = BLOCK,
+    seqs: int = 8,
+    tokens: int = 64,
+    model_len: int = 256,
+    level: int = LEVEL,
 ) -> Capacity:
     return Capacity(
         model="m",
@@ -26,6 +33,7 @@ def capacity(
         max_num_batched_tokens=tokens,
         pools=[PoolCapacity("full", block_size, blocks)],
         vocab_size=1000,
+        level=level,
     )
 
 

@@ -22,6 +22,7 @@ import msgspec
 from protocol.bus import WorkerBus
 from protocol.errors import Fenced, HeadraceError, StartError
 from protocol.keys import check_name
+from protocol.levels import LEVEL
 from protocol.messages import Capacity
 from workers import session
 from workers.detokenizer import Vocabulary, WindowVocabulary
@@ -232,7 +233,7 @@ class Worker:
         vocabulary = load_vocabulary(self.engine)
         log.info("loaded in %.1f s; path of a pass: %s", time.monotonic() - started, self.engine.path)
         self.metrics.takes(self.engine.path)
-        return msgspec.structs.replace(capacity, model=self.config.served_model_name), vocabulary
+        return msgspec.structs.replace(capacity, model=self.config.served_model_name, level=LEVEL), vocabulary
 
     async def _load_while_beating(self, gen: int) -> tuple[int, Capacity, Vocabulary | WindowVocabulary] | None:
         """(gen, capacity, vocabulary), or None if the worker is to leave before it has loaded."""

@@ -11,8 +11,9 @@ from protocol import records
 from protocol.bus.base import RequestReads, job_fingerprint
 from protocol.bus.producer import ProducerBus
 from protocol.connection import Link
-from protocol.errors import Conflict, InvalidRequest, NotFound, Overloaded
+from protocol.errors import Conflict, InvalidRequest, NotFound, Overloaded, Unavailable
 from protocol.keys import REGISTRY, check_name
+from protocol.levels import job_level, plainer
 from protocol.messages import Job, ModelCard, encode
 from protocol.records import Accepted, Limits, RequestRecord, TenantLimits
 
@@ -52,13 +53,18 @@ class GatewayBus(RequestReads, ProducerBus):
         channel = reply_to or job.reply_to or ""
         idem = self._idempotency(job.tenant, idempotency) if idempotency else ""
         bounds = (limits.requests, limits.tokens, limits.tenant_requests, limits.tenant_tokens)
-        reply = await self._run(
-            "accept",
-            *(rid, job.choices, job.tenant, encode(job), fingerprint or job_fingerprint(job)),
-            *(int((job.timeout_s or 0) * 1000), channel, job.results or "", job.id or "", idem, prompt_tokens),
-            *("" if bound is None else bound for bound in (*bounds, *_limit_arguments(tenant_limits))),
-            key=self.keys.live,
-        )
+        while True:
+            reply = await self._run(
+                "accept",
+                *(rid, job.choices, job.tenant, encode(job), fingerprint or job_fingerprint(job)),
+                *(int((job.timeout_s or 0) * 1000), channel, job.results or "", job.id or "", idem, prompt_tokens),
+                *("" if bound is None else bound for bound in (*bounds, *_limit_arguments(tenant_limits))),
+                job_level(job),
+                key=self.keys.live,
+            )
+            if reply != [b"older"] or job_level(plainer(job)) == job_level(job):
+                break
+            job = plainer(job)
         match reply:
             case [b"ok", _]:
                 return Accepted(rid, joined=False)
@@ -70,6 +76,8 @@ class GatewayBus(RequestReads, ProducerBus):
                 raise Overloaded("this request has as many readers as it may", retry_after=1.0)
             case [b"busy", waiting, rate]:
                 raise Overloaded("too much work is waiting", retry_after=_retry_after(float(waiting), float(rate)))
+            case [b"older"]:
+                raise Unavailable("the scheduler is being updated and cannot read this request yet", retry_after=5.0)
             case [b"limit", b"prompt", _]:
                 raise InvalidRequest("the prompt has more tokens than this key has in a minute", param="prompt")
             case [b"limit", which, wait_ms]:

@@ -14,6 +14,7 @@ from protocol.bus.base import RequestReads, job_fingerprint, stream_entries
 from protocol.connection import Argument, Link, OutOfMemory
 from protocol.errors import StoreFailed
 from protocol.keys import GROUP, REGISTRY
+from protocol.levels import LEVEL
 from protocol.messages import (
     ID_BYTES,
     WIRE,
@@ -62,7 +63,7 @@ class LeaderBus(RequestReads):
     async def lead(self, owner: str, seen: LeaderRecord) -> int | None:
         """Take the lead if (epoch, beat) are still as ``seen``. The new epoch, or None. ``owner`` must be unique
         to this process (two with the same would both take the lead)."""
-        return await self._run("lead", seen.epoch, seen.beat, owner, WIRE) or None
+        return await self._run("lead", seen.epoch, seen.beat, owner, WIRE, LEVEL) or None
 
     async def renew_lead(self, epoch: int, owner: str) -> int:
         """Renew the lead; returns server TIME in ms. Fenced("epoch")."""

@@ -1,9 +1,10 @@
 -- Make a request durable. Begins with a write that is refused when the server is out of memory.
 -- ARGV: P, rid, n, tenant, body, hash, timeout_ms, channel, results, id, idempotency key name without prefix,
 --       prompt_tokens, the bounds requests, tokens, tenant_requests, tenant_tokens ('' = unbounded), and the tenant's
---       limits: requests at once, requests and tokens per minute ('' = none), or '-' for all three: as they were told last
+--       limits: requests at once, requests and tokens per minute ('' = none), or '-' for all three: as they were told last,
+--       and the least level of a leader that can read the body
 -- -> {'ok', rid} | {'joined', rid, attached} | {'conflict'} | {'full'} | {'busy', waiting tokens, tokens per second}
---    | {'limit', which, milliseconds to wait}
+--    | {'limit', which, milliseconds to wait} | {'older'}: the leader cannot read it
 local rid, n, tenant, body, hash, timeout = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
 local channel, results, id, idem, prompt_tokens = ARGV[8], ARGV[9], ARGV[10], ARGV[11], tonumber(ARGV[12])
 local live, record = P .. 'live', P .. 'r:' .. rid
@@ -19,6 +20,13 @@ if idem ~= '' then
     if channel ~= '' and not add_channel(owner, channel) then return {'full'} end
     return {'joined', owner, redis.call('HINCRBY', P .. 'r:' .. owner, 'attached', 1)}
   end
+end
+
+if tonumber(ARGV[20]) > 0 then
+  local leader = redis.call('HMGET', P .. 'leader', 'epoch', 'level')
+  local epoch, level = string.match(leader[2] or '', '^(%d+):(%d+)$')
+  local led = tonumber(leader[1] or 0) > 0 -- before the first leader comes, it may be any
+  if led and (epoch ~= leader[1] or tonumber(level) < tonumber(ARGV[20])) then return {'older'} end
 end
 
 local depth = redis.call('HMGET', P .. 'depth', 'requests', 'tokens', 'requests:' .. tenant, 'tokens:' .. tenant, 'rate')

@@ -69,7 +69,7 @@ class BatchBuilder:
         Both sides count with their age, so that what has waited long is not postponed for ever.
         """
         head = worker.assigned[0] if worker.assigned else self._lifecycle.queue.head()
-        if head is None or head.needs_quarantine or worker.draining or head.target > worker.limit:
+        if head is None or head.needs_quarantine or worker.draining or not worker.fits(head):
             return
         if not worker.assigned and any(self._has_room(head, other, worker) for other in self._workers.values()):
             return
@@ -132,12 +132,12 @@ class BatchBuilder:
             if head is None or worker.quarantined is not None:
                 return None
             serving = [other for other in self._workers.values() if not other.draining]
-            if not any(head.target <= other.limit for other in self._workers.values()):
+            if not any(other.fits(head) for other in self._workers.values()):
                 queue.remove(head)
                 self._lifecycle.parked[head] = None
                 continue
             if head.needs_quarantine:
-                able = [other for other in serving if other.quarantined is None and head.target <= other.limit]
+                able = [other for other in serving if other.quarantined is None and other.fits(head)]
             else:
                 able = [other for other in serving if self._has_room(head, other, worker)]
             chosen = placement.choose(head, able)

@@ -42,7 +42,7 @@ def reserve(worker: WorkerState) -> int:
 
 def can_start(sequence: Sequence, worker: WorkerState) -> bool:
     """Whether ``worker`` has a seat and the blocks for ``sequence`` right now."""
-    if worker.draining or sequence.target > worker.limit or not worker.free_seats or worker.running >= worker.most_seqs:
+    if worker.draining or not worker.fits(sequence) or not worker.free_seats or worker.running >= worker.most_seqs:
         return False
     hits = sequence.prefix_hashes(worker.block_size)[: cached_blocks(sequence, worker)]
     return worker.blocks.can_start(hits, blocks_needed(sequence, worker), reserve(worker))

@@ -291,9 +291,9 @@ class Core:
 
     def _move_off(self, worker: WorkerState) -> None:
         """Preempt every running sequence that another serving worker can hold."""
-        room = max((other.limit for other in self._workers.values() if not other.draining), default=0)
+        serving = [other for other in self._workers.values() if not other.draining]
         for sequence in worker.seated():
-            if sequence.state is State.RUNNING and sequence.target <= room:
+            if sequence.state is State.RUNNING and any(other.fits(sequence) for other in serving):
                 self._lifecycle.leave(sequence)
 
     def _unassign(self, worker: WorkerState) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from protocol.errors import RequestError, ServiceError
+from protocol.levels import sampling_level
 from protocol.messages import unpack_ids
 from scheduler.core.blocks import BlockManager, chain_hashes
 from scheduler.core.events import Arrive, ChoiceState, FinishChoice
@@ -136,6 +137,7 @@ class Sequence:
         "hashes",
         "known",
         "last_step",
+        "level",
         "lost_track",
         "max_tokens",
         "output",
@@ -167,6 +169,7 @@ class Sequence:
         self.dead = False  # its end is also a dead letter
         self.final: FinishChoice | None = None  # asked for, not confirmed
         self.sampling = request.sampling
+        self.level = sampling_level(request.sampling)  # least level of a worker that can read it
         self.max_tokens: int | None = request.sampling.max_tokens
 
         self.seat = -1

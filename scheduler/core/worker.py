@@ -63,6 +63,7 @@ class WorkerState:
         self.capacity = capacity
         self.block_size = pool.unit_tokens
         self.blocks = BlockManager(pool.units, pool.unit_tokens)
+        self.level = capacity.level
         self.limit = min(capacity.max_model_len, pool.units * pool.unit_tokens)  # tokens of one sequence, in all
         self.budget = min(capacity.max_num_batched_tokens, most_tokens or NEVER)
         self.most_seqs = min(capacity.max_num_seqs, most_seqs or NEVER, self.budget)
@@ -116,6 +117,10 @@ class WorkerState:
         head = self.in_flight[0]
         elapsed = now - max(head.sent, self.last_hint)
         return max(0.0, head.expected_s - elapsed) + sum(f.expected_s for f in list(self.in_flight)[1:])
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Whether ``sequence`` can run here at all: its context fits, and the worker's version can read it."""
+        return sequence.target <= self.limit and sequence.level <= self.level
 
     def is_empty(self) -> bool:
         return not (self.decoding.members or self.prefilling or self.departing or self.assigned or self.quarantined)

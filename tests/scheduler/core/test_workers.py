@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 
+import msgspec
+
 from protocol.messages import unpack_ids
+from protocol.structure import Structure
 from scheduler.core.events import (
     Cancel,
     ChoiceState,
@@ -165,3 +169,17 @@ def test_a_worker_that_left_in_order_is_nobody_s_fault():
     c.apply(WorkerLost("w0", 1, {("r", 0): ChoiceState(placement=1)}, died=False), 0.0)
     c.apply(serving(gen=2), 0.0)
     assert len(plans(c.plan(0.0))) == 2, "not alone"
+
+
+def test_a_sequence_waits_for_a_worker_whose_version_can_read_it():
+    """As in an update under load: the older worker takes what it can read, the rest waits for a newer one."""
+    c = core(level=0)
+    structured = arrive("s")
+    sampling = msgspec.structs.replace(structured.sampling, structure=Structure(regex="a+"))
+    c.apply(dataclasses.replace(structured, sampling=sampling), 0.0)
+    c.apply(arrive("plain"), 0.0)
+    (first, *_) = plans(c.plan(0.0))
+    assert [new.rid for new in first.new] == ["plain"]
+    c.apply(serving("w1", 2), 1.0)
+    (other, *_) = plans(c.plan(1.0), "w1")
+    assert "s" in [new.rid for new in other.new]

@@ -1,0 +1,30 @@
+"""What services of different versions understand of each other's jobs, for updates under load.
+
+A job and its sampling refuse unknown fields, so an older scheduler or worker must never be given a newer one. Every
+release that adds such a field raises LEVEL. A leader notes its level beside its epoch and accept refuses, for the
+moment, a job that needs more; a worker tells its level in its capacity and is given no sequence that needs more.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from protocol.messages import Job
+from protocol.sampling import SamplingParams
+
+LEVEL = 1  # 1: structure, tools, formats of calls and thoughts. 0: before
+
+
+def sampling_level(params: SamplingParams) -> int:
+    """The least level of a worker that can read ``params``."""
+    return int(params.structure is not None or params.content is not None)
+
+
+def job_level(job: Job) -> int:
+    """The least level of a scheduler that can read ``job``."""
+    return max(sampling_level(job.sampling), int(job.tools is not None or job.format is not None))
+
+
+def plainer(job: Job) -> Job:
+    """``job`` for an older scheduler: without what only tells readers how to show an answer that needs no telling."""
+    return job if job.tools is not None else msgspec.structs.replace(job, format=None)
