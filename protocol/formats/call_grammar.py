@@ -88,12 +88,15 @@ class _Writer:
         )
 
     def after_text(self, section: str, once: bool) -> str:
-        """Text, in which a section begins with its marker."""
-        opened = self.marker(self.tools.section_open or self.tools.call_open)
-        first, _, rest = opened.partition(" ")
-        lead = self.rule(f"TEXT {first}", lazy=True) if first.startswith('"') else f"TEXT {first}"
-        whole = section.removeprefix(opened)
-        return f"({lead} {rest} {whole}){'?' if once else '*'} TEXT"
+        """Text, in which a section begins with its marker: with the first piece of it, as the parser looks for it."""
+        given = self.tools.section_open or self.tools.call_open
+        head = self.alphabet.pieces(given)[0]
+        tail = self.alphabet.decode(self.alphabet.encode(given).lstrip()[len(head) :])
+        whole = section.removeprefix(self.marker(given)).strip()
+        opened = f"TEXT {self.marker(self.alphabet.decode(head))}"
+        if not CONTROL.match(head):
+            opened = self.rule(opened, lazy=True)
+        return f"({_join(opened, self.marker(tail), whole)}){'?' if once else '*'} TEXT"
 
     # -------------------------------------------------------------- one call
 

@@ -87,6 +87,30 @@ async def test_calls_whole_and_streamed(client: openai.AsyncOpenAI, backend: Bac
     assert [call[1:] for call in calls.values()] == [["weather", arguments] for arguments in ARGUMENTS]
 
 
+async def test_the_clients_own_accumulation_agrees(client: openai.AsyncOpenAI, backend: Backend) -> None:
+    backend.script = script(CALLS)
+    async with client.chat.completions.stream(**ASK) as stream:
+        final = await stream.get_final_completion()
+    message = final.choices[0].message
+    assert final.choices[0].finish_reason == "tool_calls"
+    assert message.content == "Let me look."
+    assert [call.function.arguments for call in message.tool_calls or ()] == ARGUMENTS
+
+
+async def test_an_answer_of_a_schema_or_a_call(client: openai.AsyncOpenAI, backend: Backend) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    backend.script = script([(1, '{"a": 5}')])
+    answer = await client.chat.completions.create(**ASK, response_format=form)
+    assert answer.choices[0].message.content == '{"a": 5}'
+    structure = backend.running[-1].record.job.sampling.structure
+    assert structure is not None
+    assert "answer: calls | final" in (structure.grammar or "")
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(**ASK, response_format=form, tool_choice="required")
+    assert caught.value.param == "tool_choice"
+
+
 async def test_arguments_come_as_they_are_written_where_a_grammar_rules(front: Front, backend: Backend) -> None:
     backend.script = script(CALLS[2:9])
     events = await front.events("POST", "/v1/chat/completions", json={**ASK, "stream": True, "tool_choice": "required"})

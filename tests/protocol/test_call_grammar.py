@@ -153,7 +153,7 @@ def test_what_a_grammar_admits_is_read_as_calls_that_validate(family: str, contr
     by_name = {one["name"]: one["parameters"] for one in functions}
     draw = random.Random(f"{family}{controls}{required}")
     seen = 0
-    for _ in range(5):
+    for _ in range(3):
         ids = machine.sample(grammar, draw)
         found = machine.read(ids, by_name)
         text = machine.tokenizer.decode(ids, skip_special_tokens=False)
@@ -173,3 +173,15 @@ def test_a_single_call_is_one() -> None:
     assert grammar is not None
     assert machine.takes(grammar, TWO_CALLS["hermes"]) is not None
     assert machine.takes(grammar, TWO_CALLS["hermes"].split('\n<tool_call>\n{"name": "sum')[0]) is None
+
+
+def test_a_free_answer_is_ruled_from_the_marker_on() -> None:
+    """Whatever whitespace follows the marker's letters: what the parser takes for a call's beginning is one."""
+    machine = Machine("hermes", controls=False)
+    grammar = call_grammar(machine.spec, ASKED, required=False, single=False)
+    assert grammar is not None
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "a"}}\n</tool_call>'
+    assert machine.takes(grammar, "any < text, {and} <tool") is None
+    assert machine.takes(grammar, f"text {call} more {call}") is None
+    for wrong in ("<tool_call>{", "<tool_call>\n[", call.replace("weather", "other")):
+        assert machine.takes(grammar, wrong) is not None
