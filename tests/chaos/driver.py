@@ -57,6 +57,7 @@ class Chaos:
     seed: int
     args: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
+    structured: float = 0.3  # share of the requests that ask for a structure
     faults: list[Fault] = field(default_factory=list)
     history: History = field(default_factory=History)
     server: subprocess.Popen[bytes] | None = None
@@ -81,7 +82,7 @@ class Chaos:
             await asyncio.to_thread(self.stack.__enter__)
             await bus.connect()
             urls = [f"http://127.0.0.1:{self.stack.port + i}" for i in range(2)]
-            self.load = Load(urls, MODEL, self.history, random.Random(self.seed + 1), bus)
+            self.load = Load(urls, MODEL, self.history, random.Random(self.seed + 1), bus, structured=self.structured)
             loading = asyncio.create_task(self.load.run(streams=8, detached=2, wholes=2, producers=2))
             watching = asyncio.create_task(self._watch_epoch(bus))
             if rolling:
@@ -268,6 +269,7 @@ class Chaos:
         tokens = sum(len(t) for view in self.history.views for t in view.tokens.values())
         lines.append(
             f"requests {len(self.history.accepted)}, tokens seen {tokens}, resumed {self.load.resumed} times, "
+            f"structured {dict(self.history.structured)}, "
             f"refused or failed attempts {dict(self.history.failures)}, violations {len(self.history.violations)}"
         )
         return "\n".join(lines + [f"VIOLATION {v}" for v in self.history.violations[:50]])
@@ -279,10 +281,11 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=20, help="seconds between two faults")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--kinds", nargs="*", help="only these kinds of fault")
+    parser.add_argument("--structured", type=float, default=0.3, help="share of the requests that keep a JSON schema")
     options = parser.parse_args()
     print(f"seed {options.seed}")
     with tempfile.TemporaryDirectory(prefix="headrace-chaos-") as folder:
-        chaos = Chaos(Path(folder), options.seed)
+        chaos = Chaos(Path(folder), options.seed, structured=options.structured)
         asyncio.run(chaos.run(options.minutes * 60, options.every, options.kinds))
     print(chaos.report())
     return 1 if chaos.history.violations else 0

@@ -6,11 +6,15 @@ followed a choice to its end must equal the journal, whatever died in between; a
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from jsonschema import Draft202012Validator, ValidationError
+
 from protocol.messages import Frame, Terminal, decode_frames
+from protocol.structure import Structure
 from tests.bus import Bus
 
 
@@ -56,6 +60,8 @@ class History:
     epochs: list[int] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)  # requests refused before they were accepted: no violation
     violations: list[str] = field(default_factory=list)
+    judged: set[tuple[str, int]] = field(default_factory=set)  # of those, once each
+    structured: Counter[str] = field(default_factory=Counter)  # choices with a grammar: their ends, and how many moved
 
     def accept(self, rid: str, choices: int) -> None:
         if self.accepted.setdefault(rid, choices) != choices:
@@ -100,7 +106,25 @@ class History:
             if ends != [len(frames) - 1]:
                 self.blame(f"{rid}/{choice}: terminal frames at {ends} of {len(frames)}")
             journals.append(frames)
+            structure = record.job.sampling.structure
+            if structure is not None and ends and (rid, choice) not in self.judged:
+                self.judged.add((rid, choice))
+                self._judge_structure(f"{rid}/{choice}", structure, frames, record.placements[choice])
         return journals
+
+    def _judge_structure(self, where: str, structure: Structure, frames: list[Frame], placement: int) -> None:
+        """What ended by itself must parse and validate, wherever it ran in between."""
+        finish, text = frames[-1].finish, "".join(frame.text for frame in frames)
+        self.structured[f"ended by {finish}"] += 1
+        if finish == "error":
+            self.blame(f"{where}: a constrained choice failed: {(frames[-1].extra or {}).get('code')}")
+        if finish != "stop":
+            return
+        self.structured["moved"] += placement > 1
+        try:
+            Draft202012Validator(structure.schema()).validate(json.loads(text))
+        except (ValueError, ValidationError) as error:
+            self.blame(f"{where}: not what its schema asks for: {str(error)[:100]}")
 
     def _judge_view(self, view: View, journals: list[list[Frame]]) -> None:
         where = f"{view.rid} seen by {view.reader}"

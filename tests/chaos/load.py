@@ -23,6 +23,14 @@ from tests.bus import Bus
 from tests.chaos.history import History, View
 
 Broken = (aiohttp.ClientError, ConnectionError, TimeoutError, asyncio.IncompleteReadError)
+SCHEMA = {  # some two hundred tokens of what draws at random: most are moved in the middle of it
+    "type": "array", "minItems": 8, "maxItems": 14,
+    "items": {
+        "type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}, "s": {
+            "type": "string", "maxLength": 6}}, "required": ["n", "s"], "additionalProperties": False,
+    },
+}  # fmt: skip
+STRUCTURED_TOKENS = 440
 SILENCE_S = 45.0  # a stream that says nothing for so long is taken up elsewhere
 GIVE_UP_S = 240.0
 
@@ -45,6 +53,7 @@ class Load:
     gaps: list[tuple[float, float]] = field(default_factory=list)
     done: int = 0
     resumed: int = 0
+    structured: float = 0.3  # share of the requests that ask for a structure
 
     async def run(self, streams: int, detached: int, wholes: int, producers: int) -> None:
         """Keep so many clients of each kind busy until ``stop`` is set, then let them end."""
@@ -69,6 +78,9 @@ class Load:
     # -------------------------------------------------------------- requests
 
     def _body(self, **more: Any) -> dict[str, Any]:
+        if self.rng.random() < self.structured:
+            format = {"type": "json_schema", "json_schema": {"name": "chaos", "schema": SCHEMA}}
+            more |= {"response_format": format, "max_tokens": STRUCTURED_TOKENS}
         return {
             "model": self.model, "prompt": [self.rng.randrange(5, 200) for _ in range(self.rng.randint(3, 60))],
             "max_tokens": self.rng.randint(10, 160), "n": self.rng.choice((1, 1, 1, 2)), "temperature": 1.0,
@@ -200,7 +212,9 @@ class Load:
     async def _push(self) -> None:
         """A producer's push, sometimes twice; its terminal entry is read by `_read_results`."""
         name = secrets.token_hex(8)
-        sampling = {"max_tokens": self.rng.randint(5, 80), "ignore_eos": True}
+        sampling: dict[str, Any] = {"max_tokens": self.rng.randint(5, 80), "ignore_eos": True}
+        if self.rng.random() < self.structured:
+            sampling |= {"structure": {"json": SCHEMA}, "max_tokens": STRUCTURED_TOKENS}
         prompt = [self.rng.randrange(5, 200) for _ in range(self.rng.randint(3, 40))]
         job = msgspec.msgpack.encode({"v": 1, "id": name, "prompt": prompt, "sampling": sampling, "results": "chaos"})
         for _ in range(self.rng.choice((1, 1, 2))):

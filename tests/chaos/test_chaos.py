@@ -21,6 +21,7 @@ async def test_nothing_is_lost_and_nothing_comes_twice(tmp_path: Path) -> None:
     print(chaos.report())
     assert chaos.history.violations == []
     assert len(chaos.history.accepted) > 20
+    assert chaos.history.structured["ended by stop"] > 0
     assert len(chaos.faults) >= len(KINDS) - 2  # a fault that finds no process of its role is skipped
 
 
