@@ -268,6 +268,7 @@ def _model_object(card: ModelCard) -> dict[str, Any]:
         "created": card.created,
         "owned_by": "headrace",
         "max_model_len": card.max_model_len,
+        **({"generation_config": card.sampling} if card.sampling else {}),
     }
 
 

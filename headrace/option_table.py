@@ -82,6 +82,14 @@ OPTIONS: tuple[Option, ...] = (
         "--max-model-len", "serve scheduler worker", "longest prompt + output, in tokens (default: the model's)", count
     ),
     Option(
+        "--generation-config",
+        "serve scheduler",
+        "model: what its generation_config.json states (temperature, top_p, ...) is the default of its requests; "
+        "off: OpenAI's defaults",
+        default="model",
+        choices=("model", "off"),
+    ),
+    Option(
         "--special-tokens-in-content",
         "serve scheduler",
         "guard: what reads as a special token in a chat's messages stays text, so that no message can forge a turn; "

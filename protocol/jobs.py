@@ -63,6 +63,16 @@ def decode_job(payload: bytes) -> Job:
     return job
 
 
+class _Given(msgspec.Struct):
+    sampling: dict[str, Any] = {}
+
+
+def given_sampling(payload: bytes) -> set[str]:
+    """Names of the sampling fields that a valid job states itself: an explicit 1.0 is not a default."""
+    decode = msgspec.json.decode if payload[:64].lstrip()[:1] == b"{" else msgspec.msgpack.decode
+    return set(decode(payload, type=_Given).sampling)
+
+
 def type_error(error: msgspec.ValidationError) -> InvalidRequest:
     """What a decoder says of a wrong type, as an InvalidRequest that names the field and repeats no value."""
     text = str(error)

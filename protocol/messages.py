@@ -147,6 +147,15 @@ class ModelCard(Struct, kw_only=True, omit_defaults=True):
     wire: int = WIRE
     chat: bool = True  # whether there is a chat template
     format: FormatSpec | None = None  # how the model writes tool calls and thoughts
+    sampling: dict[str, float] = {}  # defaults of this model, as its generation_config.json states them
+
+    def defaults_for(self, prompt_bytes: int) -> dict[str, Any]:
+        """Defaults of sampling. A length only where it surely fits beside the prompt: a default is never the reason
+        why a request is refused."""
+        defaults: dict[str, Any] = dict(self.sampling)
+        if defaults.get("max_tokens", 0) + prompt_bytes > self.max_model_len:
+            del defaults["max_tokens"]
+        return defaults
 
 
 # ---------------------------------------------------------------- scheduler -> worker

@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import Literal
 
 from aiohttp.web import AppRunner
 
@@ -47,6 +48,7 @@ class SchedulerConfig:
     special_tokens_in_content: SpecialTokensInContent = "guard"  # or "allow": special tokens in messages are kept
     tool_format: str = AUTO  # how the model writes tool calls: a family, "none", or "auto": found out
     reasoning_format: str = AUTO  # the same for its thoughts
+    generation_config: Literal["model", "off"] = "model"  # whether generation_config.json gives sampling defaults
     tenant_weights: dict[str, float] | None = None  # share of served tokens; 1 where not named
     inter_token_target_ms: float = 0.0  # longest step that prefill may cause beside decodes; 0: the knee decides
     timing: Timing = field(default_factory=Timing)
@@ -90,6 +92,7 @@ class _Life:
         self.tokenizers = TokenizerPool(
             config.model, config.max_model_len, config.special_tokens_in_content, home,
             tool_format=config.tool_format, reasoning_format=config.reasoning_format,
+            generation_config=config.generation_config,
         )  # fmt: skip
         self.metrics, self.health = Metrics(config.served_model_name), Health()
         self.status: AppRunner | None = None

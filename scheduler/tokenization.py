@@ -12,8 +12,11 @@ import os
 import sys
 import threading
 from array import array
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
 
 from protocol.chat import REASONING, normal_messages
 from protocol.errors import (
@@ -28,6 +31,7 @@ from protocol.grammar import Grammars
 from protocol.jobs import check_job
 from protocol.messages import Job, ModelCard
 from scheduler.chat_format import AUTO, ChatFormat, Tokens, find_format
+from scheduler.generation_config import read as read_generation_config
 from scheduler.prompt_guard import NO_BACKEND, PromptGuard
 from scheduler.template_source import TemplateSource
 from scheduler.twin_tokenizer import TwinFailed
@@ -69,6 +73,7 @@ class Prompts:
         self.longest_token: int | None = None  # bytes of text that one token can stand for; None: no bound
         self.chat = bool(getattr(tokenizer, "chat_template", None))
         self.format: ChatFormat | None = None  # found at load
+        self.defaults: dict[str, float] = {}  # of sampling, by the model's generation_config.json
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._backend = backend if hasattr(backend, "encode_batch") else None
         if self._backend is not None:
@@ -90,6 +95,7 @@ class Prompts:
         special_tokens_in_content: SpecialTokensInContent = "guard",
         tool_format: str = AUTO,
         reasoning_format: str = AUTO,
+        generation_config: str = "model",
     ) -> Prompts:
         """``model``: a local directory or a hub id. Raises StartError or ModelRefused, whose text says what to do.
         What a message can do to its prompt all the same is told in the log, and how the model writes tool calls."""
@@ -125,7 +131,22 @@ class Prompts:
                 model, beyond, prompts.vocab_size,
             )  # fmt: skip
         prompts.find_format(tool_format, reasoning_format)
+        if generation_config == "model" and (defaults := read_generation_config(model)):
+            prompts.defaults = defaults
+            told = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
+            log.info("%s: sampling defaults by its generation_config.json: %s", model, told)
         return prompts
+
+    def with_defaults(self, job: Job, given: Container[str], ids: Sequence[array[int]]) -> Job:
+        """``job`` with this model's defaults for the fields of its sampling that it has not ``given``. A default length
+        gives way to the context."""
+        defaults: dict[str, Any] = {name: value for name, value in self.defaults.items() if name not in given}
+        if "max_tokens" in defaults:
+            room = self.max_model_len - max(map(len, ids))
+            defaults["max_tokens"] = max(1, min(int(defaults["max_tokens"]), room))
+        if not defaults:
+            return job
+        return msgspec.structs.replace(job, sampling=msgspec.structs.replace(job.sampling, **defaults))
 
     def find_format(self, tool_format: str = AUTO, reasoning_format: str = AUTO) -> None:
         """Find out how the model writes tool calls and thoughts, by its chat template or as it is told. StartError."""
@@ -173,7 +194,7 @@ class Prompts:
         return ModelCard(
             model=name, created=created, max_model_len=self.max_model_len, vocab_size=self.vocab_size,
             eos_token_ids=self.eos_token_ids, chat=self.chat,
-            format=self.format.spec if self.format is not None else None,
+            format=self.format.spec if self.format is not None else None, sampling=self.defaults,
         )  # fmt: skip
 
     def tokenizer_json(self) -> bytes | None:

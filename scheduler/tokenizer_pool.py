@@ -73,11 +73,14 @@ class TokenizerPool:
         *,
         tool_format: str = "auto",
         reasoning_format: str = "auto",
+        generation_config: str = "model",
         short: Bounds = SHORT_BOUNDS,
         long: Bounds = LONG_BOUNDS,
     ) -> None:
         """``home``: one that has loaded this model already, and that others use as well."""
-        self._arguments = (model, max_model_len, special_tokens_in_content, tool_format, reasoning_format)
+        self._arguments = (
+            model, max_model_len, special_tokens_in_content, tool_format, reasoning_format, generation_config,
+        )  # fmt: skip
         self._home = home or Preloaded(MODULE)
         self._lent = home is not None
         self._short, self._long = _Lane(self, short), _Lane(self, long)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import EngineFailed, InvalidRequest, RequestError, ServiceError, StructureNotSupported
-from protocol.jobs import decode_job
+from protocol.jobs import decode_job, given_sampling
 from protocol.messages import Job, encode, pack_ids
 from protocol.preloaded import LAST, Answer, Message, Tell, run
 from scheduler.length_bound import longest_token
@@ -47,7 +47,10 @@ def answer(prompts: Prompts, question: Message) -> Message:
     try:
         prompts.max_model_len = max_model_len
         job = decode_job(body) if push else _decode_accepted(body)
-        told: list[Any] = ["ids", [pack_ids(ids) for ids in prompts.ids(job)], encode(job) if push else None]
+        ids = prompts.ids(job)
+        if push and prompts.defaults:
+            job = prompts.with_defaults(job, given_sampling(body), ids)
+        told: list[Any] = ["ids", [pack_ids(each) for each in ids], encode(job) if push else None]
     except (RequestError, ServiceError) as error:
         told = refused(error)
     except MemoryError:

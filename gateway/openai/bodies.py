@@ -226,12 +226,14 @@ def _sampling(
     structure: Structure | None,
     ends: Sequence[int] = (),
 ) -> SamplingParams:
-    given: dict[str, Any] = {
+    size = len(msgspec.json.encode(body)) if "max_tokens" in card.sampling else 0
+    given: dict[str, Any] = card.defaults_for(size) | {
         name: value
         for name in SamplingParams.__struct_fields__
         if name not in ("logprobs", "stop", "structure", "content") and (value := getattr(body, name)) is not None
     }
-    given.setdefault("max_tokens", max_tokens)
+    if max_tokens is not None and body.max_tokens is None:
+        given["max_tokens"] = max_tokens
     if body.stop is not None:
         given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
     if body.top_k == -1:

@@ -34,7 +34,18 @@ from protocol.errors import (
     ServiceError,
     http_status,
 )
-from protocol.messages import DEFAULT_TENANT, Frame, Job, Priority, Row, decode_frames, new_rid, unpack_ids
+from protocol.messages import (
+    DEFAULT_TENANT,
+    Frame,
+    Job,
+    ModelCard,
+    Priority,
+    Row,
+    decode_frames,
+    encode,
+    new_rid,
+    unpack_ids,
+)
 from protocol.sampling import SamplingParams
 
 CHECK_S = 1.0  # a silent stream is compared with its journal this often
@@ -95,6 +106,7 @@ class AsyncClient:
         self.tenant = tenant
         self._channel = f"client-{secrets.token_hex(8)}"
         self._bus: GatewayBus | None = None
+        self._card: ModelCard | None = None
         self._listener: asyncio.Task[None] | None = None
         self._readers: dict[str, set[asyncio.Queue[Row | None]]] = {}  # by rid; None: read the journal
 
@@ -107,10 +119,12 @@ class AsyncClient:
 
     async def connect(self) -> None:
         """Find the model and subscribe. StartError or Unavailable if there is no server."""
-        served = sorted(await GatewayBus.models(self.redis_url))
+        cards = await GatewayBus.models(self.redis_url)
+        served = sorted(cards)
         if self.model is None and len(served) != 1:
             raise InvalidRequest(f"name the model, one of: {', '.join(served) or 'none is served here'}", param="model")
         self.model = self.model or served[0]
+        self._card = cards.get(self.model)
         self._bus = GatewayBus(self.redis_url, self.model, patience=30.0)
         await self._bus.connect()
         self._subscription = self._bus.subscribe(self._channel)
@@ -147,6 +161,9 @@ class AsyncClient:
         ``id`` makes it idempotent: the same id and content again give the same request, never a second run.
         Raises InvalidRequest, Conflict (same id, other content), Overloaded, Unavailable.
         """
+        if sampling_params is None and self._card is not None:
+            size = len(encode([prompt, messages])) if "max_tokens" in self._card.sampling else 0
+            sampling = self._card.defaults_for(size) | sampling
         job = Job(
             id=id, prompt=prompt, messages=messages, sampling=sampling_of(sampling_params, sampling),
             tenant=self.tenant, priority=priority, timeout_s=timeout_s, results=results,
