@@ -18,7 +18,7 @@ from protocol.formats.rules import either
 from protocol.formats.spec import FormatSpec
 from protocol.jobs import MAX_TOOLS
 from protocol.messages import ModelCard
-from protocol.structure import Structure
+from protocol.structure import MAX_GRAMMAR_BYTES, Structure
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 NO_TOOLS = "this model's chat template knows no tools: its server can be started with --tool-format hermes"
@@ -98,7 +98,10 @@ def _ruled(
         grammar = call_grammar(spec, functions, required=required, single=single)
     except StructureNotSupported as error:
         raise StructureNotSupported(error.message, param="tools") from None
-    return None if grammar is None else Structure(grammar=grammar, field="tools")
+    free = not required and not any(one.get("strict") for one in functions)
+    if grammar is None or (free and len(grammar.encode()) > MAX_GRAMMAR_BYTES):
+        return None  # nothing promises that the calls of a free answer are ruled
+    return Structure(grammar=grammar, field="tools")
 
 
 def _function(tool: Tool, at: str) -> dict[str, Any]:

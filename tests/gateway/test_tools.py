@@ -111,6 +111,20 @@ async def test_an_answer_of_a_schema_or_a_call(client: openai.AsyncOpenAI, backe
     assert caught.value.param == "tool_choice"
 
 
+async def test_what_no_grammar_can_hold_is_refused_where_it_is_promised(
+    client: openai.AsyncOpenAI, backend: Backend
+) -> None:
+    properties = {f"property_{n}": {"type": "string", "description": "d" * 600} for n in range(120)}
+    parameters = {"type": "object", "properties": properties}
+    big: Any = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    ask: dict[str, Any] = {**ASK, "tools": big}
+    await client.chat.completions.create(**ask)
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(**ask, tool_choice="required")
+    assert "bytes" in caught.value.message
+    assert caught.value.param == "tools"
+
+
 async def test_arguments_come_as_they_are_written_where_a_grammar_rules(front: Front, backend: Backend) -> None:
     backend.script = script(CALLS[2:9])
     events = await front.events("POST", "/v1/chat/completions", json={**ASK, "stream": True, "tool_choice": "required"})
