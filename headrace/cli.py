@@ -226,6 +226,10 @@ def _with_model(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in --model and --served-model-name, a model fetched or converted if need be. StartError says why not."""
     from headrace.model import choose
     from headrace.serve.progress import reporter
+    from protocol.connection import check_url
+
+    if values["redis_url"]:
+        check_url(values["redis_url"])
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

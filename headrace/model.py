@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace import default_model, gguf
+from headrace import default_model, gguf, hub
+from headrace.model_check import check_model
 from headrace.options import demo_model, served_name
 from headrace.serve.progress import Progress
 from protocol.errors import StartError
@@ -36,8 +37,18 @@ def choose(values: Mapping[str, Any], report: Progress, tell: Callable[[str], No
     else the demo model of the tree. ``tell`` gets a line before a long wait. StartError says what cannot be used."""
     cache = cache_dir(values["cache_dir"])
     chosen = _named(str(values["model"]), cache, report) if values["model"] else _default(cache, report, tell)
+    check(chosen.path, values)
     name = values["served_model_name"] or chosen.name
     return Chosen(chosen.path, name, chosen.origin)
+
+
+def check(model: str, values: Mapping[str, Any]) -> None:
+    """StartError for a model of which a look at its files tells that these options cannot serve it."""
+    weights = values.get("engine") == "torch"  # only serve and a worker have one
+    max_model_len = values.get("max_model_len") if weights else None  # a simulated engine has no positions
+    check_model(model, weights=weights, max_model_len=max_model_len)
+    if values.get("engine") != "simulated" and not Path(model).expanduser().exists():
+        hub.check_hub(model, max_model_len)
 
 
 def cache_dir(wanted: str | None) -> Path:

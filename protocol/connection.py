@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 import hiredis
 import msgspec
@@ -183,10 +184,22 @@ class Link:
         return await self.repeat(attempt)
 
 
+# What a URL may set: who we are, and how to reach the server. All else (RESP version, timeouts of replies, retries,
+# decoding) is decided here, and an option in the URL would silently win over it.
+USERS_OPTIONS = {"username", "password", "db", "client_name", "socket_connect_timeout", "path"}
+USERS_PREFIX = "ssl_"
+
+
 def check_url(url: str) -> None:
-    """StartError for an invalid URL."""
+    """StartError for an invalid URL, or for an option in it that is not the user's to set."""
     for seed in cluster.seeds(url):
         _maker(seed)
+    for name in parse_qs(urlsplit(url).query, keep_blank_values=True):
+        if name not in USERS_OPTIONS and not name.startswith(USERS_PREFIX):
+            raise StartError(
+                f"--redis-url: the option {name[:40]!r} is Headrace's own to decide; leave it out (yours are "
+                f"{', '.join(sorted(USERS_OPTIONS))} and {USERS_PREFIX}*)"
+            )
 
 
 def _maker(url: str) -> ConnectionPool:

@@ -40,6 +40,7 @@ log = logging.getLogger("headrace.scheduler")
 
 SpecialTokensInContent = Literal["guard", "allow"]
 
+TEMPLATES = ("chat_template.jinja", "chat_template.json")  # where they stand, if not in tokenizer_config.json
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 
 
@@ -104,12 +105,13 @@ class Prompts:
         _refuse_remote_code(model)
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        except (OSError, ValueError) as e:
+        except Exception as e:  # configs check their fields each in a way of its own
             if "trust_remote_code" in str(e):
                 raise ModelRefused(REMOTE_CODE.format(model=model)) from None
             raise StartError(_load_failure(model, "configuration", e)) from e
         if getattr(config, "auto_map", None):
             raise ModelRefused(REMOTE_CODE.format(model=model))
+        _refuse_other_kinds(model, config)
         try:
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         except Exception as e:  # tokenizer classes raise whatever they like on broken files
@@ -130,6 +132,7 @@ class Prompts:
                 "no embeddings. Text that holds one of them is refused (400).",
                 model, beyond, prompts.vocab_size,
             )  # fmt: skip
+        prompts.check_template(model)
         prompts.find_format(tool_format, reasoning_format)
         if generation_config == "model" and (defaults := read_generation_config(model)):
             prompts.defaults = defaults
@@ -147,6 +150,27 @@ class Prompts:
         if not defaults:
             return job
         return msgspec.structs.replace(job, sampling=msgspec.structs.replace(job.sampling, **defaults))
+
+    def check_template(self, model: str) -> None:
+        """StartError if the chat template can write no chat at all."""
+        if not self.chat:
+            return
+        first: Exception | None = None
+        for content in ("Hi", [{"type": "text", "text": "Hi"}]):
+            turn = {"role": "user", "content": content}
+            for messages in ([turn], [{**turn, "role": "system"}, turn]):
+                try:
+                    self._apply(messages, add_generation_prompt=True)
+                except Exception as error:  # a template raises whatever it likes
+                    first = first or error
+                else:
+                    return
+        assert first is not None
+        file = next((f for f in TEMPLATES if (Path(model) / f).is_file()), "tokenizer_config.json")
+        raise StartError(
+            f"{Path(model) / file}: its chat template cannot write a chat ({_first_line(first)[:200]}); mend it, or "
+            "remove it to serve completions alone"
+        )
 
     def find_format(self, tool_format: str = AUTO, reasoning_format: str = AUTO) -> None:
         """Find out how the model writes tool calls and thoughts, by its chat template or as it is told. StartError."""
@@ -333,9 +357,27 @@ def _refuse_remote_code(model: str) -> None:
         raise ModelRefused(REMOTE_CODE.format(model=model))
 
 
+def _refuse_other_kinds(model: str, config: Any) -> None:
+    """ModelRefused for a config of no language model, such as one that sees."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelRefused(
+            f"{Path(model) / 'config.json'}: {config.model_type} is no causal language model that transformers knows; "
+            "choose another model"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    """Its first sentence; a KeyError's text alone would say nothing."""
+    first = (str(error).strip().splitlines() or [""])[0].partition(". ")[0]
+    return f"{type(error).__name__} {first}".strip() if isinstance(error, KeyError) or not first else first
+
+
 def _load_failure(model: str, part: str, error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"cannot load the {part} of {model}: {first}"
+    file = {"configuration": "config.json", "tokenizer": "tokenizer.json"}[part]
+    where = Path(model) / file if (Path(model) / file).is_file() else model
+    return f"{where}: the {part} cannot be loaded ({_first_line(error)[:200]}); fetch it again"
 
 
 def _eos_ids(model: str, config: Any, tokenizer: Any) -> list[int]:

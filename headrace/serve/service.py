@@ -24,13 +24,14 @@ from rich.console import Console
 
 from headrace import options
 from headrace.console import StartView, print_block
-from headrace.gguf import is_gguf
 from headrace.model import choose as choose_model
+from headrace.model_check import check_model
 from headrace.option_table import OPTIONS, options_of
 from headrace.serve import embedded, progress
 from headrace.serve.durability import check_durability
 from headrace.serve.supervisor import Child, GaveUp, Program, Supervisor
 from protocol.bus import GatewayBus, LeaderBus
+from protocol.connection import check_url
 from protocol.errors import EX_CONFIG, StartError
 from protocol.keys import MODEL_NAME
 
@@ -78,9 +79,13 @@ class Layout:
 
 def resolve(values: Mapping[str, Any]) -> Layout:
     """Decide all defaults. StartError for what is known to fail before anything is started."""
+    if values["redis_url"]:
+        check_url(values["redis_url"])
+    if values["api_keys_file"] and not os.access(values["api_keys_file"], os.R_OK):
+        raise StartError(f"--api-keys-file {values['api_keys_file']}: there is no such file that may be read")
     model, name = values["model"], values["served_model_name"]
     if model is not None:
-        check_model(str(model))
+        check_model(str(model), weights=values["engine"] == "torch")
         name = name or options.served_name(str(model))
     if name and not MODEL_NAME.fullmatch(name):
         raise StartError(f"--served-model-name {name!r} must match [A-Za-z0-9._:/-]{{1,128}}")
@@ -100,21 +105,6 @@ def resolve(values: Mapping[str, Any]) -> Layout:
         ports=ports,
         metrics_ports=dict(zip(others, metrics, strict=True)),
     )
-
-
-def check_model(model: str) -> None:
-    """StartError if ``model`` is a path that holds no model. A hub id is checked when it is loaded."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
-            raise StartError(f"--model {model}: this directory has no config.json, so it is no transformers model")
-    elif path.is_file():
-        if not is_gguf(path):
-            raise StartError(
-                f"--model {model}: this file is no GGUF checkpoint; a model is a directory or a .gguf file"
-            )
-    elif model.startswith((".", "/", "~")) or model.partition(":")[0].count("/") > 1:
-        raise StartError(f"--model {model}: no such directory (a hub id has the form owner/name)")
 
 
 def choose_ports(host: str, first: int, count: int, flag: str) -> list[int]:

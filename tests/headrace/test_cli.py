@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -144,10 +145,7 @@ def wanted(*args: str) -> serve.Layout:
 
 
 def model_dir(tmp_path: Path) -> Path:
-    path = tmp_path / "my-model"
-    path.mkdir()
-    (path / "config.json").write_text("{}")
-    return path
+    return Path(shutil.copytree(Path(__file__).parents[2] / "examples" / "demo-model", tmp_path / "my-model"))
 
 
 def test_defaults_are_decided_once(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from headrace import default_model, gguf
 from headrace.model import Chosen, choose
-from headrace.serve import service
+from headrace.model_check import check_model
 from protocol.errors import StartError
 from tests.gguf_files import write_gguf
 from tests.models import CONFIGS, build
@@ -75,8 +75,8 @@ def test_a_directory_of_several_asks_for_one(tmp_path: Path) -> None:
 
 
 def test_a_transformers_directory_is_taken_as_it_is(tmp_path: Path) -> None:
-    for name in ("config.json", "also.gguf"):
-        (tmp_path / name).write_bytes(b"{}")
+    shutil.copytree(ROOT / "examples" / "demo-model", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "also.gguf").write_bytes(b"{}")
     assert chosen(tmp_path / "cache", tmp_path)[0].path == str(tmp_path)
 
 
@@ -100,13 +100,13 @@ def test_a_file_on_the_hub_that_cannot_be_had_is_a_sentence(tmp_path: Path, monk
 
 @pytest.mark.parametrize("model", ["owner/name:file.gguf", "owner/name:sub/file.gguf"])
 def test_the_names_of_files_on_the_hub_pass_the_first_look(model: str) -> None:
-    service.check_model(model)
+    check_model(model)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(StartError, match="this file is no GGUF checkpoint"):
-        service.check_model(str(tmp_path / "notes.txt"))
+        check_model(str(tmp_path / "notes.txt"))
 
 
 # ------------------------------------------------------------------ no model named

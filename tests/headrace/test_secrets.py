@@ -15,6 +15,7 @@ import redis
 from headrace.serve.embedded import EmbeddedServer
 from tests.stack import START_S, Stack, free_port
 
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 PASSWORD = "correct-horse-battery"
 PROMPT = "a-prompt-that-nobody-else-may-read"
 
@@ -91,7 +92,7 @@ def test_a_whole_stack_gives_nothing_away(tmp_path: Path, model_dir: Path) -> No
 
 
 def test_what_is_wrong_with_a_url_is_said_without_it(tmp_path: Path) -> None:
-    serve = ["serve", "--model", "a/b", "--port", "0", "--run-dir", str(tmp_path)]
+    serve = ["serve", "--model", str(DEMO), "--port", "0", "--run-dir", str(tmp_path)]
     starts = [
         ([*serve], f"redis://me:{PASSWORD}@127.0.0.1:{free_port()}/0", "does not answer"),
         ([*serve], f"redis://me:{PASSWORD}#more@127.0.0.1:6379/0", "this is no Redis URL"),

@@ -34,7 +34,9 @@ def load_config(model: str) -> Any:
                 "If transformers knows the architecture, remove auto_map from a local copy"
             )
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except StartError:
+        raise
+    except Exception as error:  # configs check their fields each in a way of its own
         raise StartError(f"{model}: cannot read the model's config: {_first_line(error)}") from error
     refuse_by_config(model, config)
     return config
@@ -119,16 +121,40 @@ def load_model(config: EngineConfig, model_config: Any, device: torch.device, pr
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise StartError(f"{config.model}: cannot load the weights: {_first_line(error)}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of an architecture that cannot be built so, of files that do not fit it
+            raise StartError(
+                f"{config.model}: the model cannot be built or loaded ({_first_line(error)}); fetch it again"
+            ) from error
     model, found = loaded
+    if mismatched := sorted(found["mismatched_keys"]):
+        raise StartError(
+            f"{config.model}: config.json and the weights are of two models: {mismatched[0][0]} has the shape "
+            f"{list(mismatched[0][1])}, not {list(mismatched[0][2])}; fetch the model again"
+        )
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would serve random numbers in their place
         raise StartError(
-            f"{config.model}: {len(missing)} weights are missing from the checkpoint, {missing[0]} among them"
+            f"{config.model}: {len(missing)} weights are missing from the checkpoint, {missing[0]} among them; "
+            "fetch the model again"
         )
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    _refuse_not_finite(config.model, model)
+    return model
+
+
+def _refuse_not_finite(name: str, model: torch.nn.Module) -> None:
+    """StartError for weights that hold NaN or infinities: one pass over memory, in which both survive max and min."""
+    for parameter_name, parameter in model.named_parameters():
+        looked_at = parameter.is_floating_point() and parameter.numel() and parameter.element_size() > 1
+        if looked_at and not torch.stack(torch.aminmax(parameter)).isfinite().all():
+            raise StartError(
+                f"{name}: its weights are damaged: {parameter_name} holds values that are no numbers; fetch the "
+                "model again"
+            )
 
 
 def load_tokenizer(model: str) -> Any:
@@ -207,4 +233,6 @@ class _LoadingBar:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Its first sentence; a KeyError's text alone would say nothing."""
+    first = (str(error).strip().splitlines() or [""])[0].partition(". ")[0]
+    return f"{type(error).__name__} {first}".strip() if isinstance(error, KeyError) or not first else first

@@ -147,7 +147,7 @@ async def test_a_check_has_an_end(tmp_path: Path) -> None:
 def test_every_command_refuses_when_it_is_to_be_strict(foreign: EmbeddedServer, tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HEADRACE_REDIS_URL": foreign.url}
     wanted = ["--strict-durability", "--log-level", "warning"]
-    model = ["--model", "a/b", "--engine", "simulated"]
+    model = ["--model", str(Path(__file__).parents[3] / "examples" / "demo-model"), "--engine", "simulated"]
     commands = {
         "serve": [*wanted, *model, "--port", "0", "--run-dir", str(tmp_path / "run")],
         "gateway": [*wanted, "--port", "0"],

@@ -144,8 +144,8 @@ def test_a_refused_model_ends_the_start_with_its_reason(
     assert json.loads((tmp_path / "run" / "processes.json").read_text()) == []
 
 
-def test_an_unreachable_server_ends_the_start(tmp_path: Path) -> None:
-    ended = start(tmp_path, "--model", "a/b", "--redis-url", "redis://127.0.0.1:1/0")
+def test_an_unreachable_server_ends_the_start(tmp_path: Path, model_dir: Path) -> None:
+    ended = start(tmp_path, "--model", str(model_dir), "--redis-url", "redis://127.0.0.1:1/0")
     assert ended.returncode == 78
     assert "Redis" in ended.stderr
 
