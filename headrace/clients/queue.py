@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import warnings
 from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -302,15 +301,3 @@ def _error_of(frame: Frame) -> HeadraceError:
     if http_status(code) < 500 and http_status(code) != 429:
         return RequestError(message, param=told.get("param"), code=code)
     return EngineFailed(f"{code}: {message}")
-
-
-def __getattr__(name: str) -> Any:
-    """The names of release 0.1, for one release: ``Client`` was the client to be awaited."""
-    if name not in ("Client", "SyncClient"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from headrace.clients.sync import Client as Synchronous
-
-    found = AsyncClient if name == "Client" else Synchronous
-    new = "headrace.AsyncClient" if name == "Client" else "headrace.Client"
-    warnings.warn(f"{__name__}.{name} is now {new}", DeprecationWarning, stacklevel=2)
-    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import headrace
-from headrace.clients import queue
+from headrace import client
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,11 +47,11 @@ def test_what_a_name_does_not_load(program: str, absent: list[str]) -> None:
 
 def test_names_of_release_0_1_still_work_and_say_the_new_ones() -> None:
     with pytest.warns(DeprecationWarning, match=r"headrace\.Client"):
-        assert queue.SyncClient is headrace.Client
+        assert client.SyncClient is headrace.Client
     with pytest.warns(DeprecationWarning, match=r"headrace\.AsyncClient"):
-        assert queue.Client is headrace.AsyncClient
+        assert client.Client is headrace.AsyncClient
     with pytest.raises(AttributeError, match="Nothing"):
-        queue.Nothing  # noqa: B018
+        client.Nothing  # noqa: B018
 
 
 def test_every_package_says_that_it_is_typed() -> None:
