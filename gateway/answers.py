@@ -49,6 +49,7 @@ class Ask:
     job: Job
     view: View
     stream: bool = False
+    numbered: bool = False  # its events have ids, to go on from
     idempotency: str | None = None
     arrived: float = field(default_factory=time.monotonic)
     # set later
@@ -174,7 +175,7 @@ class Answers:
         return self._reader(ask, rid, job, view) if ask.stream else Collector(rid, job.choices)
 
     def _reader(self, ask: Ask, rid: str, job: Job, view: View, shown: EventId | None = None) -> EventReader:
-        chunks = Chunks(rid, ask.model.name, view, job.choices, job.sampling.n, ask.echoed, job)
+        chunks = Chunks(rid, ask.model.name, view, job.choices, job.sampling.n, ask.echoed, job, ask.numbered)
         return EventReader(rid, chunks, ask.model.name, ask.arrived, shown)
 
     def _follow(self, ask: Ask, follower: Follower, attached: int = 0) -> None:

@@ -109,7 +109,7 @@ class Api:
         self, request: web.BaseRequest, model: Model, caller: Caller, job: Job, stream: bool, detached: bool
     ) -> web.StreamResponse:
         life: dict[str, Any] = {}
-        if detached or _flag(request, "X-Headrace-Detached"):
+        if detached or _detached(request):
             life["detached"] = True
         if grace := self._grace(request):
             life["grace_s"] = grace
@@ -120,6 +120,7 @@ class Api:
             job=job,
             view=msgspec.convert(job.view, View),
             stream=stream,
+            numbered=_resumes(request),
             idempotency=_idempotency_key(request),
         )
         return await self.answers.answer(ask, request)
@@ -153,7 +154,7 @@ class Api:
         if shown is not None and shown.tail == "d":
             return web.Response(status=204)  # it was read to its end; tells an EventSource to stop
         model, record = found
-        ask = Ask(model=model, caller=caller, job=record.job, view=View.of(record), stream=True)
+        ask = Ask(model=model, caller=caller, job=record.job, view=View.of(record), stream=True, numbered=True)
         return await self.answers.resume(ask, record.rid, shown, request)
 
     async def show_request(self, request: web.BaseRequest, caller: Caller, public: str) -> web.StreamResponse:
@@ -270,6 +271,15 @@ def _model_object(card: ModelCard) -> dict[str, Any]:
         "max_model_len": card.max_model_len,
         **({"generation_config": card.sampling} if card.sampling else {}),
     }
+
+
+def _resumes(request: web.BaseRequest) -> bool:
+    """Whether the client asks for a stream that it can go on with. Others get plain events, without ids."""
+    return "X-Headrace-Resume" in request.headers or "Last-Event-ID" in request.headers or _detached(request)
+
+
+def _detached(request: web.BaseRequest) -> bool:
+    return _flag(request, "X-Headrace-Detached")
 
 
 def _flag(request: web.BaseRequest, name: str) -> bool:

@@ -3,7 +3,8 @@
 One event per frame; several, or none, of a frame whose answer is parsed (parsed.py). Every event's id says how far
 each choice's journal has been shown, with a check of the bytes before: ``c0.c1...-CHECK`` (byte cursors of the choices
 opened so far, then eight hex digits), ``.CHOICE.EVENTS`` where more events of a frame follow, and a last letter ``u``
-after the usage chunk or ``d`` after [DONE]. A stream is a function of the request's record and its journals, so any
+after the usage chunk or ``d`` after [DONE]. Ids are written for readers that ask for them: some clients take an event
+apart by its first line. A stream is a function of the request's record and its journals, so any
 gateway that replays the journals up to an id continues with the same bytes.
 """
 
@@ -139,12 +140,14 @@ class Chunks(Tally):
         n: int,
         prompts: list[str] | None = None,
         job: Job | None = None,
+        numbered: bool = True,
     ) -> None:
-        """``job``: for answers that are parsed."""
+        """``job``: for answers that are parsed. ``numbered``: events have ids."""
         super().__init__(choices, n)
         self.rid = rid
         self.job = job
         self.view = view
+        self.numbered = numbered
         self.reads_prompt = view.kind == "chat" and job is not None and job.format is not None
         self._unshown: list[bytes] = []  # events of a frame that was shown in part
         self.prompts = prompts
@@ -271,6 +274,8 @@ class Chunks(Tally):
         return events
 
     def _id(self, tail: bytes = b"") -> bytes:
+        if not self.numbered:
+            return b"data: "
         if self.choices == 1 and self.opened:
             return b"id: %d-%08x%b\ndata: " % (self.cursors[0], self.checks[0], tail)
         cursors = ".".join(map(str, self.cursors[: self.opened])).encode()

@@ -74,7 +74,8 @@ class Front:
         return await self.ask("POST", path, json=body, **kwargs)
 
     async def events(self, method: str, path: str, **kwargs: Any) -> list[bytes]:
-        """A whole stream, split into its events."""
+        """A whole stream, split into its events, with their ids: it asks for resuming, with no grace."""
+        kwargs["headers"] = {"X-Headrace-Resume": "0", **(kwargs.get("headers") or {})}
         async with self.session.request(method, self.url + path, **kwargs) as reply:
             assert reply.status == 200, await reply.text()
             assert reply.content_type == "text/event-stream"
