@@ -135,7 +135,7 @@ cuts = st.lists(st.integers(1, 400), max_size=40)
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("controls", [False, True])
 @given(cuts=cuts, hidden=st.booleans(), before=st.sampled_from(["", "Let me look.\n"]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_two_calls_however_the_text_is_cut(
     family: str, eager: bool, controls: bool, cuts: list[int], hidden: bool, before: str
 ) -> None:
@@ -159,7 +159,7 @@ FRAGMENTS = ["weather", "sum.of", "city", "days", " ", "\n", "{", "}", "[", "]",
 
 @pytest.mark.parametrize("family", sorted(TOOLS))
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_whatever_a_model_writes(family: str, data: st.DataObject) -> None:
     """Any soup of markers is read without an exception, alike for every split, and no letter of content is lost where
     there is no call and no thought."""

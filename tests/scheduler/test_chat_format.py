@@ -121,7 +121,7 @@ def test_the_format_of_each_template() -> None:
 
 @pytest.mark.parametrize("name", WITH_CALLS)
 @given(data=st.data())
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_transcripts_of_the_templates_own(name: str, data: st.DataObject) -> None:
     made, _ = found(name)
     if name in TELLS_NO_TOOLS:
