@@ -42,6 +42,7 @@ LIMITS = LLParserLimits(
 MAX_COMPILED = 256  # grammars kept, the least recently used go first
 MAX_COMPILED_BYTES = 4 << 20  # of their sources
 MAX_COMPILE_S = 5.0  # at ingest alone: what takes longer is refused before it is admitted
+PROBED_STEPS = 8
 MAX_REASON_CHARS = 300
 MAX_TRIED = 64  # subschemas compiled by themselves to find the one at fault
 
@@ -72,12 +73,25 @@ class Grammars:
             return
         began = time.perf_counter()
         matcher = self.matcher(structure)
-        row = MaskRow(self.words)
-        if not matcher.fill(row) or not row.bits.any():
-            reason = matcher.failed or "no token of the vocabulary can begin it"
+        if (reason := self._stuck(matcher)) is not None:
             raise StructureNotSupported(f"{structure.field} cannot be served: {reason}", param=structure.field)
         if time.perf_counter() - began > MAX_COMPILE_S:
             raise StructureNotSupported(f"{structure.field} is too complex", param=structure.field)
+
+    def _stuck(self, matcher: Matcher) -> str | None:
+        """Why the first steps into a grammar fail, which shows most of those that exceed the limits: always into the
+        first id that is allowed. None if they do not."""
+        row = MaskRow(self.words)
+        for _ in range(PROBED_STEPS):
+            if not matcher.fill(row):
+                return matcher.failed
+            allowed = np.flatnonzero(np.unpackbits(row.bits.view(np.uint8), bitorder="little"))
+            if not len(allowed):
+                return "no token of the vocabulary fits"
+            if int(allowed[0]) in self.end_ids:
+                return None
+            matcher.advance_one(int(allowed[0]))
+        return matcher.failed
 
     def matcher(self, structure: Structure, stop_ids: Sequence[int] = ()) -> Matcher:
         """A matcher at the beginning of an output. StructureNotSupported as for ``check``."""

@@ -202,3 +202,11 @@ def test_a_model_without_an_end_and_a_broken_tokenizer_are_refused_by_name() -> 
         Grammars(TokenVocabulary(TOKENS, []), VOCAB, [])
     with pytest.raises(StructureNotSupported, match="tokenizer"):
         Grammars("{}", VOCAB, [END])
+
+
+def test_a_grammar_whose_first_steps_exceed_the_limits_is_refused(grammars: Grammars) -> None:
+    schema = {"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(800)}}
+    with pytest.raises(StructureNotSupported, match="items"):
+        grammars.check(Structure(json=schema))
+    schema["required"] = [*schema["properties"]]
+    grammars.check(Structure(json=schema))
