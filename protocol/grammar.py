@@ -23,13 +23,10 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from protocol.errors import StructureNotSupported
-from protocol.json_schema import Path, cannot_serve, served_schema, subschemas
+from protocol.json_schema import Path, cannot_serve, library_options, served_schema, subschemas
 from protocol.structural_tag import tag_grammar
 from protocol.structure import Structure
 
-# Whitespace in JSON: enough for every usual layout, but bounded, since a model could otherwise go on with it for ever.
-WHITESPACE = r"\n?[ \t]{0,32}"
-JSON_OPTIONS: Any = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
 LIMITS = LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=1_000_000,
@@ -139,7 +136,7 @@ class Grammars:
     def _grammar(self, structure: Structure, source: str) -> str:
         match structure.kind:
             case "json" | "json_object":
-                return LLMatcher.grammar_from_json_schema(source, overrides=JSON_OPTIONS)
+                return _json_grammar(json.loads(source))
             case "regex":
                 return LLMatcher.grammar_from_regex(source)
             case "choice":
@@ -185,7 +182,8 @@ class Grammars:
 
 
 def _json_grammar(schema: Any) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+    options: Any = library_options(schema)
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
 
 
 _HINTS = (

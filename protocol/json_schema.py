@@ -7,6 +7,7 @@ the same at every door. Such a keyword with a value that says nothing (``uniqueI
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,11 @@ BELOW_ZERO = -1e-6  # the library takes -0 for less than 0
 _ONE = ("additionalProperties", "additionalItems", "items", "contains", "not", "if", "then", "else", "propertyNames")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+# White space in JSON: enough for every usual layout, but bounded, since a model could otherwise go on for ever.
+WHITESPACE = r"\n?[ \t]{0,32}"
+_NEGATED_CLASS = re.compile(r"\[\^\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+ESCAPES = 'bfnrt"\\'  # of JSON strings
 
 Path = tuple[str, ...]
 
@@ -128,3 +134,36 @@ def served_schema(schema: Any) -> Any:
         elif key != "maximum" or "maximum" not in kept:
             kept[key] = value
     return kept
+
+
+def library_options(schema: Any, whitespace: str = WHITESPACE) -> dict[str, Any]:
+    """How the library is to read a schema (its `x-guidance`).
+
+    It takes an escaped quote or backslash for a character of a negated class that excludes them: where a pattern has
+    such a class, no string of the schema may hold that escape. Stricter than the schema, never laxer.
+    """
+    options: dict[str, Any] = {"whitespace_pattern": whitespace, "lenient": False, "coerce_one_of": False}
+    excluded = {char for pattern in _patterns(schema) for char in _excluded(pattern)}
+    if excluded:
+        options["json_allowed_escapes"] = "".join(char for char in ESCAPES if char not in excluded)
+    return options
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    for _, one in subschemas(schema):
+        if isinstance(one.get("pattern"), str):
+            yield one["pattern"]
+        if isinstance(one.get("patternProperties"), dict):
+            yield from one["patternProperties"]
+
+
+def _excluded(pattern: str) -> Iterator[str]:
+    """Which of quote and backslash some negated class of ``pattern`` excludes."""
+    for negated in _NEGATED_CLASS.findall(pattern):
+        for char in '"\\':
+            try:
+                matches = re.fullmatch(negated, char)
+            except re.error:  # of another dialect: take no risk
+                matches = None
+            if matches is None:
+                yield char

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from protocol.errors import InvalidRequest
-from protocol.json_schema import check_schema, served_schema
+from protocol.json_schema import check_schema, library_options, served_schema
 
 MAX_TAGS = 128
 MAX_TAG_NESTING = 16
@@ -103,7 +103,9 @@ class _Writer:
             return self.literal(_one_text(given.get("value"), self.at)) or '""'
         if kind == "json_schema":
             check_schema(given.get("json_schema"), self.at)
-            return "%json " + json.dumps(served_schema(given["json_schema"]))
+            schema = served_schema(given["json_schema"])
+            options = {"x-guidance": library_options(schema)} if isinstance(schema, dict) else {}
+            return "%json " + json.dumps({**schema, **options} if options else schema)
         if kind == "regex":
             return "/" + _one_text(given.get("pattern"), self.at).replace("/", r"\/") + "/"
         if kind == "tag":

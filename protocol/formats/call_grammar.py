@@ -13,10 +13,10 @@ from typing import Any
 from protocol.errors import StructureNotSupported
 from protocol.formats.source import CONTROL, FIRST_CONTROL, Alphabet
 from protocol.formats.spec import GEMMA_QUOTE, FormatSpec, Tools
-from protocol.json_schema import check_schema, served_schema
+from protocol.json_schema import check_schema, library_options, served_schema
 
 ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
-JSON_STYLE = {"whitespace_pattern": "[ ]?", "lenient": False, "coerce_one_of": False}
+JSON_SPACE = "[ ]?"
 UNRULED = ("pattern", "minLength", "maxLength", "format")  # of texts that are not written as JSON
 MAX_DEPTH = 16
 
@@ -127,7 +127,9 @@ class _Writer:
         if not isinstance(served, dict):
             served = {} if served else {"not": {}}
         shared = {key: served_schema(root[key]) for key in ("$defs", "definitions") if root and key in root}
-        return self.rule("%json " + json.dumps({"x-guidance": JSON_STYLE, **shared, **served}, ensure_ascii=False))
+        whole = {**shared, **served}
+        options = {"x-guidance": library_options(whole, JSON_SPACE)}
+        return self.rule("%json " + json.dumps({**options, **whole}, ensure_ascii=False))
 
     def _json_call(self, name: str, arguments: str) -> str:
         tools = self.tools

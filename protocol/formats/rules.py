@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import msgspec
 
 from protocol.errors import StructureNotSupported
-from protocol.formats.call_grammar import JSON_STYLE, marker, quoted
+from protocol.formats.call_grammar import JSON_SPACE, marker, quoted
 from protocol.formats.source import Alphabet
 from protocol.formats.spec import FormatSpec
+from protocol.json_schema import library_options
 from protocol.messages import Job
 from protocol.sampling import Content, SamplingParams
 from protocol.structure import Structure
@@ -74,7 +75,8 @@ def _as_grammar(structure: Structure) -> str | None:
         return structure.grammar if structure.grammar and structure.grammar.startswith(START) else None
     if kind in ("json", "json_object"):
         schema = msgspec.json.decode(structure.source())
-        rule = "%json " + json.dumps({"x-guidance": JSON_STYLE, **(schema if isinstance(schema, dict) else {})})
+        options = {"x-guidance": library_options(schema, JSON_SPACE)}
+        rule = "%json " + json.dumps({**options, **(schema if isinstance(schema, dict) else {})})
     elif kind == "choice":
         rule = " | ".join(quoted(one) for one in structure.choice or ())
     elif kind == "regex" and structure.regex:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from protocol.levels import LEVEL
 from protocol.messages import Capacity, HintRow, NewSequence, Plan, pack_ids
 from scheduler.core.events import Arrive, SendPlan, StepDone, WorkerServing
 from scheduler.core.lifecycle import Counters
@@ -24,7 +25,7 @@ class CoreDriver:
         self.engine, self.late = engine, late
         pool = msgspec.structs.replace(capacity.pools[0], units=blocks)
         self.core = Core(CoreConfig(max_num_batched_tokens=budget))
-        self.core.apply(WorkerServing("w0", 1, msgspec.structs.replace(capacity, pools=[pool])), 0.0)
+        self.core.apply(WorkerServing("w0", 1, msgspec.structs.replace(capacity, pools=[pool], level=LEVEL)), 0.0)
         self.seats: dict[int, Sequence] = {}
         self.by_rid: dict[str, Sequence] = {}
 
