@@ -393,6 +393,6 @@ def _prompt_tokens(job: Job) -> int:
 def _fingerprint(ask: Ask) -> str:
     """What two requests under one idempotency key must share: everything but the time of arrival."""
     job = msgspec.structs.replace(
-        ask.job, format=None, view={**(ask.job.view or {}), "created": 0, "stream": ask.stream}
+        ask.job, format=None, view={**(ask.job.view or {}), "created": 0, "fingerprint": "", "stream": ask.stream}
     )
     return body_hash(encode(job))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -67,6 +69,10 @@ class Api:
         routes.add("POST", "/v1/chat/completions", self.chat_completions)
         routes.add("GET", "/v1/models", self.list_models)
         routes.add("GET", "/v1/models/", self.show_model)
+        routes.add("POST", "/completions", self.completions)  # some clients' base address has no /v1
+        routes.add("POST", "/chat/completions", self.chat_completions)
+        routes.add("GET", "/models", self.list_models)
+        routes.add("GET", "/models/", self.show_model)
         routes.add("GET", "/v1/streams/", self.resume_stream, head=False)
         routes.add("GET", "/v1/requests/", self.show_request)
         routes.add("DELETE", "/v1/requests/", self.cancel_request)
@@ -108,7 +114,7 @@ class Api:
     async def _answer(
         self, request: web.BaseRequest, model: Model, caller: Caller, job: Job, stream: bool, detached: bool
     ) -> web.StreamResponse:
-        life: dict[str, Any] = {}
+        life: dict[str, Any] = {"fingerprint": _system_fingerprint(model.card)}
         if detached or _detached(request):
             life["detached"] = True
         if grace := self._grace(request):
@@ -269,6 +275,7 @@ def _model_object(card: ModelCard) -> dict[str, Any]:
         "created": card.created,
         "owned_by": "headrace",
         "max_model_len": card.max_model_len,
+        "context_length": card.max_model_len,  # the same by the name that other clients read
         **({"generation_config": card.sampling} if card.sampling else {}),
     }
 
@@ -296,6 +303,13 @@ def _idempotency_key(request: web.BaseRequest) -> str | None:
     return key
 
 
+def _system_fingerprint(card: ModelCard) -> str:
+    """Changes where the same request may give other tokens: with the version or the model."""
+    told = f"{_version()} {card.model} {card.vocab_size} {card.max_model_len}"
+    return "fp_" + hashlib.blake2b(told.encode(), digest_size=5).hexdigest()
+
+
+@functools.cache
 def _version() -> str:
     try:
         return version("headrace")

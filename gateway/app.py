@@ -18,6 +18,7 @@ from gateway.answers import Answers
 from gateway.api import Api
 from gateway.auth import Caller, KeyRing
 from gateway.edge import Server, error_answer
+from gateway.headers import Origins, arrived, parse_origins, tell
 from gateway.metrics import CONTENT_TYPE, exposition
 from gateway.models import Models
 from protocol.errors import HeadraceError, NotFound, StartError
@@ -53,6 +54,7 @@ class GatewayConfig:
     drain_timeout: float = 60.0  # seconds that open requests have to end after SIGTERM
     ready_delay: float = 0.5  # seconds between /ready turning false and the port being closed
     body_timeout: float = 30.0
+    cors_origins: str | None = None  # other origins whose pages may call, with commas; * for all
     stall_timeout: float = 30.0  # a client that reads nothing for so long is dropped
 
     @property
@@ -79,6 +81,7 @@ class Gateway:
             resume_grace=config.resume_grace,
             body_timeout=config.body_timeout,
         )
+        self._origins = Origins(parse_origins(config.cors_origins))
         self._routes = api.routes(metrics=not self._apart)
         self._runners: list[web.ServerRunner] = []
         self._sites: list[web.TCPSite] = []
@@ -135,9 +138,8 @@ class Gateway:
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         """The main port. Without a key only the state of the process is visible, not even the list of routes."""
         try:
-            caller = ANYONE if request.path in OPEN_PATHS else self.keys.identify(request)
-            handler, rest = self._routes.find(request.method, request.path)
-            answer = await handler(request, caller, rest)
+            arrived(request, self._origins)
+            answer = self._origins.preflight(request) or await self._routed(request)
         except HeadraceError as error:
             answer = error_answer(error)
         except (asyncio.CancelledError, ConnectionError):
@@ -145,9 +147,17 @@ class Gateway:
         except Exception as error:
             log.exception("a request failed: %s", type(error).__name__)
             answer = error_answer(HeadraceError())
-        if self.answers.draining and not answer.prepared:
-            answer.force_close()
+        if not answer.prepared:
+            tell(request, answer.headers)
+            if self.answers.draining:
+                answer.force_close()
         return answer
+
+    async def _routed(self, request: web.BaseRequest) -> web.StreamResponse:
+        open_to_all = request.path.rstrip("/") in OPEN_PATHS
+        caller = ANYONE if open_to_all else self.keys.identify(request)
+        handler, rest = self._routes.find(request.method, request.path)
+        return await handler(request, caller, rest)
 
     async def _serve_metrics(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path != "/metrics":

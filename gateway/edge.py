@@ -18,6 +18,8 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
 from gateway.auth import Caller
+from gateway.headers import tell
+from gateway.lenient import mended
 from protocol.errors import HeadraceError, InvalidRequest, NotFound, RequestError, ServiceError, TooLarge
 
 log = logging.getLogger("headrace.gateway")
@@ -130,11 +132,16 @@ def decode_body(raw: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
-        raise _field_error(str(error)) from None
+        if (again := mended(raw, decoder.type)) is None:
+            raise _field_error(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise InvalidRequest(
             "the body is not valid JSON (NaN, Infinity and lone surrogates are not part of it)"
         ) from None
+    try:
+        return msgspec.convert(again, decoder.type, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _field_error(str(error)) from None
 
 
 def _check_nesting(raw: bytes) -> None:
@@ -188,6 +195,7 @@ class Routes:
 
     def find(self, method: str, path: str) -> tuple[Handler, str]:
         rest = ""
+        path = path.rstrip("/") or "/"
         methods = self.exact.get(path)
         if methods is None:
             prefix = next((p for p in self.prefixes if path.startswith(p) and len(path) > len(p)), None)
@@ -222,6 +230,7 @@ class Connection(web.RequestHandler):
         else:
             log.error("a request failed: %s", type(exc).__name__, exc_info=exc)
             answer = error_answer(HeadraceError())
+        tell(request, answer.headers)
         answer.force_close()
         return answer
 

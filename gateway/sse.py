@@ -14,6 +14,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from gateway.edge import encode_json
+from gateway.headers import tell
 from gateway.metrics import DROPPED, INTER_TOKEN, TTFT
 from gateway.openai.render import Chunks, EventId, split_frames
 from gateway.streams import Follower
@@ -123,6 +124,7 @@ class EventReader(Follower):
     async def begin(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
         """Send the 200 and the events that exist already."""
         answer = web.StreamResponse(headers={**HEADERS, **headers})
+        tell(request, answer.headers)
         writer = await answer.prepare(request)
         transport = request.transport
         if writer is None or transport is None:

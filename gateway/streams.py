@@ -80,7 +80,7 @@ class Follower:
             notice = _admitted_decoder.decode(row.frames)
             self.admit(notice.prompt_tokens, notice.thinking)
             return
-        if self.tally.reads_prompt and self.tally.prompt_tokens is None:
+        if self.tally.awaits_admission and self.tally.prompt_tokens is None:
             self.fall_behind()  # the notice of admission was missed: the record tells it
             return
         if self.behind or self.over or choice >= self.tally.choices:

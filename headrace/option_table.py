@@ -132,6 +132,13 @@ OPTIONS: tuple[Option, ...] = (
     # life of requests and processes
     Option("--api-keys-file", "serve gateway", "JSON file of hashed API keys (default: no key is asked for)"),
     Option(
+        "--cors-origins",
+        "serve gateway",
+        "other origins whose pages may call the API from a browser, as https://a.example,http://localhost:3000; "
+        "* for all (default: none)",
+        metavar="ORIGINS",
+    ),
+    Option(
         "--resume-grace",
         "serve gateway",
         "how long a stream whose client has gone away may be picked up again",

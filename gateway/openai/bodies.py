@@ -15,7 +15,7 @@ from gateway.openai.structured import structure_of
 from gateway.openai.tools import Tool, template_arguments, tool_use
 from gateway.openai.view import View
 from protocol.chat import check_template_arguments, normal_messages
-from protocol.errors import ContextLengthExceeded, InvalidRequest, NotFound
+from protocol.errors import ContextLengthExceeded, InvalidRequest
 from protocol.keys import check_name
 from protocol.messages import (
     MAX_PROMPTS,
@@ -33,6 +33,7 @@ MAX_TIMEOUT_S = 86400.0
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # usage so far in every chunk
     include_obfuscation: bool | None = None  # ignored: padding against traffic analysis is left to a proxy
 
 
@@ -59,7 +60,7 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     # the request's life
-    priority: str | None = None
+    priority: str | int | None = None
     timeout_s: float | None = None
     request_id: str | None = None
     cache_salt: str | None = None
@@ -83,10 +84,16 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     guided_grammar: Any = None
     # accepted only with values that have no effect
     prompt_logprobs: Any = None
+    use_beam_search: Any = None
+    spaces_between_special_tokens: Any = None
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def usage_so_far(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
 
 class CompletionBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
@@ -124,6 +131,8 @@ class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
 # The values, besides null, that leave an unsupported field without meaning.
 NO_OP: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
+    "use_beam_search": (False,),
+    "spaces_between_special_tokens": (True, False),  # text has none of its own between them
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("none",),
@@ -143,7 +152,7 @@ chat_decoder = msgspec.json.Decoder(ChatBody)
 def model_name(body: GenerationBody) -> str | None:
     """The model's name; None where the body has none, which means the only model that is served."""
     if body.model == "":
-        raise NotFound("model is empty; GET /v1/models lists what is served", param="model", code="model_not_found")
+        raise InvalidRequest("model is empty; GET /v1/models lists what is served", param="model")
     return body.model
 
 
@@ -163,6 +172,7 @@ def completion_job(body: CompletionBody, card: ModelCard, tenant: str, created: 
         kind="completion",
         created=created,
         usage=body.include_usage,
+        usage_so_far=body.usage_so_far,
         echo=bool(body.echo),
         logprobs=body.logprobs,
         ids=bool(body.return_token_ids),
@@ -197,6 +207,7 @@ def chat_job(body: ChatBody, card: ModelCard, tenant: str, created: int) -> Job:
         kind="chat",
         created=created,
         usage=body.include_usage,
+        usage_so_far=body.usage_so_far,
         logprobs=logprobs,
         ids=bool(body.return_token_ids),
         thoughts=body.include_reasoning is not False,
@@ -236,6 +247,8 @@ def _sampling(
         given["max_tokens"] = max_tokens
     if body.stop is not None:
         given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+    if body.top_p == 0:  # the most probable token alone
+        given |= {"temperature": 0.0, "top_p": 1.0}
     if body.top_k == -1:
         given["top_k"] = 0
     if ends and not body.ignore_eos:
@@ -273,8 +286,12 @@ def _chat_logprobs(body: ChatBody) -> int | None:
 
 def _job(body: GenerationBody, sampling: SamplingParams, tenant: str) -> Job:
     priority = body.priority or "standard"
+    if isinstance(priority, int):  # vLLM's: lower goes first, 0 is usual
+        priority = "interactive" if priority < 0 else "batch"
     if priority not in PRIORITIES:
-        raise InvalidRequest(f"priority must be one of {', '.join(PRIORITIES)}", param="priority")
+        raise InvalidRequest(
+            f"priority must be one of {', '.join(PRIORITIES)}, or an integer (lower goes first)", param="priority"
+        )
     if body.timeout_s is not None and not 0 < body.timeout_s <= MAX_TIMEOUT_S:
         raise InvalidRequest(f"timeout_s must lie in (0, {MAX_TIMEOUT_S:g}]", param="timeout_s")
     if body.request_id is not None:

@@ -79,6 +79,7 @@ class Tally:
         self.checks = [0] * choices
         self.ends: list[str | None] = [None] * choices
         self.open = choices
+        self.tokens = [0] * choices  # of each choice
         self.prompt_tokens: int | None = None  # None: not admitted yet
         self.completion_tokens = 0
         self.replayed_tokens = 0  # of these, tokens that the client had seen before
@@ -87,12 +88,14 @@ class Tally:
         self.thinking = False  # the prompt has opened a thought
         self.parsed: ParsedAnswer | None = None  # made with the first frame
         self.reads_prompt = False  # no frame can be shown before it is known how the prompt ends
+        self.awaits_admission = False  # no frame can be shown before the notice of admission
 
     def count(self, choice: int, piece: bytes, frame: Frame) -> None:
         self.cursors[choice] += len(piece)
         self.checks[choice] = crc32(piece, self.checks[choice])
         if frame.token is not None:
             self.completion_tokens += 1
+            self.tokens[choice] += 1
         extra = frame.extra
         if extra is not None and choice % self.n == 0:
             self.cached_tokens += extra.get("cached", 0)
@@ -149,6 +152,7 @@ class Chunks(Tally):
         self.view = view
         self.numbered = numbered
         self.reads_prompt = view.kind == "chat" and job is not None and job.format is not None
+        self.awaits_admission = self.reads_prompt or view.usage_so_far
         self._unshown: list[bytes] = []  # events of a frame that was shown in part
         self.prompts = prompts
         chat = view.kind == "chat"
@@ -156,6 +160,8 @@ class Chunks(Tally):
         self.opened = 0 if self._opening else choices
         kind = "chat.completion.chunk" if chat else "text_completion"
         head = {"id": view.public_id(rid), "object": kind, "created": view.created, "model": model}
+        if view.fingerprint:
+            head["system_fingerprint"] = view.fingerprint
         self._head = encode_json(head)[:-1] + b',"choices":['
         self._heads = [self._head + b'{"index":%d,"%s":' % (i, b"delta" if chat else b"text") for i in range(choices)]
         self._foot = b',"usage":null}\n\n' if view.usage else b"}\n\n"
@@ -163,7 +169,7 @@ class Chunks(Tally):
         if chat:
             self._heads = [h + b'{"content":' for h in self._heads]
             self._plain = b"}" + self._plain
-        self._simple = view.logprobs is None and not view.ids
+        self._simple = view.logprobs is None and not view.ids and not view.usage_so_far
         self._offsets = [len(prompts[i // n]) if prompts else 0 for i in range(choices)]
 
     # -------------------------------------------------------------- events
@@ -180,7 +186,7 @@ class Chunks(Tally):
             else:
                 assert self.prompts is not None
                 body = self._heads[choice][len(self._head) :] + encode_json(self.prompts[choice // self.n])
-            tail = b',"logprobs":null,"finish_reason":null}]' + self._foot
+            tail = b',"logprobs":null,"finish_reason":null}]' + self._foot_of(choice)
             out += (self._id(), self._head, body, tail)
         return b"".join(out)
 
@@ -258,7 +264,7 @@ class Chunks(Tally):
         for shown, delta in enumerate(deltas, 1):
             last = shown == len(deltas)
             logprobs = finish = None
-            tail = self._foot
+            foot = tail = self._foot_of(choice)
             if last:
                 if self.view.logprobs is not None and frame.extra is not None and "lp" in frame.extra:
                     logprobs = self._logprobs(choice, frame)
@@ -266,11 +272,11 @@ class Chunks(Tally):
                     finish = self.parsed.finish(choice, frame.finish)
                 if self.view.ids:
                     ids = [] if frame.token is None else [frame.token]
-                    tail = b',"token_ids":' + encode_json(ids) + b"}]" + self._foot
+                    tail = b',"token_ids":' + encode_json(ids) + b"}]" + foot
             event = self._id(b"" if last else b".%d.%d" % (choice, shown)) + self._head
             event += b'{"index":%d,"delta":' % choice + delta + b',"logprobs":' + encode_json(logprobs)
             event += b',"finish_reason":' + encode_json(finish)
-            events.append(event + (tail if last and self.view.ids else b"}]" + self._foot))
+            events.append(event + (tail if last and self.view.ids else b"}]" + foot))
         return events
 
     def _id(self, tail: bytes = b"") -> bytes:
@@ -280,6 +286,14 @@ class Chunks(Tally):
             return b"id: %d-%08x%b\ndata: " % (self.cursors[0], self.checks[0], tail)
         cursors = ".".join(map(str, self.cursors[: self.opened])).encode()
         return b"id: %b-%08x%b\ndata: " % (cursors, check_of(self.checks), tail)
+
+    def _foot_of(self, choice: int) -> bytes:
+        """What ends a chunk of ``choice``. Its usage counts this choice alone: so every reader gets the same."""
+        if not self.view.usage_so_far:
+            return self._foot
+        prompt, made = self.prompt_tokens or 0, self.tokens[choice]
+        usage = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+        return b',"usage":' + encode_json(usage) + b"}\n\n"
 
     def _rest(self, choice: int, frame: Frame) -> bytes:
         """A choice after its head: text, logprobs, end, ids."""
@@ -292,7 +306,7 @@ class Chunks(Tally):
         out += b',"logprobs":' + encode_json(logprobs) + b',"finish_reason":' + encode_json(finish)
         if self.view.ids:
             out += b',"token_ids":' + encode_json([] if frame.token is None else [frame.token])
-        return out + b"}]" + self._foot
+        return out + b"}]" + self._foot_of(choice)
 
     def _logprobs(self, choice: int, frame: Frame) -> dict[str, Any]:
         if self.view.kind == "chat":
@@ -339,6 +353,7 @@ def whole_answer(
         "object": "chat.completion" if view.kind == "chat" else "text_completion",
         "created": view.created,
         "model": model,
+        **({"system_fingerprint": view.fingerprint} if view.fingerprint else {}),
         "choices": choices,
         "usage": tally.usage(),
     }

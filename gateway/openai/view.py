@@ -14,6 +14,8 @@ class View(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     kind: Literal["completion", "chat", "generate"] = "completion"
     created: int = 0  # Unix seconds, at the first gateway
     usage: bool = False  # a stream ends with a usage chunk
+    usage_so_far: bool = False  # every chunk tells it
+    fingerprint: str = ""  # of what generates: bodies show it as system_fingerprint
     echo: bool = False  # the prompt comes before its completion
     logprobs: int | None = None  # None: not shown
     ids: bool = False  # token ids are shown

@@ -25,6 +25,7 @@ FORMS = {
     "chat of two": ("/v1/chat/completions", {**CHAT, "n": 2}),
     "completion": ("/v1/completions", COMPLETION),
     "echo of four": ("/v1/completions", {**COMPLETION, "prompt": ["a", "b"], "n": 2, "echo": True}),
+    "usage so far": ("/v1/chat/completions", {**CHAT, "n": 2, "stream_options": {"continuous_usage_stats": True}}),
     "logprobs": ("/v1/completions", {**COMPLETION, "logprobs": 1, "return_token_ids": True}),
 }
 
