@@ -309,7 +309,7 @@ async def test_routes_and_methods(front: Front) -> None:
     for method, path, status, allow in [
         ("GET", "/", 404, None),
         ("GET", "/v2/models", 404, None),
-        ("GET", "/v1/models/", 404, None),
+        ("GET", "/v1/requests/", 404, None),
         ("POST", "/v1/embeddings", 404, None),
         ("GET", "/v1/completions", 405, "POST"),
         ("DELETE", "/v1/models", 405, "GET, HEAD"),
