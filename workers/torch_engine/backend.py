@@ -50,6 +50,7 @@ class Backend(ABC, Generic[Step]):
 
     def __init__(self, config: EngineConfig, device: torch.device, draw: Draw) -> None:
         self.config, self.device, self.draw = config, device, draw
+        self.step_us: list[tuple[int, int]] = []  # (tokens, microseconds) of steps that were recorded and timed
         self.report = FuseReport()
 
     # ------------------------------------------------------------------ load

@@ -85,6 +85,7 @@ class TorchEngine:
             engine="torch",
             dtype=config.quantization or str(backend.model.dtype).removeprefix("torch."),
             device=str(self.device),
+            step_us=backend.step_us,
         )
 
     def _make_grammars(self) -> Grammars:

@@ -100,6 +100,10 @@ class CudaBackend(Backend[HostStep]):
         if steps.buckets and (worst := self._replay_differs()) > verify.TOLERANCE.get(self.model.dtype, 2e-3):
             log.warning("this model runs without CUDA graphs: replayed logits differ by %.1f%%", 100 * worst)
             steps.forget()
+        self.step_us = steps.time_steps()
+        if self.step_us:
+            told = ", ".join(f"{tokens} in {us / 1e3:.1f}" for tokens, us in self.step_us)
+            log.info("steps of so many tokens in so many ms: %s", told)
 
     def _buckets(self) -> list[Bucket]:
         return choose_buckets(self.config.max_num_batched_tokens, self.config.max_num_seqs)

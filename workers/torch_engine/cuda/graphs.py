@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 SINGLES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 MIXED = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # tokens
 MIXED_ROWS = (8, 64)  # and as many as there may be
+TIMING_S = 1.0  # most that timing the recorded steps may take
+REPLAYS = 4
 HOST_BUFFERS = 4  # steps whose tables may still be on their way to the device
 
 
@@ -160,6 +162,37 @@ class TableSteps:
         if recorded:
             mib = self.capture_bytes / 2**20
             log.info("%d CUDA graphs recorded in %.1f s, %.0f MiB", len(recorded), self.capture_s, mib)
+
+    @torch.inference_mode()
+    def time_steps(self, most_s: float = TIMING_S) -> list[tuple[int, int]]:
+        """(tokens, microseconds) of recorded steps, the least of a few replays of each size with as many rows as there
+        may be: what the scheduler sizes its chunks by. Empty where ``most_s`` seconds do not do for all."""
+        widest: dict[int, _Recorded] = {}
+        for recorded in self._recorded:  # smallest first
+            if not recorded.bucket.single:
+                widest[recorded.bucket.tokens] = recorded
+        began, times = time.perf_counter(), []
+        for tokens, recorded in sorted(widest.items()):
+            took = []
+            for _ in range(REPLAYS):
+                self._copy(recorded.layout, recorded.buffer, _nothing())
+                took.append(self._time(recorded.recording))
+                if time.perf_counter() - began > most_s:
+                    return []
+            times.append((tokens, max(1, round(min(took) * 1e6))))
+        return times
+
+    def _time(self, recording: Recording) -> float:
+        """Seconds that the device takes for one replay."""
+        if self.device.type != "cuda":
+            began = time.perf_counter()
+            recording.replay()
+            return time.perf_counter() - began
+        before = _mark()
+        recording.replay()
+        after = _mark()
+        after.synchronize()
+        return float(before.elapsed_time(after)) / 1e3
 
     def forget(self) -> None:
         """From here on every step runs launch by launch."""

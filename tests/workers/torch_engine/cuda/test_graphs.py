@@ -85,6 +85,17 @@ def test_replayed_steps_give_what_transformers_gives(llama):
     assert {bucket.single for bucket in replays} == {True, False}
 
 
+def test_recorded_steps_are_timed_within_their_time(llama, monkeypatch):
+    monkeypatch.setattr("workers.torch_engine.cuda.graphs.REPLAYS", 1)
+    _, engine = llama
+    steps = engine.backend.steps
+    times = steps.time_steps(most_s=3600.0)
+    sizes = sorted({bucket.tokens for bucket in steps.buckets if not bucket.single})
+    assert [tokens for tokens, _ in times] == sizes
+    assert all(us > 0 for _, us in times)
+    assert steps.time_steps(most_s=0.0) == [], "half a table would mislead"
+
+
 def test_the_kernels_are_in(llama):
     _, engine = llama
     layers = engine.backend.model.config.num_hidden_layers
