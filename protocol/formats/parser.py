@@ -170,12 +170,11 @@ class Parser:
         start = source.at
         yield from source.skip_space()
         token = self._alphabet.pieces(BARE_TOKEN)
-        tagged = yield from source.accept(token)
+        yield from source.accept(token)
         if (yield from source.peek()) == _BARE[self._tools.kind]:
             source.at = start
             return True
-        if not tagged:
-            sink.content(source.text[start : source.at])
+        sink.content(source.text[start : source.at])
         return False
 
     def _allowed(self, found: str) -> bool:
