@@ -20,6 +20,7 @@ from gateway.models import Model, Models
 from gateway.openai import bodies
 from gateway.openai.render import EventId, whole_answer
 from gateway.openai.view import View, rid_of
+from gateway.openapi import PAGE_HEADERS, Documents
 from protocol.errors import Expired, InvalidRequest, NotFound
 from protocol.keys import NAME
 from protocol.messages import ID_BYTES, Job, ModelCard
@@ -47,6 +48,15 @@ class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
     model: str | None = None
 
 
+BODIES: dict[str, type] = {
+    "/v1/completions": bodies.CompletionBody,
+    "/completions": bodies.CompletionBody,
+    "/v1/chat/completions": bodies.ChatBody,
+    "/chat/completions": bodies.ChatBody,
+    "/generate": GenerateBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
 _generate = msgspec.json.Decoder(GenerateBody)
 _tokenize = msgspec.json.Decoder(TokenizeBody)
 _detokenize = msgspec.json.Decoder(DetokenizeBody)
@@ -82,8 +92,11 @@ class Api:
         routes.add("GET", "/health", self.health)
         routes.add("GET", "/ready", self.ready)
         routes.add("GET", "/version", self.version)
+        routes.add("GET", "/openapi.json", self.openapi)
+        routes.add("GET", "/docs", self.docs)
         if metrics:
             routes.add("GET", "/metrics", self.metrics)
+        self.documents = Documents(routes, BODIES, _version())
         return routes
 
     # -------------------------------------------------------------- generating
@@ -232,6 +245,14 @@ class Api:
 
     async def version(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
         return json_answer({"version": _version()})
+
+    async def openapi(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        """This API as OpenAPI 3.1."""
+        return json_answer(self.documents.json())
+
+    async def docs(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        """The same as a page."""
+        return web.Response(text=self.documents.html(), content_type="text/html", headers=PAGE_HEADERS)
 
     async def metrics(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
         return web.Response(body=exposition(), headers={"Content-Type": CONTENT_TYPE})

@@ -11,7 +11,7 @@ from protocol.formats.spec import FormatSpec
 from protocol.structure import Structure
 
 MAX_CHOICES = 8
-MAX_STOPS = 4
+MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024

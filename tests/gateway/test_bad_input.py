@@ -56,7 +56,7 @@ ANY_ENDPOINT: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"frequency_penalty": 2.1}, 400, "frequency_penalty", "invalid_request"),
     ({"presence_penalty": -2.1}, 400, "presence_penalty", "invalid_request"),
     ({"repetition_penalty": 0}, 400, "repetition_penalty", "invalid_request"),
-    ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", "invalid_request"),
+    ({"stop": ["a"] * 17}, 400, "stop", "invalid_request"),
     ({"stop": ""}, 400, "stop", "invalid_request"),
     ({"stop": ["a", ""]}, 400, "stop", "invalid_request"),
     ({"stop": "x" * 257}, 400, "stop", "invalid_request"),

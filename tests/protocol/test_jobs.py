@@ -135,7 +135,7 @@ BAD = [  # payload, param
         ("max_tokens", True), ("min_tokens", -1), ("temperature", -0.1), ("temperature", 2.1), ("temperature", "hot"),
         ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
         ("min_p", 1.1), ("frequency_penalty", 2.1), ("presence_penalty", -2.1), ("repetition_penalty", 0),
-        ("seed", 2**63), ("logprobs", 21), ("logprobs", -1), ("stop", ["a"] * 5), ("stop", [""]), ("stop", ["x" * 257]),
+        ("seed", 2**63), ("logprobs", 21), ("logprobs", -1), ("stop", ["a"] * 17), ("stop", [""]), ("stop", ["x" * 257]),
         ("stop", "x"), ("stop_token_ids", [-1]), ("stop_token_ids", [1] * 65),
         ("logit_bias", {5: 101.0}), ("logit_bias", {-1: 1.0}), ("logit_bias", {"x": 1.0}),
         ("logit_bias", dict.fromkeys(range(1025), 1.0)),
