@@ -14,6 +14,7 @@ from aiohttp import web
 
 from gateway.auth import Caller
 from gateway.edge import encode_json, error_answer, error_body, json_answer
+from gateway.headers import rate_headers
 from gateway.metrics import ACTIVE, DURATION, E2E, OUTPUT_TOKENS, PROMPT_TOKENS, REQUESTS
 from gateway.models import Model
 from gateway.openai.render import Chunks, EventId, Tally, whole_answer
@@ -54,6 +55,7 @@ class Ask:
     arrived: float = field(default_factory=time.monotonic)
     # set later
     rid: str = ""
+    rates: dict[str, str] = field(default_factory=dict)  # what is left of the caller's limits
     follower: Follower | None = None
     echoed: list[str] | None = None
     status: int = 0
@@ -61,7 +63,7 @@ class Ask:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"X-Request-Id": self.rid}
+        return {"X-Request-Id": self.rid, **self.rates}
 
 
 class Draining(Unavailable):
@@ -139,6 +141,7 @@ class Answers:
                 self._spawn(self._give_up(ask.model, ask.caller.tenant, rid, 0, ask.view.grace_s))
             raise
         ask.rid = accepted.rid
+        ask.rates = rate_headers(ask.caller.limits, accepted)
         follower.accepted = True
         if accepted.joined:
             ask.model.outlet.remove(follower)

@@ -12,11 +12,13 @@ from aiohttp import web
 
 from protocol.errors import RequestError, StartError
 from protocol.messages import new_rid
+from protocol.records import Accepted, TenantLimits
 
 _new_key: Any = getattr(web, "RequestKey", lambda name, _: name)  # aiohttp before 3.14 keys a request by strings
 ARRIVED = _new_key("headrace.arrived", float)
 ORIGIN = _new_key("headrace.origin", dict)
-EXPOSED = "X-Request-Id, Retry-After, openai-processing-ms"
+RATE_HEADERS = [f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
+EXPOSED = ", ".join(["X-Request-Id", "Retry-After", "openai-processing-ms", *RATE_HEADERS])
 PREFLIGHT_S = 600  # how long a browser may keep the answer to a preflight
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s,]+")
 _NAMES = re.compile(r"[A-Za-z0-9_-]+(?:\s*,\s*[A-Za-z0-9_-]+)*")
@@ -70,6 +72,20 @@ class Origins:
         if _NAMES.fullmatch(asked):
             headers["Access-Control-Allow-Headers"] = asked
         return web.Response(status=204, headers=headers)
+
+
+def rate_headers(limits: TenantLimits, accepted: Accepted) -> dict[str, str]:
+    """What is left of the caller's limits per minute, and in how many seconds all of it is back. OpenAI's names."""
+    headers = {}
+    for of, size, left in (
+        ("requests", limits.requests_per_minute, accepted.requests_left),
+        ("tokens", limits.tokens_per_minute, accepted.tokens_left),
+    ):
+        if size is not None and left is not None:
+            headers[f"x-ratelimit-limit-{of}"] = str(size)
+            headers[f"x-ratelimit-remaining-{of}"] = str(max(0, int(left)))
+            headers[f"x-ratelimit-reset-{of}"] = f"{max(0.0, (size - left) * 60 / size):.3f}s"
+    return headers
 
 
 def arrived(request: web.BaseRequest, origins: Origins) -> None:

@@ -12,12 +12,14 @@ import msgspec
 from protocol.messages import Job
 from protocol.sampling import SamplingParams
 
-LEVEL = 1  # 1: structure, tools, formats of calls and thoughts. 0: before
+LEVEL = 1  # 1: structure, tools, formats of calls and thoughts, more than four stops. 0: before
+STOPS_BEFORE = 4
 
 
 def sampling_level(params: SamplingParams) -> int:
     """The least level of a worker that can read ``params``."""
-    return int(params.structure is not None or params.content is not None)
+    newer = params.structure is not None or params.content is not None or len(params.stop) > STOPS_BEFORE
+    return int(newer)
 
 
 def job_level(job: Job) -> int:

@@ -29,6 +29,8 @@ class Accepted:
     rid: str
     joined: bool  # an idempotency key named a request that exists already
     attached: int = 0  # the attach count to pass to a later cancel
+    requests_left: float | None = None  # of the tenant's this minute; None: it has no such limit
+    tokens_left: float | None = None
 
 
 @dataclass

@@ -66,8 +66,9 @@ class GatewayBus(RequestReads, ProducerBus):
                 break
             job = plainer(job)
         match reply:
-            case [b"ok", _]:
-                return Accepted(rid, joined=False)
+            case [b"ok", _, *left]:
+                requests, tokens = ((float(text) if text else None) for text in left or (b"", b""))
+                return Accepted(rid, joined=False, requests_left=requests, tokens_left=tokens)
             case [b"joined", owner, attached]:
                 return Accepted(owner.decode(), joined=True, attached=attached)
             case [b"conflict"]:

@@ -53,3 +53,12 @@ local function begin_request(tenant, rid, prompt, now)
   redis.call('HSET', key, 'tokens', number_text(refilled(key, 'tokens', tpm, now) - prompt), 'tokens_at', now)
   return prompt
 end
+
+-- What is left of the requests and tokens per minute, as text; '' where there is no such limit.
+local function rate_left(tenant, now)
+  local key = P .. 't:' .. tenant
+  local v = redis.call('HMGET', key, 'rpm', 'tpm')
+  local rpm, tpm = tonumber(v[1] or ''), tonumber(v[2] or '')
+  return rpm and number_text(refilled(key, 'requests', rpm, now)) or '',
+    tpm and number_text(refilled(key, 'tokens', tpm, now)) or ''
+end

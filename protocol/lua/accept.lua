@@ -3,7 +3,8 @@
 --       prompt_tokens, the bounds requests, tokens, tenant_requests, tenant_tokens ('' = unbounded), and the tenant's
 --       limits: requests at once, requests and tokens per minute ('' = none), or '-' for all three: as they were told last,
 --       and the least level of a leader that can read the body
--- -> {'ok', rid} | {'joined', rid, attached} | {'conflict'} | {'full'} | {'busy', waiting tokens, tokens per second}
+-- -> {'ok', rid, requests left, tokens left} ('' where the tenant has no such limit; {'ok', rid} when repeated)
+--    | {'joined', rid, attached} | {'conflict'} | {'full'} | {'busy', waiting tokens, tokens per second}
 --    | {'limit', which, milliseconds to wait} | {'older'}: the leader cannot read it
 local rid, n, tenant, body, hash, timeout = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
 local channel, results, id, idem, prompt_tokens = ARGV[8], ARGV[9], ARGV[10], ARGV[11], tonumber(ARGV[12])
@@ -58,4 +59,5 @@ redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', i
 redis.call('HSET', live, rid, channel)
 if idem ~= '' then redis.call('SET', P .. idem, rid .. ' ' .. hash) end
 redis.call('XADD', P .. 'jobs', '*', 'rid', rid)
-return {'ok', rid}
+local requests_left, tokens_left = rate_left(tenant, tonumber(now))
+return {'ok', rid, requests_left, tokens_left}

@@ -251,3 +251,17 @@ async def test_metrics(open_gateway: Any, backend: Backend) -> None:
         "process_resident_memory_bytes",
     ):
         assert name in text, name
+
+
+async def test_what_is_left_of_a_keys_limits_is_told(open_gateway: Any, backend: Backend, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    write_keys(keys, ann={"requests_per_minute": 5, "tokens_per_minute": 6000}, bob={"concurrent": 3})
+    front = await open_gateway(api_keys_file=str(keys))
+    for stream, left in ((False, "4"), (True, "3")):
+        _, _, headers = await front.post("/v1/completions", {**COMPLETION, "stream": stream}, headers=bearer("ann"))
+        assert (headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]) == ("5", left)
+        assert headers["x-ratelimit-limit-tokens"] == "6000"
+        assert 5000 < int(headers["x-ratelimit-remaining-tokens"]) <= 6000
+        assert 0 < float(headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 12 * 2
+    _, _, headers = await front.post("/v1/completions", COMPLETION, headers=bearer("bob"))
+    assert not [name for name in headers if name.lower().startswith("x-ratelimit")]
