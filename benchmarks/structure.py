@@ -28,6 +28,7 @@ from protocol.structure import Structure
 from workers.engines.base import Sampled
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.engine import TorchEngine
+from workers.torch_engine.make import make_engine
 
 ROWS, CONSTRAINED, PROMPT = 64, 8, 32
 BLOCK = 8  # steps of one kind before the other's turn
@@ -48,7 +49,7 @@ class Rows:
     def __init__(self, engine: TorchEngine, first_seat: int, constrained: int, steps: int, sampling: dict[str, Any]):
         self.engine = engine
         size, rng = engine.config.block_size, random.Random(1)
-        vocab = engine.model.config.get_text_config().vocab_size
+        vocab = engine.backend.vocab_size
         width = -(-(PROMPT + steps) // size)
         new = []
         for row in range(ROWS):
@@ -79,7 +80,7 @@ class Rows:
 
 def measure(model: str, blocks: int, sampling: dict[str, Any], threads: int | None) -> dict[str, Any]:
     steps = (blocks + 1) * (BLOCK + 1) + 1
-    engine = TorchEngine(
+    engine = make_engine(
         EngineConfig(
             model=model, max_model_len=PROMPT + steps, max_num_seqs=2 * ROWS, max_num_batched_tokens=512,
             threads=threads,
