@@ -359,6 +359,8 @@ class Hint(Struct, array_like=True):
     rows: list[HintRow] = []
     exec_us: int = 0  # device time of these steps
     idle_us: int = 0  # time the device waited for a plan before them
+    dropped: list[int] = []  # seats whose sequences could not be computed here: no more of them will come
+    spoiled: bytes = b""  # blocks of these (int32, little-endian): none may be found by its hash any more
 
 
 LANDED, CLOSED, STALE = "l", "c", "s"  # verdict on one row of a commit

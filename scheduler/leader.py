@@ -180,7 +180,10 @@ class Term:
             hint = event.hint
             self._metrics.step(hint.wid, hint.exec_us)
             self._apply(
-                StepDone(hint.wid, hint.gen, hint.step, hint.rows, hint.exec_us, hint.idle_us, event.verdicts)
+                StepDone(
+                    hint.wid, hint.gen, hint.step, hint.rows, hint.exec_us, hint.idle_us, event.verdicts,
+                    hint.dropped, hint.spoiled,
+                )
             )  # fmt: skip
         elif event.kind == "worker":
             self._registry.changed.set()

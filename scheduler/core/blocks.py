@@ -98,6 +98,18 @@ class BlockManager:
             self._by_hash[digest] = block
             self.version += 1
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """The ``blocks`` do not hold what their hashes say: none of them is found any more."""
+        for block in blocks:
+            if not 0 <= block < self.total or (digest := self._hash_of[block]) is None:
+                continue
+            del self._by_hash[digest]
+            self._hash_of[block] = None
+            self.version += 1
+            if self._owners[block] == 0:
+                del self._cached[block]
+                self._plain.append(block)
+
     def release(self, table: Iterable[int]) -> None:
         """One owner less for each. Later blocks of a prefix are evicted first, since fewer prompts share them."""
         for block in reversed(list(table)):

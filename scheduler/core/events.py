@@ -84,6 +84,8 @@ class StepDone:
     exec_us: int = 0
     idle_us: int = 0
     verdicts: str = ""
+    dropped: list[int] = field(default_factory=list)  # seats that the worker has given up
+    spoiled: bytes = b""  # blocks that do not hold what their hashes say
 
 
 @dataclass(frozen=True)

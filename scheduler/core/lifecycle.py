@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from protocol.errors import ContextLengthExceeded, RequestError, ServiceError
+from protocol.errors import ContextLengthExceeded, EngineFailed, RequestError, ServiceError
 from scheduler.core.events import ChoiceState, Effect, FinishChoice, RequestDone, Resync
 from scheduler.core.sequence import Request, Sequence, State
 from scheduler.core.waiting import WaitingQueue
 from scheduler.core.worker import NEVER, WorkerState
+
+MOST_DROPS = 8  # placements of one sequence that workers give up in a row
 
 
 @dataclass
@@ -118,6 +120,16 @@ class Lifecycle:
         self.counters.preemptions += 1
         sequence.request.preemptions += 1
         self.leave(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Its worker cannot compute this placement, which is at an end there: its journal is read, and it is placed
+        anew. What is given up again and again without a token in between ends with an error."""
+        if sequence.known_tokens > sequence.dropped_at:
+            sequence.drops, sequence.dropped_at = 0, sequence.known_tokens
+        sequence.drops += 1
+        if sequence.drops >= MOST_DROPS and sequence.error is None:
+            sequence.error = EngineFailed(f"workers gave this sequence up {sequence.drops} times in a row")
+        self.leave(sequence, lost_track=True)
 
     def settle(self, sequence: Sequence) -> None:
         """The last planned step of a departing sequence is hinted: no later hint will mention it."""

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from protocol.errors import EngineFailed
-from protocol.messages import CLOSED, ID_BYTES, LANDED, PRIORITIES
+from protocol.messages import CLOSED, ID_BYTES, LANDED, PRIORITIES, unpack_ids
 from scheduler.core import events
 from scheduler.core.batch import BatchBuilder
 from scheduler.core.events import ChoiceState, Effect, Event
@@ -352,6 +352,8 @@ class Core:
         for batch in done:
             self._note_first_tokens(worker, batch)
         tokens = self._read_rows(worker, event)
+        if event.dropped or event.spoiled:
+            self._drop(worker, event)
         self._lifecycle.counters.output_tokens += tokens
         if tokens != sum(batch.sampling_rows for batch in done):
             self._find_missing(worker, done, event)
@@ -375,6 +377,15 @@ class Core:
             if row.finish is not None:
                 self._lifecycle.ended(sequence, row.finish)
         return size // ID_BYTES
+
+    def _drop(self, worker: WorkerState, event: events.StepDone) -> None:
+        """After the rows, since an end that they tell publishes blocks. Those that shared a spoiled block are told as
+        dropped too, in this hint or in that of their first step: the worker knows what it has not written."""
+        for seat in event.dropped:
+            sequence = worker.seats[seat] if 0 <= seat < len(worker.seats) else None
+            if sequence is not None:
+                self._lifecycle.drop(sequence)
+        worker.blocks.forget(unpack_ids(event.spoiled))
 
     def _read_verdicts(self, worker: WorkerState, event: events.StepDone) -> set[int]:
         """Seats of which a row did not land: closed elsewhere, or of a placement that is not the journal's."""

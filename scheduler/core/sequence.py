@@ -128,6 +128,8 @@ class Sequence:
         "computed",
         "cursor",
         "dead",
+        "dropped_at",
+        "drops",
         "end_reason",
         "entry",
         "error",
@@ -184,6 +186,8 @@ class Sequence:
         self.hash_size = 0  # block size they were made for
         self.prefix_hits: dict[str, PrefixHits] = {}  # by worker, while it waits
         self.cached_tokens: int | None = None  # prefix-cache hits at its first placement
+        self.drops = 0  # placements in a row that a worker gave up without a token
+        self.dropped_at = 0  # known tokens at the last of them
         self.served = False  # its prompt has been charged to its tenant
         self.cleared = 0  # attempts of the request when it last completed a step alone
         self.waiting_level = request.level  # its class, raised by waiting

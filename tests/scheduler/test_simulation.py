@@ -9,6 +9,7 @@ import pytest
 from scheduler.core.blocks import BlockManager
 from scheduler.core.lifecycle import Lifecycle
 from tests.scheduler.simulation import SimScheduler, simulate
+from workers.spoiled import SpoiledBlocks
 
 SEEDS = 150
 
@@ -21,6 +22,7 @@ def test_every_history_ends_as_the_undisturbed_run():
         except Exception as error:
             raise AssertionError(f"seed {seed}") from error
     rare = {"kill", "hang", "takeover", "drain", "released", "false alarm", "poison", "lost hints", "resync"}
+    rare |= {"dropped", "readers", "unservable"}
     ends = {"stop", "length", "abort", "deadline", "error"}
     assert not {what for what in rare | ends | {"preemptions", "prefix hits"} if not seen[what]}, "never happened"
 
@@ -55,6 +57,28 @@ def test_it_sees_a_sequence_moved_before_its_last_hint(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Lifecycle, "leave", leave_at_once)
     assert fails(4 * SEEDS)  # a rare history
+
+
+def test_it_sees_blocks_of_dropped_rows_that_are_still_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(BlockManager, "forget", lambda self, blocks: None)
+    assert fails()
+
+
+def test_it_sees_readers_of_blocks_that_were_never_written(monkeypatch: pytest.MonkeyPatch):
+    def follow(self: SpoiledBlocks, plan, dropped=()):
+        drops = whole(self, plan, dropped)
+        if drops is not None:
+            drops.others.clear()
+        return drops
+
+    whole = SpoiledBlocks.follow
+    monkeypatch.setattr(SpoiledBlocks, "follow", follow)
+    assert fails()
+
+
+def test_it_sees_a_reader_that_came_after_the_drop(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SpoiledBlocks, "_remember", lambda self, unwritten: None)
+    assert fails()
 
 
 def test_it_sees_journals_that_are_not_read_after_a_loss(monkeypatch: pytest.MonkeyPatch):

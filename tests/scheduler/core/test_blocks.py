@@ -96,3 +96,19 @@ def test_integrity_notices_a_lost_block():
     table = blocks.start([], 2)
     with pytest.raises(AssertionError):
         blocks.check_integrity([table[:1]])
+
+
+def test_blocks_that_are_forgotten_are_found_by_nobody_and_handed_out_again():
+    pool = BlockManager(4, 4)
+    names = hashes(range(8))
+    held = pool.start([], 2)
+    for block, digest in zip(held, names, strict=True):
+        pool.publish(block, digest)
+    pool.release(held[1:])
+    version = pool.version
+    pool.forget([*held, 3, -1, 99])
+    assert (pool.match(names), pool.free) == (0, 3)
+    assert pool.version > version, "what waiting sequences found here holds no more"
+    pool.check_integrity([held[:1]])
+    pool.publish(held[0], names[0])
+    assert pool.match(names) == 1

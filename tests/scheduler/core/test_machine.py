@@ -29,6 +29,8 @@ class CoreMachine(RuleBasedStateMachine):
         self.world.to_come = []
         self.world.fault = self.world.hint_loss = 0.0
         self.world.poison = set()
+        self.world.unservable = {}
+        self.world.refusals = 0
 
     @rule(
         prompt=st.lists(st.integers(1, 3), min_size=1, max_size=34),
@@ -37,11 +39,14 @@ class CoreMachine(RuleBasedStateMachine):
         tenant=st.sampled_from("abc"),
         priority=st.sampled_from(("interactive", "standard", "batch")),
         timeout=st.none() | st.floats(0.01, 1.0),
+        unservable=st.none() | st.sampled_from((-1, 0, 2)),
     )
-    def arrival(self, prompt, max_tokens, n, tenant, priority, timeout) -> None:
+    def arrival(self, prompt, max_tokens, n, tenant, priority, timeout, unservable) -> None:
         rid = f"r{len(self.world.server.records)}"
         sampling = SamplingParams(max_tokens=max_tokens, n=n)
         event = Arrive(rid, tenant, priority, [array("i", prompt)], sampling, 3, 0.0, timeout)
+        if unservable is not None:
+            self.world.unservable[rid] = unservable
         self.world.to_come.append(event)
         self.world.arrival()
 
@@ -76,6 +81,10 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(which=pick)
     def worker_drains(self, which: int) -> None:
         self.world.drain(self.world.workers[which % len(self.world.workers)])
+
+    @rule()
+    def worker_gives_rows_up(self) -> None:
+        self.world.refusals = min(6, self.world.refusals + 1)
 
     @rule()
     def takeover(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from protocol.messages import CLOSED, LANDED, STALE, Capacity, Plan
 from scheduler.core.events import Arrive, Cancel, ChoiceState, StepDone
@@ -106,7 +106,7 @@ class Server:
         self.fence(epoch, wid, gen)
         verdicts = "".join(self.append(row) for row in rows)
         if verdicts.strip(LANDED):
-            event = StepDone(wid, gen, event.step, event.rows, event.exec_us, event.idle_us, verdicts)
+            event = replace(event, verdicts=verdicts)
         self.events.append(event)
         return verdicts
 

@@ -10,6 +10,7 @@ from scheduler.core.events import StepDone
 from tests.factories import rows
 from tests.scheduler.simulation.server import CommitRow, Fenced, Violation
 from tests.scheduler.simulation.tokens import START, STOP, chain, draw, frame_bytes
+from workers.spoiled import SpoiledBlocks
 
 if TYPE_CHECKING:
     from tests.scheduler.simulation.world import World
@@ -24,6 +25,10 @@ class Seat:
     cursor: int
     prefixes: list[bytes]  # prefixes[k] is the hash of ids[:k + 1]
     ended: bool = False
+    dropped: bool = False  # cannot be computed: its rows are passed over
+
+
+SPOILED = b"spoiled"  # what a slot of a dropped sequence holds: whoever reads it has been given its blocks
 
 
 class SimWorker:
@@ -51,6 +56,9 @@ class SimWorker:
         self.step = 0
         self.batch: list[tuple[CommitRow, int]] = []  # row, seat
         self.batch_step = 0
+        self.dropped: list[int] = []  # seats, since the last commit
+        self.spoiled = b""
+        self.tables = SpoiledBlocks(self.size.pools[0].unit_tokens)
 
     def kill(self) -> None:
         self.up = False
@@ -101,8 +109,10 @@ class SimWorker:
             ],
             exec_us=self.world.rng.choice((0, 500, 2000, 20000)),
             idle_us=self.world.rng.choice((0, 0, 300)),
+            dropped=self.dropped,
+            spoiled=self.spoiled,
         )
-        self.batch_step = 0
+        self.batch_step, self.dropped, self.spoiled = 0, [], b""
         try:
             verdicts = self.world.server.commit(self.epoch, self.wid, self.gen, [row for row, _ in batch], event)
         except Fenced as fenced:
@@ -137,9 +147,14 @@ class SimWorker:
         for number, blocks in plan.blocks:
             self.seats[number].table += unpack_ids(blocks)
         self.check_size(plan, work)
+        failed = self.drop(plan, work)
         for number, (count, _) in work.items():
             self.write(self.seats[number], count)
         for number, (_, samples) in work.items():
+            if self.seats[number].dropped:
+                if number in failed and not self.seats[number].ended:
+                    self.add(number, self.seats[number], None, "error")
+                continue
             self.read(self.seats[number])
             if samples:
                 self.sample(number, self.seats[number])
@@ -149,8 +164,44 @@ class SimWorker:
             seat = self.seats.pop(number, None)
             if seat is None:
                 raise Violation("the end of an empty seat")
-            if not seat.ended:
+            if not seat.ended and not seat.dropped:
                 self.add(number, seat, None, reason)
+
+    def drop(self, plan: Plan, work: dict[int, tuple[int, bool]]) -> set[int]:
+        """Mark the rows that cannot be computed, with all that read their blocks. Returns those that end with an
+        error; the others are for the scheduler to place anew."""
+        failed = {number for number, (_, samples) in work.items() if self.fails(self.seats[number], samples)}
+        refused = {number for number in work if number not in failed and self.refuses(self.seats[number])}
+        drops = self.tables.follow(plan, failed | refused)
+        if drops is None:
+            return failed
+        failed -= drops.others
+        for number in failed | refused | drops.others:
+            seat = self.seats[number]
+            seat.dropped = True
+            for block in seat.table[seat.new.computed // self.size.pools[0].unit_tokens :]:
+                for at in range(self.size.pools[0].unit_tokens):
+                    self.pool[block * self.size.pools[0].unit_tokens + at] = SPOILED
+            self.dropped.append(number)
+        self.spoiled += drops.blocks
+        self.world.note("dropped", *sorted(failed), "refused", *sorted(refused), "others", *sorted(drops.others))
+        self.world.count["readers"] += len(drops.others)
+        return failed
+
+    def fails(self, seat: Seat, samples: bool) -> bool:
+        """By what its client sent: at once (an id that the model lacks), or when it has so many outputs."""
+        outputs = self.world.unservable.get(seat.new.rid)
+        if outputs is None or seat.dropped or seat.ended:
+            return False
+        return outputs < 0 or (samples and len(seat.ids) - seat.new.prompt_len >= outputs)
+
+    def refuses(self, seat: Seat) -> bool:
+        """By what only the scheduler can have caused."""
+        world = self.world
+        if seat.dropped or seat.ended or not world.refusals or world.rng.random() > 0.1:
+            return False
+        world.refusals -= 1
+        return True
 
     def poisoned(self, plan: Plan, work: dict[int, tuple[int, bool]]) -> bool:
         rids = {new.seat: new.rid for new in plan.new}
@@ -187,6 +238,8 @@ class SimWorker:
         return seat.table[position // size] * size + position % size
 
     def write(self, seat: Seat, count: int) -> None:
+        if seat.dropped:
+            return
         if seat.computed + count > len(seat.ids):
             raise Violation("a row past the known tokens")
         for position in range(seat.computed, seat.computed + count):

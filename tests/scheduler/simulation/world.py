@@ -38,6 +38,9 @@ class World:
         self.to_come = [self.request(k) for k in range(rng.randint(3, 10))]
         if rng.random() < 0.3:
             self.poison.add(rng.choice(self.to_come).rid)
+        # requests of which a row cannot be computed: from how many outputs on, -1: not even the prompt
+        self.unservable = {r.rid: rng.choice((-1, -1, 0, 3)) for r in self.to_come if rng.random() < 0.2}
+        self.refusals = rng.choice((0, 0, 6))  # times that a worker gives up a sequence that is well
         size = capacity(
             blocks=rng.choice((10, 14, 40)),
             seqs=rng.choice((2, 4, 8)),
@@ -209,10 +212,14 @@ class World:
         if choice.finish in ("stop", "length"):
             if rid in self.poison:
                 raise Violation(f"{rid}:{k}: ran without killing its worker")
+            if len(choice.output) > self.unservable.get(rid, len(choice.output)):
+                raise Violation(f"{rid}:{k}: has tokens that could not be computed")
             if (choice.output, choice.finish) != (output, reason):
                 raise Violation(f"{rid}:{k}: tokens differ from the undisturbed run's")
         elif choice.output != output[: len(choice.output)]:
             raise Violation(f"{rid}:{k}: tokens differ from the undisturbed run's start")
+        elif choice.finish == "error" and rid in self.unservable:
+            self.count["unservable"] += 1
         elif choice.finish == "error" and not (record.dead and record.attempts >= 3):
             raise Violation(f"{rid}:{k}: an error without three deaths")
         elif choice.finish == "abort" and record.cancel is None:
