@@ -125,6 +125,12 @@ class GrammarFailed(ServiceError):
     status, code = 500, "grammar_failed"
 
 
+class NonFiniteLogits(ServiceError):
+    """The model gave no numbers for this sequence: weights or input are broken, not the service."""
+
+    status, code = 500, "non_finite_logits"
+
+
 class StoreFailed(ServiceError):
     """Redis answered with an error that repeating will not mend: a key of a wrong type, a missing permission."""
 

@@ -28,6 +28,7 @@ from protocol.messages import (
 )
 from workers.detokenizer import TextStream, Vocabulary, WindowVocabulary
 from workers.engines.base import Sampled
+from workers.spoiled import Drops, SpoiledBlocks
 
 
 class StopStrings:
@@ -156,6 +157,8 @@ class Batch:
     executed: str | None = None  # stream id of the last step's plan
     exec_us: int = 0
     idle_us: int = 0
+    dropped: list[int] = field(default_factory=list)  # seats of sequences that could not be computed
+    spoiled: bytes = b""  # packed ids of their blocks
 
     def commit_rows(self) -> list[CommitRow]:
         return [
@@ -176,9 +179,10 @@ class Batch:
 class Outputs:
     """All sequences of a worker, by seat. Where a sequence has ended its seat stays, empty, until it is freed."""
 
-    def __init__(self, vocabulary: Vocabulary | WindowVocabulary, eos: frozenset[int]) -> None:
+    def __init__(self, vocabulary: Vocabulary | WindowVocabulary, eos: frozenset[int], block_size: int = 1) -> None:
         self._vocabulary = vocabulary
         self._eos = eos
+        self._tables = SpoiledBlocks(block_size)
         self._seats: dict[int, Output | None] = {}
         self._batch = Batch()
 
@@ -193,7 +197,13 @@ class Outputs:
         for seat in plan.frees:
             seats.pop(seat, None)
         for new in plan.new:
-            seats[new.seat] = Output(new, self._vocabulary, self._eos)
+            seats.pop(new.seat, None)
+            if new.seat not in sampled.dropped or new.seat in sampled.failed:
+                seats[new.seat] = Output(new, self._vocabulary, self._eos)
+        # what has ended, or was dropped before, is in its seat as None: nobody asks what became of later rows
+        dropped = [seat for seat in sampled.dropped if seat not in seats or seats[seat] is not None]
+        if (drops := self._tables.follow(plan, dropped)) is not None:
+            self._drop(drops, dropped, sampled.failed)
         tokens = 0
         for seat, token in zip(sampled.seats.tolist(), sampled.tokens.tolist(), strict=True):
             output = seats[seat]
@@ -201,7 +211,7 @@ class Outputs:
                 tokens += 1
                 self._append(output, token, sampled)
         for seat, (code, message) in sampled.failed.items():
-            if (output := seats[seat]) is not None:
+            if (output := seats.get(seat)) is not None:
                 self._fail(output, code, message)
         for seat, reason in plan.ends:
             if (output := seats.pop(seat, None)) is not None:
@@ -213,6 +223,14 @@ class Outputs:
         batch.exec_us += sampled.exec_us
         batch.idle_us += idle_us
         return tokens
+
+    def _drop(self, drops: Drops, dropped: list[int], failed: dict[int, tuple[str, str]]) -> None:
+        """End here, without a word to the client, what is to be placed anew; the hint tells of all that is dropped."""
+        batch = self._batch
+        batch.dropped += sorted(drops.others.union(dropped))
+        batch.spoiled += drops.blocks
+        for seat in drops.others.union(set(dropped).difference(failed)):
+            self._seats[seat] = None
 
     def take(self) -> Batch | None:
         """Everything since the last call, for one commit; None if no step was executed."""

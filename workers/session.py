@@ -93,7 +93,9 @@ class Session:
         self.engine_run = self.worker.next_engine_run()
         self.queued = 0  # last step handed to the device
         self.open_steps = 0  # handed to the device, not committed
-        self.outputs = Outputs(self.vocabulary, frozenset(self.worker.engine.eos_token_ids))
+        self.outputs = Outputs(
+            self.vocabulary, frozenset(self.worker.engine.eos_token_ids), self.capacity.pools[0].unit_tokens
+        )
         self.worker.device.reset(self.engine_run)
         self._room.set()
 
@@ -151,7 +153,19 @@ class Session:
 
     async def _commit_batch(self, batch: Batch) -> None:
         engine_run, outputs, started = self.engine_run, self.outputs, time.perf_counter()
-        hint = Hint(self.wid, self.gen, batch.step, batch.hint_rows(), batch.exec_us, batch.idle_us)
+        hint = Hint(
+            self.wid,
+            self.gen,
+            batch.step,
+            batch.hint_rows(),
+            batch.exec_us,
+            batch.idle_us,
+            batch.dropped,
+            batch.spoiled,
+        )
+        if batch.dropped:
+            self.worker.metrics.dropped.inc(len(batch.dropped))
+            log.warning("%d sequences could not be computed here and were dropped", len(batch.dropped))
         try:
             verdicts = await self.bus.commit(
                 self.wid, self.epoch, self.gen, batch.commit_rows(), hint, executed=batch.executed

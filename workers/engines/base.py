@@ -29,6 +29,9 @@ class Sampled:
     exec_us: int = 0  # device time of the step
     # sequences that end here, their token counting for nothing: seat -> (error code, message)
     failed: dict[int, tuple[str, str]] = field(default_factory=dict)
+    # seats whose sequences could not be computed: their blocks do not hold what the plans say. Those that are not among
+    # ``failed`` are for the scheduler to place anew. No later step tells of them again
+    dropped: list[int] = field(default_factory=list)
     mask_us: int = 0  # longest time that the mask of one of its constrained rows took
     mask_wait_us: int = 0  # time that the draw waited for masks
 

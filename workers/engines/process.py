@@ -191,14 +191,14 @@ class ProcessEngine:
         return EngineFailed(f"the engine's process {_how(code)}; its log is above")
 
     def _result(self) -> Sampled:
-        _, seats, tokens, exec_us, rows, failed, mask_us, mask_wait_us = self._receive()
+        _, seats, tokens, exec_us, rows, failed, dropped, mask_us, mask_wait_us = self._receive()
         logprobs = {
             seat: (drawn, np.frombuffer(ids, np.int32), np.frombuffer(top, np.float32))
             for seat, drawn, ids, top in rows
         }
         return Sampled(
             np.frombuffer(seats, np.int32), np.frombuffer(tokens, np.int32), logprobs, exec_us,
-            {seat: (code, message) for seat, code, message in failed}, mask_us, mask_wait_us,
+            {seat: (code, message) for seat, code, message in failed}, dropped, mask_us, mask_wait_us,
         )  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def _send_results(channel: Channel, running: SimpleQueue[StepOutput]) -> None:
             seats, tokens = (np.asarray(a, np.int32).tobytes() for a in (sampled.seats, sampled.tokens))
             failed = [(seat, *why) for seat, why in sampled.failed.items()]
             masks = (sampled.mask_us, sampled.mask_wait_us)
-            channel.send("step", seats, tokens, sampled.exec_us, rows, failed, *masks)
+            channel.send("step", seats, tokens, sampled.exec_us, rows, failed, sampled.dropped, *masks)
     except BaseException as error:
         log.critical("a step failed", exc_info=True)
         _say(channel, error)

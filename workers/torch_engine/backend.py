@@ -18,6 +18,7 @@ import torch
 from protocol.errors import ModelRefused
 from protocol.messages import Plan
 from workers.engines.base import Progress
+from workers.engines.checks import Limits
 from workers.torch_engine import loader
 from workers.torch_engine.attention import PagedAttention, adopt
 from workers.torch_engine.config import EngineConfig
@@ -28,8 +29,9 @@ from workers.torch_engine.replace import FuseReport
 
 
 class SampledRows(Protocol):
-    """What the engine itself reads of a step: its rows that sample."""
+    """What the engine itself reads of a step: its rows, and those that sample."""
 
+    seats: np.ndarray  # int64 [R]
     sampling_seats: np.ndarray  # int64 [k]
     sampling_positions: np.ndarray  # int64 [k]: position that the sampled token will take
 
@@ -100,7 +102,15 @@ class Backend(ABC, Generic[Step]):
     def _make_attention(self) -> PagedAttention[Any]: ...
 
     def _make_seats(self, longest: int) -> Seats:
-        return Seats(self.config.max_num_seqs, longest, self.config.block_size, self.vocab_size, self.device)
+        return Seats(
+            self.config.max_num_seqs, longest, self.config.block_size, self.vocab_size, self.device,
+            self._limits(longest),
+        )  # fmt: skip
+
+    def _limits(self, longest: int) -> Limits:
+        """What plans may name. Seats are below twice the number of sequences (protocol.messages.NewSequence)."""
+        config = self.config
+        return Limits(2 * config.max_num_seqs, self.vocab_size, self.pool.blocks, config.block_size, longest)
 
     @property
     def vocab_size(self) -> int:

@@ -164,9 +164,9 @@ class TorchEngine:
         for seat in plan.frees:
             self._drop(seat)
         for new in plan.new:
-            seats.add(new)
-            self.sampler.add(new)
-            self.masks.add(new)
+            if seats.add(new):
+                self.sampler.add(new)
+                self.masks.add(new)
         for seat, blocks in plan.blocks:
             seats.extend(seat, blocks)
         output = self._run(plan, clock)
@@ -175,18 +175,19 @@ class TorchEngine:
         return output
 
     def _run(self, plan: Plan, clock: StepClock) -> TorchStepOutput:
-        if not plan.seats:
-            return TorchStepOutput(_NO_ROWS, None, _NO_ROWS, clock)
         backend, sampler = self.backend, self.sampler
-        step = backend.build(plan)
+        step = backend.build(plan) if plan.seats else None
+        refused = backend.seats.take_refusals()
+        if step is None or not len(step.seats):
+            return TorchStepOutput(_NO_ROWS, None, _NO_ROWS, clock, refused)
         logits, best = backend.forward(step)
         sampling = step.sampling_seats
         if not len(sampling):
-            return TorchStepOutput(_NO_ROWS, None, _NO_ROWS, clock)
+            return TorchStepOutput(_NO_ROWS, None, _NO_ROWS, clock, refused)
         masks = self.masks.take(sampling) if self.masks else None
         drawn = sampler.sample(logits, sampling, step.sampling_positions, best, masks)
         backend.seats.note_sampled(sampling, drawn.tokens)
-        output = TorchStepOutput(sampling, drawn, sampler.tops(sampling), clock, masks)
+        output = TorchStepOutput(sampling, drawn, sampler.tops(sampling), clock, refused, masks)
         if masks is not None:
             self.masks.drawn(sampling, output.tokens)
         return output

@@ -7,6 +7,7 @@ its block table; a row takes the next ``count`` tokens from there. The id sample
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from protocol.errors import EngineFailed
-from protocol.messages import NewSequence, Plan
+from protocol.messages import ID_BYTES, SEAT_BYTES, NewSequence, Plan
+from workers.engines.checks import Failure, Limits, Refusals, refusal
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,9 +70,18 @@ _NO_IDS = np.zeros(0, np.int32)
 
 
 class Seats:
-    """State of the running sequences by seat, in arrays so that a step is built without a loop over decodes."""
+    """State of the running sequences by seat, in arrays so that a step is built without a loop over decodes.
 
-    def __init__(self, seats: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device) -> None:
+    A sequence that cannot be computed is given up: its rows are left out until its seat is freed, and ``refusals`` (of
+    the step that is being built) says so once.
+    """
+
+    def __init__(
+        self, seats: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device, limits: Limits
+    ) -> None:
+        self.limits = limits
+        self.refusals = Refusals()
+        self._given_up: set[int] = set()
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.device = device
@@ -96,47 +108,82 @@ class Seats:
         self.last_id = torch.nn.functional.pad(self.last_id, (0, more))
         self._last = self.last_id.numpy() if self.device.type == "cpu" else None  # the same memory, quicker to reach
 
-    def add(self, new: NewSequence) -> None:
-        """Take ``new`` in. Its seat must be empty."""
+    def add(self, new: NewSequence) -> bool:
+        """Take ``new`` in; whether it can be computed. Its seat must be empty."""
         self._steady = None
+        self._given_up.discard(new.seat)
+        if (refused := refusal(new, self.limits)) is not None:
+            self.give_up(new.seat, *refused)
+            return False
         if new.seat >= len(self.ids):
             self._grow(max(new.seat + 1, 2 * len(self.ids)))
         if self.taken[new.seat]:
-            raise EngineFailed(f"seat {new.seat} is given twice")
+            self.give_up(new.seat, "its seat is given twice")
+            return False
         ids = np.frombuffer(new.token_ids, "<i4")
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:  # native code would read what lies there
-            raise EngineFailed(f"a token id lies outside the model's {self.vocab_size}")
         self.taken[new.seat] = True
         self.ids[new.seat] = ids
         self.known[new.seat] = self.given[new.seat] = len(ids)
         self.computed[new.seat] = new.computed
         self.table_sizes[new.seat] = 0
         self.extend(new.seat, new.block_table)
+        return True
+
+    def give_up(self, seat: int, reason: str, failure: Failure | None = None) -> None:
+        """``seat`` gets no more rows until it is freed: told once, in the step that is being built."""
+        if seat in self._given_up:
+            return
+        log.warning("seat %d is given up: %s", seat, reason)
+        self.drop(seat)
+        self._given_up.add(seat)
+        self.refusals.add(seat, failure)
+
+    def take_refusals(self) -> Refusals:
+        """Those since the last call."""
+        taken, self.refusals = self.refusals, Refusals()
+        return taken
 
     def extend(self, seat: int, packed: bytes) -> None:
         """Append blocks (int32 bytes) to the seat's table."""
-        blocks = np.frombuffer(packed, "<i4")
+        if seat in self._given_up:
+            return
+        if not 0 <= seat < len(self.ids) or not self.taken[seat]:
+            self.give_up(seat, "an empty seat is given blocks")
+            return
+        blocks = np.frombuffer(packed[: len(packed) // ID_BYTES * ID_BYTES], "<i4")
         size = int(self.table_sizes[seat])
-        if size + len(blocks) > self.widest:
-            raise EngineFailed(f"seat {seat} is given more blocks than its longest context needs")
+        if size + len(blocks) > self.widest or len(packed) % ID_BYTES:
+            self.give_up(seat, "it is given more blocks than its longest context needs, or half a one")
+            return
+        if len(blocks) and not 0 <= blocks.min() <= blocks.max() < self.limits.blocks:
+            self.give_up(seat, "it is given a block that is not in the pool")
+            return
         self.tables[seat, size : size + len(blocks)] = blocks
         self.table_sizes[seat] = size + len(blocks)
+        self._extended(seat, size, blocks)
+
+    def _extended(self, seat: int, size: int, blocks: np.ndarray) -> None:
+        """``blocks`` stand in the seat's table now, after the ``size`` that it had."""
 
     def drop(self, seat: int) -> None:
         """Empty the seat; no error if it is empty already."""
         self._steady = None
-        if seat < len(self.ids):
+        self._given_up.discard(seat)
+        if 0 <= seat < len(self.ids):
             self.taken[seat] = False
             self.ids[seat] = _NO_IDS
 
     def clear(self) -> None:
         for seat in np.flatnonzero(self.taken):
             self.drop(int(seat))
+        self._given_up.clear()
+        self.refusals = Refusals()
 
     def build(self, plan: Plan) -> StepInputs:
-        """The flat batch of ``plan``'s rows; counts them as computed, and the sampled tokens as known."""
+        """The flat batch of ``plan``'s rows, less those that cannot be computed; counts them as computed, and the
+        sampled tokens as known."""
         step = self.arrange(plan)
-        widest = -(-int(step.contexts.max()) // self.block_size)
+        widest = -(-int(step.contexts.max(initial=0)) // self.block_size)
         tables = self.tables[step.seats, :widest]
         tables[np.arange(widest) >= -(-step.contexts // self.block_size)[:, None]] = 0
         return StepInputs(
@@ -157,16 +204,20 @@ class Seats:
     def arrange(self, plan: Plan) -> HostStep:
         """``build`` as far as the host goes."""
         steady, self._steady = self._steady, None
-        step = self._again(steady[1]) if steady and _decodes(plan) and plan.seats == steady[0] else self._rows_of(plan)
+        step = self._again(steady[1]) if steady and _decodes(plan) and plan.seats == steady[0] else None
+        if step is None:
+            step = self._rows_of(plan)
         if _decodes(plan):
             self._steady = plan.seats, step
         return step
 
-    def _again(self, last: HostStep) -> HostStep:
-        """The step after ``last`` where both are decodes of the same seats: only the blocks have to be checked anew."""
+    def _again(self, last: HostStep) -> HostStep | None:
+        """The step after ``last`` where both are decodes of the same seats: only the blocks have to be checked anew.
+        None if some row has no block."""
         seats, computed = last.seats, last.contexts
         contexts = computed + 1
-        self._check_blocks(seats, contexts)
+        if (contexts > self.table_sizes[seats] * self.block_size).any():
+            return None
         slots = self.tables[seats, computed // self.block_size].astype(np.int64) * self.block_size
         slots += computed % self.block_size
         self.computed[seats] = contexts
@@ -176,14 +227,9 @@ class Seats:
         )
 
     def _rows_of(self, plan: Plan) -> HostStep:
-        seats = np.frombuffer(plan.seats, "<u2").astype(np.int64)
-        counts = np.frombuffer(plan.counts, "<i4").astype(np.int64) if plan.counts else np.ones(len(seats), np.int64)
-        samples = np.frombuffer(plan.samples, np.uint8).astype(bool) if plan.samples else np.ones(len(seats), bool)
-        if len(set(seats.tolist())) != len(seats) or seats.max() >= len(self.ids) or not self.taken[seats].all():
-            raise EngineFailed("a plan names an empty seat, or one twice")
+        seats, counts, samples = self._sound(*_columns(plan))
         computed = self.computed[seats]
         contexts = computed + counts
-        self._check_rows(seats, counts, samples, contexts)
 
         if plan.counts:
             row_starts = np.zeros(len(seats) + 1, np.int64)
@@ -208,17 +254,28 @@ class Seats:
         else:
             self.last_id[self._to_device(seats)] = tokens
 
-    def _check_rows(self, seats: np.ndarray, counts: np.ndarray, samples: np.ndarray, contexts: np.ndarray) -> None:
-        """A plan that does not fit the seats' state is a fault of ours: fail before anything is computed."""
-        if (counts < 1).any() or (contexts > self.known[seats]).any():
-            raise EngineFailed("a plan schedules tokens that are not known yet")
-        if (samples & (contexts != self.known[seats])).any():
-            raise EngineFailed("a plan samples before the last known token")
-        self._check_blocks(seats, contexts)
-
-    def _check_blocks(self, seats: np.ndarray, contexts: np.ndarray) -> None:
-        if (contexts > self.table_sizes[seats] * self.block_size).any():
-            raise EngineFailed("a plan schedules tokens that have no block")
+    def _sound(
+        self, seats: np.ndarray, counts: np.ndarray, samples: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows that can be computed. One that does not fit its seat's state is a fault of ours: given up before
+        anything of it is computed."""
+        at = np.minimum(seats, len(self.ids) - 1)
+        contexts, known = self.computed[at] + counts, self.known[at]
+        faults = (
+            ("a row names an empty seat", (at != seats) | ~self.taken[at]),
+            ("two rows name it", _repeated(seats)),
+            ("a row has no token", counts < 1),
+            ("a row takes tokens that are not known yet", contexts > known),
+            ("a row samples before the last known token", samples & (contexts != known)),
+            ("a row takes tokens that have no block", contexts > self.table_sizes[at] * self.block_size),
+        )
+        wrong = np.logical_or.reduce([rows for _, rows in faults])
+        if not wrong.any():
+            return seats, counts, samples
+        for reason, rows in faults:
+            for seat in seats[rows].tolist():
+                self.give_up(seat, reason)
+        return seats[~wrong], counts[~wrong], samples[~wrong]
 
     def _input_ids(
         self, seats: np.ndarray, counts: np.ndarray, computed: np.ndarray, row_starts: np.ndarray
@@ -244,6 +301,27 @@ class Seats:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return to_device(array, self.device)
+
+
+def _columns(plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Seats (int64), counts (int64) and samples (bool) of the rows. Where the columns are not of one length no row
+    means anything: all counts are 0 then."""
+    seats = np.frombuffer(plan.seats[: len(plan.seats) // SEAT_BYTES * SEAT_BYTES], "<u2").astype(np.int64)
+    ones = np.ones(len(seats), np.int64)
+    whole = len(plan.seats) % SEAT_BYTES == 0 and len(plan.counts) in (0, ID_BYTES * len(seats))
+    if not whole or len(plan.samples) not in (0, len(seats)):
+        return seats, np.zeros_like(ones), ones.astype(bool)
+    counts = np.frombuffer(plan.counts, "<i4").astype(np.int64) if plan.counts else ones
+    samples = np.frombuffer(plan.samples, np.uint8) if plan.samples else ones
+    return seats, counts, samples.astype(bool)
+
+
+def _repeated(seats: np.ndarray) -> np.ndarray:
+    """bool [R]: rows whose seat another row names too."""
+    if len(set(seats.tolist())) == len(seats):
+        return np.zeros(len(seats), bool)
+    values, counts = np.unique(seats, return_counts=True)
+    return np.isin(seats, values[counts > 1])
 
 
 def _decodes(plan: Plan) -> bool:

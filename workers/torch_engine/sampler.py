@@ -28,6 +28,7 @@ class Drawn:
     """Tensors on the device, one entry per sampling row. Logprob fields cover only ``lp_rows`` (host)."""
 
     tokens: torch.Tensor  # int64 [k]
+    finite: torch.Tensor  # bool [k]: whether the largest of the model's own logits is a number
     lp_rows: np.ndarray | None = None  # int64 [m]: indices into the k rows
     lp_drawn: torch.Tensor | None = None  # float32 [m]
     lp_top_ids: torch.Tensor | None = None  # int64 [m, most]
@@ -101,7 +102,10 @@ class Sampler:
         fields = self._fields[seats]
         lp_rows = np.flatnonzero(fields["logprobs"] >= 0)
         if not len(lp_rows) and not self._has_processors and not (fields["temperature"] > 0).any():
-            return Drawn(self._largest(logits, best, masks))  # 16-bit logits order as if widened
+            top, best = _top(logits, best)
+            return Drawn(self._largest(logits, best, masks), torch.isfinite(top))  # 16-bit logits order as if widened
+        # amax takes a NaN for the largest, wherever it stands
+        finite = torch.isfinite(logits.amax(-1) if best is None else _top(logits, best)[0])
         logits = logits.float()
         logprobs = torch.log_softmax(logits[self._index(lp_rows)], dim=-1) if len(lp_rows) else None
         logits = self._process_logits(logits, seats, positions)
@@ -110,20 +114,18 @@ class Sampler:
         tokens = self.draw(logits, fields, positions)
         self.penalties.count(seats, tokens)
         if logprobs is None:
-            return Drawn(tokens)
+            return Drawn(tokens, finite)
         most = int(fields["logprobs"].max())
         of_rows = tokens[self._index(lp_rows)]
         top = logprobs.topk(most, dim=-1)
         drawn = logprobs.gather(-1, of_rows[:, None])[:, 0]
-        return Drawn(tokens, lp_rows, drawn, top.indices, top.values)
+        return Drawn(tokens, finite, lp_rows, drawn, top.indices, top.values)
 
-    def _largest(self, logits: torch.Tensor, best: torch.Tensor | None, masks: StepMasks | None) -> torch.Tensor:
-        """int64 [k]: the largest of each row, once what is ruled out is out."""
+    def _largest(self, logits: torch.Tensor, best: torch.Tensor, masks: StepMasks | None) -> torch.Tensor:
+        """int64 [k]: the largest of each row, once what is ruled out is out. ``best``: those before."""
         if masks is None or not len(masks.rows):
-            return logits.argmax(dim=-1) if best is None else best
+            return best
         self.rule_out(logits, masks)
-        if best is None:
-            return logits.argmax(dim=-1)
         rows = self._index(masks.rows)
         return best.index_copy(0, rows, logits[rows].argmax(dim=-1))
 
@@ -162,6 +164,13 @@ class Sampler:
 
     def _index(self, array: np.ndarray) -> torch.Tensor:
         return to_device(np.ascontiguousarray(array), self.device)
+
+
+def _top(logits: torch.Tensor, best: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of each row [k], and where it stands (``best``, if that is known)."""
+    if best is None:
+        return tuple(logits.max(dim=-1))
+    return logits.gather(-1, best[:, None])[:, 0], best
 
 
 _NEVER: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))

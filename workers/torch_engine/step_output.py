@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from workers.engines.base import Sampled
+from workers.engines.checks import NON_FINITE, Refusals
 from workers.masks import StepMasks
 from workers.torch_engine.sampler import Drawn
 
@@ -50,15 +51,17 @@ class TorchStepOutput:
         drawn: Drawn | None,
         tops: np.ndarray,
         clock: StepClock,
+        refused: Refusals,
         masks: StepMasks | None = None,
     ) -> None:
+        self._refused = refused
         self._seats = seats
         self._masks = masks
         self._tops = tops
         self._clock = clock
         self._lp_rows = drawn.lp_rows if drawn else None
         clock.stop()
-        results = (drawn.tokens, drawn.lp_drawn, drawn.lp_top_ids, drawn.lp_top) if drawn else ()
+        results = (drawn.tokens, drawn.lp_drawn, drawn.lp_top_ids, drawn.lp_top, drawn.finite) if drawn else ()
         self._copies, self._copied = _to_host(results)
 
     def tokens(self) -> np.ndarray:
@@ -75,8 +78,9 @@ class TorchStepOutput:
             self._copied.synchronize()
         exec_us = self._clock.wait()
         if not self._copies:
-            return Sampled(self._seats.astype(np.int32), self._seats.astype(np.int32), {}, exec_us)
-        tokens, drawn, top_ids, top = (None if copy is None else copy.numpy() for copy in self._copies)
+            none = self._seats.astype(np.int32)
+            return Sampled(none, none, {}, exec_us, self._refused.failed, self._refused.dropped)
+        tokens, drawn, top_ids, top, finite = (None if copy is None else copy.numpy() for copy in self._copies)
         assert tokens is not None
         logprobs: dict[int, tuple[float, np.ndarray, np.ndarray]] = {}
         if self._lp_rows is not None:
@@ -88,8 +92,16 @@ class TorchStepOutput:
                 own = (float(drawn[at]), top_ids[at, :asked].astype(np.int32), top[at, :asked])
                 logprobs[int(self._seats[row])] = own
         sampled = Sampled(self._seats.astype(np.int32), tokens.astype(np.int32), logprobs, exec_us)
+        assert finite is not None
+        if self._refused or not finite.all():
+            sampled.failed |= self._refused.failed
+            sampled.dropped += self._refused.dropped
+            for seat in self._seats[~finite].tolist():
+                sampled.failed[seat] = NON_FINITE
+                sampled.dropped.append(seat)
         if self._masks is not None:
-            sampled.failed, sampled.mask_us = self._masks.failed, self._masks.mask_us
+            sampled.failed |= self._masks.failed
+            sampled.mask_us = self._masks.mask_us
             sampled.mask_wait_us = self._masks.wait_us
         return sampled
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from protocol.errors import EngineFailed, StartError
+from protocol.errors import StartError
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
@@ -143,35 +143,110 @@ def test_int8_is_refused_where_it_cannot_be_kept(tmp_path_factory, monkeypatch):
         make_engine(tiny_model(tmp_path_factory, "llama"), quantization="int8")
 
 
+NEIGHBOUR = sequence(9, ids=range(30, 40), blocks=range(20, 24))
+
+
+def beside(*rows, new=(), **fields):
+    return plan((9, 10, 1), *rows, new=[NEIGHBOUR, *new], **fields)
+
+
 @pytest.mark.parametrize(
-    ("faulty", "reason"),
+    ("faulty", "seats", "code"),
     [
-        (plan((3, 1, 1)), "empty seat"),
-        (plan((900, 1, 1)), "empty seat"),
-        (plan((0, 4, 0), (0, 4, 0), new=[sequence()]), "twice"),
-        (plan((0, 21, 1), new=[sequence()]), "not known"),
-        (plan((0, 8, 1), new=[sequence()]), "before the last"),
-        (plan((0, 20, 1), new=[sequence(blocks=range(2))]), "no block"),
-        (plan(new=[sequence(), sequence()]), "given twice"),
-        (plan(new=[sequence(blocks=range(90))]), "more blocks"),
-        (plan(new=[sequence(ids=[5, 1 << 20])]), "outside the model's"),
-        (plan(new=[sequence(ids=[-1, 5])]), "outside the model's"),
+        (beside((3, 1, 1)), [3], None),
+        (beside((900, 1, 1)), [900], None),
+        (beside((0, 4, 0), (0, 4, 0), new=[sequence()]), [0], None),
+        (beside((0, 0, 0), new=[sequence()]), [0], None),
+        (beside((0, 21, 1), new=[sequence()]), [0], None),
+        (beside((0, 8, 1), new=[sequence()]), [0], None),
+        (beside((0, 20, 1), new=[sequence(blocks=range(2))]), [0], None),
+        (beside(new=[sequence(), sequence()]), [0], None),
+        (beside(new=[sequence(64)]), [64], None),
+        (beside(new=[sequence(-1)]), [-1], None),
+        (beside(new=[sequence(blocks=range(90))]), [0], None),
+        (beside(new=[sequence(blocks=[0, 1, 1])]), [0], None),
+        (beside(new=[sequence(blocks=[0, -1, 1])]), [0], None),
+        (beside(new=[sequence(blocks=[0, 1, 1 << 30])]), [0], None),
+        (beside(new=[sequence(computed=20)]), [0], None),
+        (beside(new=[sequence(computed=3)]), [0], None),
+        (beside(new=[sequence(computed=-8)]), [0], None),
+        (beside(new=[sequence(ids=[])]), [0], None),
+        (beside(new=[sequence(ids=[7] * 400, blocks=range(40))]), [0], None),
+        (beside(blocks=[(5, pack_ids([7]))]), [5], None),
+        (beside(new=[sequence()], blocks=[(0, pack_ids([1 << 20]))]), [0], None),
+        (beside(new=[sequence()], blocks=[(0, b"\1")]), [0], None),
+        (beside(new=[sequence()], blocks=[(0, pack_ids(range(90)))]), [0], None),
+        (beside((0, 2, 1), new=[sequence(ids=[5, 1 << 20])]), [0], "invalid_request"),
+        (beside((0, 2, 1), new=[sequence(ids=[-1, 5])]), [0], "invalid_request"),
+        (beside(new=[sequence(temperature=float("nan"))]), [0], "invalid_request"),
+        (beside(new=[sequence(top_p=0.0)]), [0], "invalid_request"),
+        (beside(new=[sequence(logit_bias={1 << 20: 1.0})]), [0], "invalid_request"),
+        (beside(new=[sequence(logit_bias={1: float("inf")})]), [0], "invalid_request"),
+        (beside(new=[sequence(stop_token_ids=[1 << 40], min_tokens=2)]), [0], "invalid_request"),
+        (beside(new=[sequence(repetition_penalty=0.0)]), [0], "invalid_request"),
+        (beside(new=[sequence(logprobs=1000)]), [0], "invalid_request"),
     ],
 )
-def test_a_plan_that_does_not_fit_the_seats_fails_before_it_computes(engine, faulty, reason):
-    before = engine.beat()
-    with pytest.raises(EngineFailed, match=reason):
-        engine.execute(faulty)
-    assert engine.beat() == before
+def test_a_row_that_cannot_be_computed_is_dropped_and_its_neighbour_goes_on(engine, faulty, seats, code):
+    """Told once, in the step; later rows of it are passed over until its seat is freed and given again."""
+    alone = [int(engine.execute(step).wait().tokens[0]) for step in (beside(), plan((9, 1, 1)))]
+    engine.reset()
+    sampled = engine.execute(faulty).wait()
+    expected = dict.fromkeys(seats, code) if code else {}
+    assert (sampled.dropped, {seat: why for seat, (why, _) in sampled.failed.items()}) == (seats, expected)
+    assert (sampled.seats.tolist(), sampled.tokens.tolist()) == ([9], alone[:1])
+    later = [(seat, 1, 1) for seat in seats if seat >= 0]
+    sampled = engine.execute(plan((9, 1, 1), *later)).wait()
+    assert (sampled.dropped, sampled.seats.tolist(), sampled.tokens.tolist()) == ([], [9], alone[1:])
+    again = [seat for seat in seats if 0 <= seat < 64]
+    sampled = engine.execute(plan(*((seat, 20, 1) for seat in again), new=map(sequence, again), frees=seats)).wait()
+    assert (sampled.dropped, sampled.seats.tolist()) == ([], again)
+
+
+def test_columns_of_unequal_length_drop_every_row_that_the_plan_names(engine):
+    engine.execute(plan((0, 20, 1), new=[sequence()]))
+    broken = Plan(0, 0, 2, array("H", [0]).tobytes(), pack_ids([1, 1]))
+    assert engine.execute(broken).wait().dropped == [0]
 
 
 def test_decodes_that_go_on_are_checked_for_blocks_too(engine):
-    engine.execute(plan((0, 20, 1), new=[sequence(blocks=range(3))]))
-    decode = Plan(0, 0, 2, array("H", [0]).tobytes())
+    engine.execute(plan((0, 20, 1), (9, 10, 1), new=[sequence(blocks=range(3)), NEIGHBOUR]))
+    decode = Plan(0, 0, 2, array("H", [0, 9]).tobytes())
     for _ in range(3 * BLOCK - 20):
-        engine.execute(decode)
-    with pytest.raises(EngineFailed, match="no block"):
-        engine.execute(decode)
+        assert engine.execute(decode).wait().dropped == []
+    sampled = engine.execute(decode).wait()
+    assert (sampled.dropped, sampled.seats.tolist()) == ([0], [9])
+    sampled = engine.execute(decode).wait()
+    assert (sampled.dropped, sampled.seats.tolist()) == ([], [9])
+
+
+def raise_unavailable():
+    raise KernelsUnavailable("not wanted here")
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("native", [True, False])
+def test_logits_that_are_no_numbers_end_their_row_alone(tmp_path, monkeypatch, native, temperature):
+    """One embedding row is NaN. What it leaves in the pool reaches nobody, not even through a weight of zero."""
+    model = build(CONFIGS["llama"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[250] = float("nan")
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    if not native:
+        monkeypatch.setattr(make, "load_kernels", raise_unavailable)
+    engine = make_engine(tmp_path)
+    alone = [int(engine.execute(p).wait().tokens[0]) for p in (beside(), *[plan((9, 1, 1))] * 8)]
+    engine.reset()
+    bad = sequence(ids=[1, 250, 2], blocks=[0], temperature=temperature)
+    steps = [beside((0, 3, 1), new=[bad]), *[plan((9, 1, 1), (0, 1, 1))] * 4]
+    sampled = [engine.execute(step).wait() for step in steps]
+    assert all((s.dropped, s.failed[0][0]) == ([0], "non_finite_logits") for s in sampled)
+    fresh = sequence(1, ids=range(40, 44), blocks=[0])  # in the block that holds NaN
+    sampled.append(engine.execute(plan((9, 1, 1), (1, 4, 1), new=[fresh], frees=[0])).wait())
+    sampled += [engine.execute(plan((9, 1, 1), (1, 1, 1))).wait() for _ in range(3)]
+    assert not any(s.dropped for s in sampled[5:])
+    assert [int(s.tokens[0]) for s in sampled] == alone
 
 
 def test_a_step_may_be_queued_before_the_last_one_is_read(engine):
@@ -188,11 +263,9 @@ def test_a_step_may_be_queued_before_the_last_one_is_read(engine):
 def test_ends_and_frees_empty_their_seats(engine):
     engine.execute(plan((0, 20, 1), (1, 20, 1), new=[sequence(0), sequence(1, blocks=range(4, 8))]))
     engine.execute(plan((1, 1, 1), ends=[(0, "abort")]))
-    with pytest.raises(EngineFailed, match="empty seat"):
-        engine.execute(plan((0, 1, 1)))
+    assert engine.execute(plan((0, 1, 1))).wait().dropped == [0]
     engine.execute(plan((0, 20, 1), new=[sequence(0)], frees=[1]))
-    with pytest.raises(EngineFailed, match="empty seat"):
-        engine.execute(plan((1, 1, 1)))
+    assert engine.execute(plan((1, 1, 1))).wait().dropped == [1]
 
 
 def test_a_plan_without_rows_gives_an_empty_output(engine):
@@ -206,11 +279,6 @@ def test_a_chunk_that_does_not_sample_gives_no_token(engine):
     sampled = engine.execute(plan((0, 12, 1))).wait()
     assert sampled.seats.tolist() == [0]
     assert sampled.exec_us > 0
-
-
-def test_more_seats_than_announced_are_found_room_for(engine):
-    output = engine.execute(plan((200, 20, 1), new=[sequence(200)])).wait()
-    assert output.seats.tolist() == [200]
 
 
 def test_the_beat_grows_with_each_layer(engine):

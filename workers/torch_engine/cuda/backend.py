@@ -48,8 +48,10 @@ class CudaBackend(Backend[HostStep]):
         return TableAttention(self.device)
 
     def _make_seats(self, longest: int) -> TableSeats:
-        # Plans name seats below twice the number of sequences (protocol.messages.NewSequence)
-        return TableSeats(2 * self.config.max_num_seqs, longest, self.config.block_size, self.vocab_size, self.device)
+        limits = self._limits(longest)
+        return TableSeats(
+            limits.seats, longest, self.config.block_size, self.vocab_size, self.device, limits
+        )  # fmt: skip
 
     def replace_modules(self) -> None:
         _group_experts(self.model)

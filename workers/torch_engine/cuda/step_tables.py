@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from protocol.errors import EngineFailed
-from protocol.messages import NewSequence
+from workers.engines.checks import Limits
 from workers.torch_engine.cuda.triton_attention import Work
 from workers.torch_engine.cuda.work_list import ITEM, MERGE, WorkShape, fill_work
 from workers.torch_engine.inputs import HostStep, Seats, to_device
@@ -90,21 +89,16 @@ class Layout:
 class TableSeats(Seats):
     """Seats whose block tables are kept on the device too. Their number is fixed: captured launches point there."""
 
-    def __init__(self, seats: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, seats: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device, limits: Limits
+    ) -> None:
         self._appended: list[tuple[int, np.ndarray]] = []  # (flat index in the tables, block ids) still to be sent
-        super().__init__(seats, max_model_len, block_size, vocab_size, device)
+        super().__init__(seats, max_model_len, block_size, vocab_size, device, limits)
         self.device_tables = torch.zeros(seats, self.widest, dtype=torch.int32, device=device)
 
-    def add(self, new: NewSequence) -> None:
-        if new.seat >= len(self.ids):
-            raise EngineFailed(f"seat {new.seat} is beyond the {len(self.ids)} seats of this worker")
-        super().add(new)
-
-    def extend(self, seat: int, packed: bytes) -> None:
-        at = seat * self.widest + int(self.table_sizes[seat])
-        super().extend(seat, packed)
-        if packed:
-            self._appended.append((at, np.frombuffer(packed, "<i4")))
+    def _extended(self, seat: int, size: int, blocks: np.ndarray) -> None:
+        if len(blocks):
+            self._appended.append((seat * self.widest + size, blocks))
 
     def known_ids(self, step: HostStep) -> tuple[np.ndarray, np.ndarray]:
         """(ids, id_seats), int64 [T] each, as StepTables has them."""

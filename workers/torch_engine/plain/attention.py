@@ -45,6 +45,7 @@ class TorchAttention(PagedAttention[StepInputs]):
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
         for group in step.once(("decodes", rule.window), lambda: decode_groups(step, rule.window)):
             k, v = gather(keys, group.blocks, step.block_size), gather(values, group.blocks, step.block_size)
+            hide(group, k, v)
             q = query[group.tokens].unsqueeze(2)  # [r, heads, 1, size]
             out[group.tokens] = scores_to_values(q, k, v, group.mask, rule, sinks).squeeze(2)
         for row in np.flatnonzero(step.counts > 1):
@@ -78,6 +79,7 @@ class TorchAttention(PagedAttention[StepInputs]):
         else:
             group = step.once(("chunk", row, rule.window), lambda: prefill_group(step, row, rule.window))
             k, v = gather(keys, group.blocks, step.block_size), gather(values, group.blocks, step.block_size)
+            hide(group, k, v)
             mask = group.mask
         return scores_to_values(q, k, v, mask, rule, sinks)[0].transpose(0, 1)
 
@@ -117,6 +119,14 @@ def scores_to_values(
         weights = torch.softmax(scores, dim=-1)
     weights = weights.to(value.dtype).view(rows, key.shape[1], shared * queries, -1)
     return (weights @ value).view(rows, heads, queries, -1)
+
+
+def hide(group: Gather, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Zero what no query sees, in copies [r, kv_heads, L, size]: a NaN that another sequence has left in a block would
+    come through a weight of zero."""
+    unseen = ~group.mask.any(-2)[..., None]
+    keys.masked_fill_(unseen, 0)
+    values.masked_fill_(unseen, 0)
 
 
 def gather(pool: torch.Tensor, blocks: torch.Tensor, block_size: int) -> torch.Tensor:
