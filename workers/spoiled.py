@@ -70,18 +70,23 @@ class SpoiledBlocks:
         return drops
 
     def _spread(self, todo: list[int], others: set[int]) -> Drops:
-        blocks: set[int] = set()
+        """Tables go last: what is dropped by itself may read from another that is."""
+        tables, blocks = self._tables, set[int]()
+        seen: set[int] = set()
         while todo:
-            table = self._tables.pop(todo.pop(), None)
-            if table is None:
+            seat = todo.pop()
+            if seat in seen or seat not in tables:
                 continue
-            ids = table.ids()
+            seen.add(seat)
+            ids = tables[seat].ids()
             blocks.update(ids)
-            unwritten = set(ids[table.shared :])
+            unwritten = set(ids[tables[seat].shared :])
             self._remember(unwritten)
-            readers = [seat for seat, other in self._tables.items() if not unwritten.isdisjoint(other.read())]
+            readers = [other for other, table in tables.items() if not unwritten.isdisjoint(table.read())]
             others.update(readers)
             todo += readers
+        for seat in seen:
+            del tables[seat]
         return Drops(others, pack_ids(sorted(blocks)))
 
     def _remember(self, unwritten: set[int]) -> None:

@@ -72,6 +72,52 @@ def extra_of(frame: Frame) -> dict:
     return frame.extra or {}
 
 
+# ---------------------------------------------------------------- what could not be computed
+
+
+def result(tokens: dict[int, int], dropped: list[int], failed: dict | None = None) -> Sampled:
+    drawn = np.array(list(tokens.values()), np.int32)
+    return Sampled(np.array(list(tokens), np.int32), drawn, {}, 0, failed or {}, dropped)
+
+
+def test_a_dropped_sequence_keeps_what_it_had_says_nothing_more_and_is_told_once() -> None:
+    steps = Steps(block_table=pack_ids([4, 5]))
+    steps.step({0: 97})
+    for number in (3, 4):  # plans ahead have further rows of it
+        steps.outputs.step(Plan(1, 1, number), result({0: 98}, [0]), "x")
+    batch = steps.take()
+    assert [(row.tokens, row.finish) for row in batch.rows] == [([97], None)]
+    assert (batch.dropped, list(unpack_ids(batch.spoiled))) == ([0], [4, 5])
+    steps.step({}, ends=[(0, "abort")])
+    assert steps.take().rows == [], "the scheduler ends it"
+
+
+def test_an_error_ends_its_own_choice_and_what_shares_its_blocks_is_dropped_in_silence() -> None:
+    steps = Steps(start=False)
+    new = [sequence(0, block_table=pack_ids([4])), sequence(1, block_table=pack_ids([4, 5]), computed=1)]
+    failed = dict.fromkeys((0, 1), ("non_finite_logits", "no number"))  # both: the second read what the first left
+    steps.outputs.step(Plan(1, 1, 1, new=new), result({0: 97, 1: 97}, [0, 1], failed), "x")
+    batch = steps.take()
+    assert [(row.output.seat, row.finish) for row in batch.rows] == [(0, "error")]
+    assert batch.dropped == [0, 1]
+
+
+def test_a_new_sequence_that_is_no_sequence_is_dropped_unread() -> None:
+    steps = Steps(start=False)
+    broken = sequence(0)
+    broken.token_ids = b"\1"
+    steps.outputs.step(Plan(1, 1, 1, new=[broken]), result({}, [0, 7]), "x")
+    assert steps.take().dropped == [0, 7], "an empty seat that a row named is told too"
+
+
+def test_rows_after_an_end_are_nobody_s_concern() -> None:
+    steps = Steps(max_tokens=1)
+    steps.step({0: 97})
+    steps.outputs.step(Plan(1, 1, 3), result({0: 98}, [0], {0: ("non_finite_logits", "no number")}), "x")
+    batch = steps.take()
+    assert ([row.finish for row in batch.rows], batch.dropped) == (["length"], [])
+
+
 # ---------------------------------------------------------------- frames and ends
 
 

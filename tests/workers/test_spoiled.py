@@ -33,6 +33,14 @@ def test_those_that_share_what_was_not_written_are_dropped_and_those_that_read_f
     assert list(unpack_ids(drops.blocks)) == [1, 2, 3, 4]
 
 
+def test_what_fails_by_itself_may_still_have_read_from_another_that_does():
+    for order in ([0, 1], [1, 0]):
+        tables = SpoiledBlocks(4)
+        drops = tables.follow(plan(new(0, [1, 2]), new(1, [1, 3], 4)), order)
+        assert drops is not None
+        assert drops.others == {1}
+
+
 def test_those_whose_blocks_the_dropped_one_only_read_go_on_but_nobody_else_is_given_these():
     tables = SpoiledBlocks(4)
     tables.follow(plan(new(0, [1, 2]), new(1, [1, 3], 4)))

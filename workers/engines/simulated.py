@@ -9,17 +9,31 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from protocol.errors import StartError, StructureNotSupported
 from protocol.grammar import Grammars, TokenVocabulary
-from protocol.messages import ID_BYTES, Capacity, NewSequence, Plan, PoolCapacity, choice_seed, unpack_ids
+from protocol.messages import (
+    ID_BYTES,
+    Capacity,
+    NewSequence,
+    Plan,
+    PoolCapacity,
+    choice_seed,
+    pack_ids,
+    pack_seats,
+    unpack_ids,
+    unpack_seats,
+)
 from workers.detokenizer import Vocabulary
 from workers.engines.base import Progress, Sampled
+from workers.engines.checks import NON_FINITE
 from workers.masks import Masks, StepMasks
 
 EOS = 256  # of the built-in byte vocabulary: ids 0 to 255 are bytes
@@ -44,6 +58,9 @@ class SimulatedConfig:
     token_range: tuple[int, int] | None = None  # sampled ids lie in [low, high); default: printable ones
     eos_token_ids: tuple[int, ...] = (EOS,)
     eos_one_in: int = 0  # one sampled token in so many is an end; 0: never
+    # for failure tests: token id in a prompt (text, as JSON has keys) -> "error": its logits are not finite; "drop":
+    # the first two placements cannot be computed
+    fail_rows: dict[str, str] | None = None
     random: bool = False  # truly random tokens: one that is drawn twice shows (for failure tests)
 
 
@@ -66,6 +83,8 @@ class SimulatedEngine:
         self._free_at = 0.0  # when the imagined device has done all submitted steps
         self._beats = 0
         self.masks = Masks(self._make_grammars)
+        self._failures = {int(token): kind for token, kind in (config.fail_rows or {}).items()}
+        self._refused: Counter[tuple[str, int]] = Counter()  # (rid, choice) -> placements given up
         self.reset()
 
     def load(self, progress: Progress) -> Capacity:
@@ -113,12 +132,50 @@ class SimulatedEngine:
         self._blocks = np.zeros(seats, np.int64)
         self._keys = np.zeros(seats, np.uint64)
         self._wants_logprobs: dict[int, int] = {}
+        self._failing: set[int] = set()  # seats
+        self._given_up: set[int] = set()
         self.masks.clear()
 
     def beat(self) -> int:
         return self._beats
 
     def execute(self, plan: Plan) -> SimulatedOutput:
+        if not self._failures:
+            return self._execute(plan)
+        plan, dropped = self._choose_failures(plan)
+        output = self._execute(plan)
+        failing = [seat for seat in output.sampled.seats.tolist() if seat in self._failing]
+        output.sampled.failed |= dict.fromkeys(failing, NON_FINITE)
+        output.sampled.dropped = dropped + failing
+        return output
+
+    def _choose_failures(self, plan: Plan) -> tuple[Plan, list[int]]:
+        """``plan`` without what is given up, and the seats of its new sequences that are."""
+        gone = {*plan.frees, *(new.seat for new in plan.new)}
+        self._given_up -= gone
+        self._failing -= gone
+        dropped = []
+        for new in plan.new:
+            kinds = {self._failures.get(token) for token in unpack_ids(new.token_ids)[: new.prompt_len]}
+            if "drop" in kinds and self._refused[new.rid, new.choice] < 2:
+                self._refused[new.rid, new.choice] += 1
+                dropped.append(new.seat)
+            elif "error" in kinds:
+                self._failing.add(new.seat)
+        self._given_up.update(dropped)
+        kept = [k for k, seat in enumerate(unpack_seats(plan.seats)) if seat not in self._given_up]
+        seats, counts = unpack_seats(plan.seats), unpack_ids(plan.counts)
+        left = msgspec.structs.replace(
+            plan,
+            seats=pack_seats(seats[k] for k in kept),
+            counts=pack_ids(counts[k] for k in kept) if counts else b"",
+            samples=bytes(plan.samples[k] for k in kept),
+            new=[new for new in plan.new if new.seat not in self._given_up],
+            blocks=[(seat, ids) for seat, ids in plan.blocks if seat not in self._given_up],
+        )
+        return left, dropped
+
+    def _execute(self, plan: Plan) -> SimulatedOutput:
         for seat in plan.frees:
             self._leave(seat)
         for new in plan.new:

@@ -102,8 +102,9 @@ class Sampler:
         fields = self._fields[seats]
         lp_rows = np.flatnonzero(fields["logprobs"] >= 0)
         if not len(lp_rows) and not self._has_processors and not (fields["temperature"] > 0).any():
-            top, best = _top(logits, best)
-            return Drawn(self._largest(logits, best, masks), torch.isfinite(top))  # 16-bit logits order as if widened
+            largest, best = _top(logits, best)
+            finite = torch.isfinite(largest)
+            return Drawn(self._largest(logits, best, masks), finite)  # 16-bit logits order as if widened
         # amax takes a NaN for the largest, wherever it stands
         finite = torch.isfinite(logits.amax(-1) if best is None else _top(logits, best)[0])
         logits = logits.float()
@@ -169,7 +170,8 @@ class Sampler:
 def _top(logits: torch.Tensor, best: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest of each row [k], and where it stands (``best``, if that is known)."""
     if best is None:
-        return tuple(logits.max(dim=-1))
+        largest = logits.max(dim=-1)
+        return largest.values, largest.indices
     return logits.gather(-1, best[:, None])[:, 0], best
 
 
