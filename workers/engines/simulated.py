@@ -169,7 +169,7 @@ class SimulatedEngine:
             plan,
             seats=pack_seats(seats[k] for k in kept),
             counts=pack_ids(counts[k] for k in kept) if counts else b"",
-            samples=bytes(plan.samples[k] for k in kept),
+            samples=bytes(plan.samples[k] for k in kept) if plan.samples else b"",
             new=[new for new in plan.new if new.seat not in self._given_up],
             blocks=[(seat, ids) for seat, ids in plan.blocks if seat not in self._given_up],
         )
