@@ -10,7 +10,6 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -148,11 +147,9 @@ bodies = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("name", sorted(ODD))
 def test_whatever_is_sent_to_an_odd_model_no_process_restarts_and_no_stream_pauses(tmp_path: Path, name: str) -> None:
-    """One embedding row (of id 250) is NaN, and the vocabulary is a multiple of nothing."""
+    """The vocabulary is a multiple of nothing."""
     path = tmp_path / "model"
     model = build({**CONFIGS["llama"], "vocab_size": 263 if name != "larger" else 264})
-    with torch.no_grad():
-        model.get_input_embeddings().weight[250] = float("nan")
     model.save_pretrained(path)
     ODD[name](path)
     args = ("--model", str(path), "--served-model-name", "m", "--threads", "1", "--device", "cpu")
@@ -171,12 +168,8 @@ def test_whatever_is_sent_to_an_odd_model_no_process_restarts_and_no_stream_paus
                 client.completions.create(model="m", max_tokens=3, **body)
             except openai.APIStatusError as error:
                 answer = (error.status_code, error.code)
-            assert answer[0] in (200, 400) or answer == (500, "non_finite_logits")
+            assert answer[0] in (200, 400), answer
             neighbour.grew(1)
 
         tries()
-        with pytest.raises(openai.InternalServerError) as caught:
-            client.completions.create(model="m", prompt=[1, 250, 3], max_tokens=3)
-        assert caught.value.code == "non_finite_logits"
-        neighbour.grew(1)
         assert generation(stack) == before
