@@ -175,7 +175,11 @@ class Answers:
         follower.fall_behind()
 
     def _made(self, ask: Ask, rid: str, job: Job, view: View) -> Follower:
-        return self._reader(ask, rid, job, view) if ask.stream else Collector(rid, job.choices)
+        if ask.stream:
+            return self._reader(ask, rid, job, view)
+        collector = Collector(rid, job.choices)
+        collector.tally.awaits_record = collector.tally.awaits_admission = view.ids
+        return collector
 
     def _reader(self, ask: Ask, rid: str, job: Job, view: View, shown: EventId | None = None) -> EventReader:
         chunks = Chunks(rid, ask.model.name, view, job.choices, job.sampling.n, ask.echoed, job, ask.numbered)
@@ -227,6 +231,7 @@ class Answers:
             ask.echoed,
             ask.job,
             collector.tally.thinking,
+            collector.tally.prompts_of_record,
         )
         if ask.view.kind == "generate":
             body = {"response": body["choices"][0]["text"]}

@@ -280,7 +280,7 @@ async def _shown(model: Model, record: RequestRecord) -> dict[str, Any]:
     echoed = await model.prompt_texts(job) if view.echo else None
     answer, tally = whole_answer(
         rid, model.name, view, job.sampling.n, [raw or b"" for raw in journals], prompt_tokens, echoed, job,
-        record.thinking,
+        record.thinking, record.prompts,
     )  # fmt: skip
     failure = tally.failure()
     if failure is not None:

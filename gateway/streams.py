@@ -78,7 +78,10 @@ class Follower:
         choice = row.choice
         if choice < 0:
             notice = _admitted_decoder.decode(row.frames)
-            self.admit(notice.prompt_tokens, notice.thinking)
+            if self.tally.awaits_record:
+                self.fall_behind()  # the record tells more
+            else:
+                self.admit(notice.prompt_tokens, notice.thinking)
             return
         if self.tally.awaits_admission and self.tally.prompt_tokens is None:
             self.fall_behind()  # the notice of admission was missed: the record tells it
@@ -142,6 +145,7 @@ class Follower:
             if self.accepted:
                 self.fail(Expired("the request is not there any more"))
         elif record.prompts or record.open == 0:
+            self.tally.prompts_of_record = record.prompts
             self.admit(sum(len(prompt) // ID_BYTES for prompt in record.prompts), record.thinking)
 
 

@@ -85,6 +85,8 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     # accepted only with values that have no effect
     prompt_logprobs: Any = None
     use_beam_search: Any = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Any = None
     spaces_between_special_tokens: Any = None
 
     @property
@@ -115,9 +117,11 @@ class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     enable_thinking: bool | None = None
+    add_generation_prompt: bool | None = None
     include_reasoning: bool | None = None
     thinking_token_budget: int | None = None
     # accepted only with values that have no effect
+    continue_final_message: Any = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -132,6 +136,8 @@ class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
 NO_OP: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "use_beam_search": (False,),
+    "continue_final_message": (False,),
+    "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True, False),  # text has none of its own between them
     "suffix": ("",),
     "functions": ([],),
@@ -160,6 +166,8 @@ def completion_job(body: CompletionBody, card: ModelCard, tenant: str, created: 
     """The job of a /v1/completions body. InvalidRequest names the field."""
     _refuse_unsupported(body)
     prompt = _prompt(body.prompt, card)
+    if body.add_special_tokens is False and not isinstance(prompt[0], int | list):
+        raise _unsupported("add_special_tokens", ": send ids")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of is supported only where it equals n", param="best_of")
     if body.echo and body.logprobs is not None:
@@ -183,6 +191,8 @@ def completion_job(body: CompletionBody, card: ModelCard, tenant: str, created: 
 def chat_job(body: ChatBody, card: ModelCard, tenant: str, created: int) -> Job:
     """The job of a /v1/chat/completions body. InvalidRequest names the field."""
     _refuse_unsupported(body)
+    if body.add_special_tokens:
+        raise _unsupported("add_special_tokens", ": the chat template writes them")
     if not card.chat:
         raise InvalidRequest("this model has no chat template: use /v1/completions", param="messages")
     logprobs = _chat_logprobs(body)
@@ -203,6 +213,8 @@ def chat_job(body: ChatBody, card: ModelCard, tenant: str, created: int) -> Job:
     job.chat_template_kwargs = template_arguments(
         body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking
     )
+    if body.add_generation_prompt is False:
+        job.chat_template_kwargs = {"add_generation_prompt": False, **(job.chat_template_kwargs or {})}
     job.view = View(
         kind="chat",
         created=created,
@@ -223,10 +235,13 @@ def _refuse_unsupported(body: GenerationBody) -> None:
     for name, no_ops in NO_OP.items():
         value = getattr(body, name, None)
         if value is not None and value not in no_ops:
-            instead = INSTEAD.get(name, "")
-            raise InvalidRequest(f"{name} is not supported{instead}", param=name, code="unsupported_parameter")
+            raise _unsupported(name, INSTEAD.get(name, ""))
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream", param="stream_options")
+
+
+def _unsupported(name: str, instead: str = "") -> InvalidRequest:
+    return InvalidRequest(f"{name} is not supported{instead}", param=name, code="unsupported_parameter")
 
 
 def _sampling(

@@ -23,7 +23,7 @@ from gateway.edge import encode_json, error_object
 from gateway.openai.parsed import ParsedAnswer, parsed_answer
 from gateway.openai.view import View
 from protocol.errors import InvalidRequest, StreamDiverged, http_status
-from protocol.messages import LOGPROB_FLOOR, Frame, Job, split_stream
+from protocol.messages import LOGPROB_FLOOR, Frame, Job, split_stream, unpack_ids
 
 decode_frame = msgspec.msgpack.Decoder(Frame).decode
 DONE = b"data: [DONE]\n\n"
@@ -89,6 +89,8 @@ class Tally:
         self.parsed: ParsedAnswer | None = None  # made with the first frame
         self.reads_prompt = False  # no frame can be shown before it is known how the prompt ends
         self.awaits_admission = False  # no frame can be shown before the notice of admission
+        self.awaits_record = False  # nor before the record: its prompts are shown
+        self.prompts_of_record: list[bytes] = []  # ids of each prompt, once the record was read
 
     def count(self, choice: int, piece: bytes, frame: Frame) -> None:
         self.cursors[choice] += len(piece)
@@ -117,6 +119,12 @@ class Tally:
                 "the deadline passed before the first token", "timeout_error", "timeout_s", "deadline_exceeded"
             )
         return None
+
+    def prompt_ids(self, choice: int) -> list[int] | None:
+        """The ids of the prompt of ``choice``; None where the record was not read."""
+        if not self.prompts_of_record:
+            return None
+        return list(unpack_ids(self.prompts_of_record[choice // self.n]))
 
     def usage(self) -> dict[str, Any]:
         prompt = self.prompt_tokens or 0
@@ -152,11 +160,12 @@ class Chunks(Tally):
         self.view = view
         self.numbered = numbered
         self.reads_prompt = view.kind == "chat" and job is not None and job.format is not None
-        self.awaits_admission = self.reads_prompt or view.usage_so_far
+        self.awaits_record = view.ids
+        self.awaits_admission = self.reads_prompt or view.usage_so_far or view.ids
         self._unshown: list[bytes] = []  # events of a frame that was shown in part
         self.prompts = prompts
         chat = view.kind == "chat"
-        self._opening = chat or prompts is not None
+        self._opening = chat or prompts is not None or view.ids
         self.opened = 0 if self._opening else choices
         kind = "chat.completion.chunk" if chat else "text_completion"
         head = {"id": view.public_id(rid), "object": kind, "created": view.created, "model": model}
@@ -175,8 +184,8 @@ class Chunks(Tally):
     # -------------------------------------------------------------- events
 
     def openings(self) -> bytes:
-        """What comes before any token: the role of each choice's message, or its echoed prompt. Empty if they were
-        sent."""
+        """What comes before any token: the role of each choice's message, or its echoed prompt, and the prompt's ids.
+        Empty if they were sent."""
         out: list[bytes] = []
         while self.opened < self.choices:
             choice = self.opened
@@ -184,9 +193,9 @@ class Chunks(Tally):
             if self.view.kind == "chat":
                 body = b'{"index":%d,"delta":{"role":"assistant","content":""}' % choice
             else:
-                assert self.prompts is not None
-                body = self._heads[choice][len(self._head) :] + encode_json(self.prompts[choice // self.n])
-            tail = b',"logprobs":null,"finish_reason":null}]' + self._foot_of(choice)
+                echoed = self.prompts[choice // self.n] if self.prompts is not None else ""
+                body = self._heads[choice][len(self._head) :] + encode_json(echoed)
+            tail = b',"logprobs":null,"finish_reason":null' + self._prompt_ids(choice) + self._foot_of(choice)
             out += (self._id(), self._head, body, tail)
         return b"".join(out)
 
@@ -287,6 +296,13 @@ class Chunks(Tally):
         cursors = ".".join(map(str, self.cursors[: self.opened])).encode()
         return b"id: %b-%08x%b\ndata: " % (cursors, check_of(self.checks), tail)
 
+    def _prompt_ids(self, choice: int) -> bytes:
+        """The end of an opening: of the choice in completions, of the chunk in chats, as vLLM has it."""
+        if not self.view.ids:
+            return b"}]"
+        ids = b',"prompt_token_ids":' + encode_json(self.prompt_ids(choice))
+        return b"}]" + ids if self.view.kind == "chat" else b',"token_ids":[]' + ids + b"}]"
+
     def _foot_of(self, choice: int) -> bytes:
         """What ends a chunk of ``choice``. Its usage counts this choice alone: so every reader gets the same."""
         if not self.view.usage_so_far:
@@ -331,10 +347,12 @@ def whole_answer(
     prompts: list[str] | None = None,
     job: Job | None = None,
     thinking: bool = False,
+    prompts_of_record: list[bytes] | None = None,
 ) -> tuple[dict[str, Any], Tally]:
     """The body of a response that is not streamed, from complete journals. ``job``: for answers that are parsed;
-    ``thinking``: its prompt has opened a thought."""
+    ``thinking``: its prompt has opened a thought; ``prompts_of_record``: ids, where they are shown."""
     tally = Tally(len(journals), n)
+    tally.prompts_of_record = prompts_of_record or []
     tally.prompt_tokens = prompt_tokens
     tally.parsed = parsed_answer(rid, job, view, len(journals), thinking)
     choices = []
@@ -347,6 +365,8 @@ def whole_answer(
         if tally.parsed is not None:
             choice["message"] = tally.parsed.message(i, frames)
             choice["finish_reason"] = tally.parsed.finish(i, tally.ends[i])
+        if view.ids and view.kind != "chat":
+            choice["prompt_token_ids"] = tally.prompt_ids(i)
         choices.append(choice)
     body = {
         "id": view.public_id(rid),
@@ -355,6 +375,7 @@ def whole_answer(
         "model": model,
         **({"system_fingerprint": view.fingerprint} if view.fingerprint else {}),
         "choices": choices,
+        **({"prompt_token_ids": tally.prompt_ids(0)} if view.ids and view.kind == "chat" else {}),
         "usage": tally.usage(),
     }
     return body, tally

@@ -103,7 +103,7 @@ def test_every_token_once_and_in_order(
     wanted = [e.split(b"data: ", 1)[1] for e in split_events(plain + reference.closing())]
     assert sorted(payloads) == sorted(wanted)
     shown = [EventId.parse(event_id(event) or "") for event in events]
-    openings = len(texts) if view.kind == "chat" else 0
+    openings = len(texts) if view.kind == "chat" or view.ids else 0
     assert [len(id.cursors) for id in shown] == [
         *range(1, openings + 1),
         *[len(texts)] * (len(events) - openings),

@@ -142,6 +142,28 @@ async def test_token_ids(client: openai.AsyncOpenAI) -> None:
     assert [t async for c in stream for t in c.choices[0].token_ids] == [10, 11, 12]
 
 
+async def test_prompt_token_ids(client: openai.AsyncOpenAI, backend: Backend) -> None:
+    """In the choice of completions and at the top of chats, whole, streamed and shown later, as vLLM has them."""
+    more = {"max_tokens": 2, "extra_body": {"return_token_ids": True}}
+    whole = await client.completions.create(model=MODEL, prompt=["ab", "c"], n=2, **more)
+    assert [c.prompt_token_ids for c in whole.choices] == [[97, 98], [97, 98], [99], [99]]
+    stream = await client.completions.create(model=MODEL, prompt="ab", stream=True, **more)
+    found = [getattr(c.choices[0], "prompt_token_ids", None) async for c in stream]
+    assert found == [[97, 98], None, None]
+    chat = await client.chat.completions.create(model=MODEL, messages=MESSAGES, **more)
+    assert chat.prompt_token_ids == list(b"hi there")
+    assert chat.choices[0].token_ids == [10, 11]
+    parts = await client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True, **more)
+    assert [getattr(c, "prompt_token_ids", None) async for c in parts] == [list(b"hi there"), None, None]
+
+
+async def test_what_changes_nothing_of_the_prompt(client: openai.AsyncOpenAI, backend: Backend) -> None:
+    await client.completions.create(model=MODEL, prompt="ab", extra_body={"add_special_tokens": True})
+    chat = {"add_special_tokens": False, "continue_final_message": False, "add_generation_prompt": False}
+    await client.chat.completions.create(model=MODEL, messages=MESSAGES, extra_body=chat)
+    assert backend.running[-1].record.job.chat_template_kwargs == {"add_generation_prompt": False}
+
+
 async def test_what_is_ignored_and_what_says_nothing(client: openai.AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(
         model=MODEL,
