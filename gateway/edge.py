@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import msgspec
-from aiohttp import web
+from aiohttp import web, web_response
 from aiohttp.http_exceptions import LineTooLong
 
 from gateway.auth import Caller
@@ -233,6 +233,9 @@ class Connection(web.RequestHandler):
         tell(request, answer.headers)
         answer.force_close()
         return answer
+
+
+web_response.SERVER_SOFTWARE = "headrace"  # type: ignore[attr-defined]  # the library would name its version and Python's
 
 
 class Server(web.Server):

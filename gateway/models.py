@@ -1,7 +1,7 @@
 """The served models: read from the registry, each with its bus and its outlet, opened at first use.
 
-A model is ready while a worker serves and the leader's beat changes. Both are read about once a second; a leader whose
-beat has not been seen to change does not count.
+A model is ready while a worker serves and the leader's beat changes. Both are read about once a second; a leader or a
+worker whose beat has not been seen to change does not count: after all was killed, their records still say "serving".
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Model:
         self.accepting = asyncio.Semaphore(ACCEPTS_AT_ONCE)
         self.workers = 0  # serving now
         self._beat: tuple[int, int] | None = None
+        self._first_beats: dict[str, tuple[int, int]] = {}  # of each worker, when it was first seen: (gen, beat)
         self._moved: float | None = None  # when the leader's beat was last seen to change
         self._tokenizer: TokenizerProcess | None = None
         self._tokenizer_of = 0  # the card's time of creation
@@ -77,10 +78,13 @@ class Model:
         """Read which workers serve and whether the leader's beat changes."""
         try:
             leader = await self.bus.read_leader()
-            self.workers = sum(worker.state == "serving" for worker in await self.bus.list_workers())
+            workers = await self.bus.list_workers()
         except HeadraceError:
             self.workers = 0
             return
+        before = self._first_beats
+        self._first_beats = {w.wid: before.get(w.wid, (w.gen, w.beat)) for w in workers}
+        self.workers = sum(w.state == "serving" and self._first_beats[w.wid] != (w.gen, w.beat) for w in workers)
         beat = (leader.epoch, leader.beat)
         if self._beat is not None and beat != self._beat:
             self._moved = time.monotonic()

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from headrace import early
 from headrace.option_table import options_of
 from headrace.options import Unusable, add_option, state_dir
 from protocol.errors import EX_CONFIG, HeadraceError, StartError
@@ -28,8 +29,13 @@ Config = TypeVar("Config")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        early.end_cleanly()
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(given)
+    if unknown:
+        return _unknown_option(args.command, unknown[0])
     for value in vars(args).values():
         if isinstance(value, Unusable):
             parser.error(value.reason)
@@ -194,6 +200,31 @@ def version(args: argparse.Namespace) -> int:
 # ------------------------------------------------------------------ parts
 
 
+def _unknown_option(command: str, given: str) -> int:
+    """One line: the nearest option, and how the command is used. Exit code 2, as for every wrong command line."""
+    import difflib
+
+    flags = [option.flag for option in options_of(command)]
+    near = difflib.get_close_matches(given.partition("=")[0], flags, 1)
+    hint = f", did you mean {near[0]}?" if near else ";"
+    print(
+        f"headrace {command}: there is no option {given}{hint} usage: headrace {command} [OPTION VALUE]..., "
+        f"`headrace {command} --help` lists them",
+        file=sys.stderr,
+    )
+    return 2
+
+
+class _Version(argparse.Action):
+    """Reads the version only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version as installed
+
+        print("headrace", installed("headrace"))
+        parser.exit()
+
+
 def build_parser(environ: Mapping[str, str] = os.environ) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headrace",
@@ -201,6 +232,7 @@ def build_parser(environ: Mapping[str, str] = os.environ) -> argparse.ArgumentPa
         epilog="Start here: `headrace serve`, then open the URL that it prints. "
         "Each command has its own help: `headrace serve --help`.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, epilog, run) in COMMANDS.items():
         sub = commands.add_parser(

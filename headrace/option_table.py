@@ -111,8 +111,14 @@ OPTIONS: tuple[Option, ...] = (
         "template; none: they are content",
         default="auto",
     ),
-    Option("--max-num-seqs", "serve worker", "most sequences that run at once on a worker", count),
-    Option("--max-num-batched-tokens", "serve worker", "most tokens that one step computes on a worker", count),
+    Option("--max-num-seqs", "serve worker", "most sequences that run at once on a worker", count, shown="256"),
+    Option(
+        "--max-num-batched-tokens",
+        "serve worker",
+        "most tokens that one step computes on a worker",
+        count,
+        shown="2048",
+    ),
     Option(
         "--kv-cache-memory",
         "serve worker",
@@ -120,7 +126,7 @@ OPTIONS: tuple[Option, ...] = (
         size,
         metavar="SIZE",
     ),
-    Option("--block-size", "serve worker", "tokens in one block of the KV cache", count),
+    Option("--block-size", "serve worker", "tokens in one block of the KV cache", count, shown="16"),
     Option(
         "--engine-options",
         "serve worker",
@@ -225,6 +231,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--seed", "submit", "repeats the same sampling", whole, scope="SUBMIT_"),
     Option("--file", "submit", "JSON lines, a job each: a prompt or messages, sampling, id, ...", metavar="JSONL"),
     Option("--out", "submit", "where the results of --file go, a JSON line each", metavar="JSONL"),
+    Option("--wait", "submit", "send jobs to a model that nobody serves now, and wait for it", boolean, False),
     Option("--window", "submit", "most jobs of --file that are under way at once", count, 64),
     Option("--tenant", "submit", "whose share of the service this takes", default="default"),
     Option(
@@ -299,8 +306,7 @@ def markdown() -> str:
     for option in sorted(OPTIONS, key=lambda o: not o.on("serve")):
         if option.on("bench"):
             continue
-        default = "" if option.default is None or option.switch else f" (default: {option.shown or option.default})"
-        meaning = f"{option.help}{default}".replace("|", "\\|")
+        meaning = option.described.replace("|", "\\|")
         lines.append(f"| `{option.flag}` | {', '.join(option.commands.split())} | {meaning} |")
     return "\n".join(lines) + "\n"
 

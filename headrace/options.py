@@ -41,6 +41,14 @@ class Option:
         return "HEADRACE_" + self.scope + self.dest.upper()
 
     @property
+    def described(self) -> str:
+        """The help text, which always tells the default."""
+        if "(default:" in self.help:
+            return self.help
+        default = ("on" if self.default else "off") if self.switch else self.shown or self.default
+        return f"{self.help} (default: {'none' if default is None else default})"
+
+    @property
     def switch(self) -> bool:
         """Takes no value on the command line; 1/true/yes/on in the environment."""
         return self.kind is boolean
@@ -159,8 +167,7 @@ class Unusable:
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option, environ: Mapping[str, str]) -> None:
-    shown = "" if option.default is None or option.switch else f" (default: {option.shown or option.default})"
-    text = f"{option.help}{shown} [{option.env}]".replace("%", "%%")
+    text = f"{option.described} [{option.env}]".replace("%", "%%")
     default = option.default
     if raw := environ.get(option.env):
         try:

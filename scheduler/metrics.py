@@ -197,6 +197,7 @@ async def serve_status(metrics: Metrics, health: Health, host: str, port: int) -
         return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()
+    app.on_response_prepare.append(_without_version)
     app.add_routes([web.get("/health", show_health), web.get("/metrics", exposition)])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
@@ -206,3 +207,7 @@ async def serve_status(metrics: Metrics, health: Health, host: str, port: int) -
         await runner.cleanup()
         raise StartError(f"cannot listen on {host}:{port}: {e.strerror}; choose another --metrics-port") from e
     return runner
+
+
+async def _without_version(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "headrace"

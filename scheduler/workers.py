@@ -176,7 +176,10 @@ class WorkerRegistry:
         del self._workers[worker.wid]
         if died:
             self._metrics.worker_deaths.inc()
-            log.warning("worker %s (gen %d) %s: %d sequences move", worker.wid, worker.gen, how, len(journals))
+            if journals:
+                log.warning("worker %s (gen %d) %s: %d sequences move", worker.wid, worker.gen, how, len(journals))
+            else:  # it may never have served: a start that fails is told by who started it
+                log.info("worker %s (gen %d) %s, it had no sequences", worker.wid, worker.gen, how)
         else:
             log.info("worker %s left", worker.wid)
         if worker.state:

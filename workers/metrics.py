@@ -68,9 +68,14 @@ async def serve_metrics(
         return web.json_response(state, status=200 if state["ok"] else 503)
 
     app = web.Application()
+    app.on_response_prepare.append(_without_version)
     app.add_routes([web.get("/metrics", show_metrics), web.get("/health", show_health)])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()
     log.info("metrics on http://%s:%d/metrics", *runner.addresses[0][:2])
     return runner
+
+
+async def _without_version(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "headrace"

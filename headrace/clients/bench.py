@@ -32,6 +32,8 @@ WARMUP_SEED = 1_000_003  # other content than any run's, so that nothing of a ru
 
 def run(values: Mapping[str, Any]) -> int:
     """The command. Returns 1 if any request failed."""
+    if values["concurrency"] and values["rate"]:
+        raise StartError("--concurrency is a closed loop and --rate an open one: give one of them")
     report = asyncio.run(measure(values))
     print_report(report)
     if values["json"]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,7 @@ from protocol.messages import (
 from protocol.sampling import SamplingParams
 
 CHECK_S = 1.0  # a silent stream is compared with its journal this often
+LOOK_S = 0.1  # how often a leader is looked at, to see that it lives
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,18 @@ class AsyncClient:
         self._subscription = self._bus.subscribe(self._channel)
         await self._subscription.start()
         self._listener = asyncio.create_task(self._listen(self._subscription), name="headrace client")
+
+    async def is_served(self, within_s: float) -> bool:
+        """Whether a leader lives and a worker serves, as seen within ``within_s``. Nothing is written."""
+        bus, deadline = self._open_bus, time.monotonic() + within_s
+        first = await bus.read_leader()
+        while time.monotonic() < deadline:
+            leader = await bus.read_leader()
+            lives = leader.owner and (leader.epoch, leader.beat) != (first.epoch, first.beat)
+            if lives and any(worker.state == "serving" for worker in await bus.list_workers()):
+                return True
+            await asyncio.sleep(LOOK_S)
+        return False
 
     async def close(self) -> None:
         """Requests go on; this client only stops listening."""

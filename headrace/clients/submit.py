@@ -21,6 +21,7 @@ from headrace.clients.queue import AsyncClient
 from protocol.errors import InvalidRequest, RequestError, StartError, Unavailable
 from protocol.messages import Job
 
+SERVED_S = 4.0  # how long a leader and a worker may take to show that they live
 SAMPLING = ("max_tokens", "temperature", "seed")  # options that fill in what a job leaves open
 
 
@@ -36,6 +37,8 @@ def run(values: Mapping[str, Any]) -> int:
 async def _run(values: Mapping[str, Any]) -> int:
     try:
         async with AsyncClient(values["redis_url"], values["model"], tenant=values["tenant"]) as client:
+            if not values["wait"] and not await client.is_served(SERVED_S):
+                raise StartError(f"nobody serves {client.model} now: nothing was sent (--wait lets jobs wait for it)")
             if values["file"] is not None:
                 return await FileRun(client, values).run()
             return await _one(client, values)
@@ -91,6 +94,8 @@ class FileRun:
         jobs = {name_of(line, place): line for place, line in enumerate(lines)}
         if len(jobs) < len(lines):
             raise StartError(f"{self.source}: two jobs have the same id")
+        if before := len(jobs.keys() & done):
+            print(f"{before} of {len(jobs)} jobs are in {self.target} already", file=sys.stderr)
         waiting = iter([(name, line) for name, line in jobs.items() if name not in done])
         with out, FileProgress(len(jobs), len(jobs.keys() & done)) as progress:
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -22,6 +23,8 @@ from protocol.errors import StartError
 
 SOCKET_PATH_LIMIT = 100  # bytes; the kernel's is 108 (104 on macOS)
 DURABLE = {"appendonly": "yes", "appendfsync": "always"}
+OURS = {"lock", "redis.sock", "server.log", "appendonlydir", "dump.rdb", "appendonly.aof"}
+OURS_TEMPORARY = ("temp-", "appendonly.aof.")  # a server that was killed while it wrote leaves them
 FAST = {"appendonly": "no"}  # for tests: nothing survives the process
 
 
@@ -70,7 +73,8 @@ def server_command(
     data_dir = Path(data_dir).resolve()
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     socket_file = socket_path(data_dir)
-    socket_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if socket_file.parent != data_dir:
+        _own_directory(socket_file.parent)
     options = {
         "dir": str(data_dir),
         "unixsocket": str(socket_file),
@@ -87,6 +91,34 @@ def server_command(
         **(DURABLE if settings is None else settings),
     }
     return [binary or find_server(), *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+
+def claim(data_dir: Path) -> None:
+    """Make ``data_dir`` this user's alone (700, files 600). StartError, and nothing changed, if it is another's or
+    holds files that no server of ours wrote."""
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for path in data_dir.iterdir():
+        if path.name not in OURS and not path.name.startswith(OURS_TEMPORARY):
+            raise StartError(
+                f"--data-dir {data_dir} holds {path.name}, which is not Headrace's: choose an empty or a new directory"
+            )
+    _own_directory(data_dir)
+    for path in data_dir.rglob("*"):
+        if path.is_symlink() or path.is_socket():
+            continue
+        wanted = 0o700 if path.is_dir() else 0o600
+        if path.stat().st_mode & 0o777 != wanted:
+            path.chmod(wanted)
+
+
+def _own_directory(path: Path) -> None:
+    """A directory that is this user's and that nobody else may enter. StartError if it is another's."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise StartError(f"{path} is not this user's own directory: remove it, or choose another --data-dir")
+    if found.st_mode & 0o077:
+        path.chmod(0o700)
 
 
 class EmbeddedServer:

@@ -18,12 +18,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 
 from headrace import options
-from headrace.console import StartView, print_block
+from headrace.console import Lenient, StartView, print_block
 from headrace.model import choose as choose_model
 from headrace.model_check import check_model
 from headrace.option_table import OPTIONS, options_of
@@ -36,7 +36,9 @@ from protocol.errors import EX_CONFIG, StartError
 from protocol.keys import MODEL_NAME
 
 IMPORTANT = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL) ")  # a log line as the command line formats it
+OWN_SCHEDULER = re.compile(r"scheduler-\d+\.[0-9a-f]{8}")  # the owner of a lead, if serve started it
 POLL_S = 0.2
+MAKE_POLL_S = 0.5
 SERVER_POLL_S = 0.02
 SERVER_STOP_S = 30.0
 STOP_MARGIN_S = 15.0  # beyond --drain-timeout, before a process that does not exit is killed
@@ -45,7 +47,7 @@ STOP_MARGIN_S = 15.0  # beyond --drain-timeout, before a process that does not e
 def serve(values: Mapping[str, Any]) -> int:
     """Run until stopped; returns the exit code."""
     layout = resolve(values)
-    view = StartView(Console())
+    view = StartView(Console(file=cast("TextIO", Lenient(sys.stdout))))
     with exclusive(layout.run_dir), contextlib.closing(view):
         model = choose_model(values, lambda stage, fraction: view.stage("model", stage, fraction), view.say)
         view.say(f"model: {model}")
@@ -149,6 +151,29 @@ def gpu_of(worker: int, workers: int, device: str | None, proc: Path = Path("/pr
     return gpus[worker % len(gpus)] if gpus else None
 
 
+def make_above(pid: int) -> int | None:
+    """The nearest make among the ancestors of ``pid`` (Linux; None elsewhere)."""
+    while pid > 1:
+        found = status_of(pid)
+        if found is None:
+            return None
+        pid = found[1]
+        parent = status_of(pid)
+        if parent is not None and parent[0] in ("make", "gmake"):
+            return pid
+    return None
+
+
+def status_of(pid: int, proc: Path = Path("/proc")) -> tuple[str, int] | None:
+    """(name, parent's pid) of a process that runs; None if it does not."""
+    try:
+        text = (proc / str(pid) / "stat").read_text()
+    except OSError:
+        return None
+    state, parent = text.rpartition(")")[2].split()[:2]
+    return None if state in "ZX" else (text[text.index("(") + 1 : text.rindex(")")], int(parent))
+
+
 @contextlib.contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the run directory for this process alone. StartError if that cannot be."""
@@ -181,8 +206,10 @@ class Stack:
     async def run(self) -> int:
         self.supervisor = Supervisor(self.layout.run_dir, self._on_line, self.view.note)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: nohup
+                loop.add_signal_handler(number, self._interrupt)
+        watching = asyncio.create_task(self._end_with_make())
         starting: asyncio.Future[Any] = asyncio.create_task(self._start())
         stop: asyncio.Future[Any] = asyncio.create_task(self.interrupted.wait())
         try:
@@ -202,6 +229,7 @@ class Stack:
             self.view.close()
             starting.cancel()
             stop.cancel()
+            watching.cancel()
             self.supervisor.kill()
             await self.supervisor.ended()
 
@@ -211,6 +239,14 @@ class Stack:
         if self.interrupts > 1:
             self.view.note("stopping at once")
             self.supervisor.kill()
+
+    async def _end_with_make(self) -> None:
+        """Under make, its end is ours: nobody else would end what it started. Any other parent may die."""
+        make = make_above(os.getpid()) if "MAKELEVEL" in os.environ else None
+        while make is not None:
+            await asyncio.sleep(MAKE_POLL_S)
+            if status_of(make) is None and not self.interrupted.is_set():
+                self._interrupt()
 
     def _on_line(self, child: Child, line: str) -> None:
         if child.program.role != "redis":
@@ -233,6 +269,7 @@ class Stack:
         await self._check_server(redis_url)
         if layout.data_dir is not None:
             await self._withdraw_other_models(redis_url)
+            await self._release_dead_lead(redis_url)
         for role in ("scheduler", "gateway", "worker"):
             for index in range(values[f"{role}s"]):
                 name = f"{role}-{index}"
@@ -245,6 +282,7 @@ class Stack:
                 self.supervisor.start(Program(role, name, argv, own_env))
                 self.view.stage(name, "start", 0.0)
         await self._until_ready()
+        self.supervisor.served |= {"scheduler", "gateway", "worker"}
         self.view.close()
         self._print_block()
 
@@ -254,11 +292,12 @@ class Stack:
         self.view.stage("server", "start", 0.0)
         data_dir = self.layout.data_dir
         try:
+            embedded.claim(data_dir)
             argv = embedded.server_command(data_dir)
             self._data_lock = embedded.lock_data_dir(data_dir)  # held until this process ends
         except OSError as error:
             raise StartError(f"cannot write to {data_dir} ({error.strerror}); choose another --data-dir") from None
-        child = self.supervisor.start(Program("redis", "redis", argv, dict(os.environ), lasting=True))
+        child = self.supervisor.start(Program("redis", "redis", argv, dict(os.environ), lasting=True, umask=0o077))
         while not await asyncio.to_thread(embedded.answers, data_dir):  # noqa: ASYNC110 (another process)
             await asyncio.sleep(SERVER_POLL_S)
         child.was_up = True
@@ -288,6 +327,20 @@ class Stack:
                     await bus.withdraw_card()
             finally:
                 await bus.close()
+
+    async def _release_dead_lead(self, url: str) -> None:
+        """Let the new scheduler lead at once where one of an earlier serve, which was killed, still holds the lead.
+
+        Such a scheduler died with its serve, since this one has the data's lock and no process outlives its supervisor.
+        Compare-and-set and fencing make it safe all the same."""
+        bus = LeaderBus(url, self.layout.values["served_model_name"], patience=5.0)
+        await bus.connect()
+        try:
+            seen = await bus.read_leader()
+            if OWN_SCHEDULER.fullmatch(seen.owner):
+                await bus.release(seen.epoch, seen.owner)
+        finally:
+            await bus.close()
 
     async def _until_ready(self) -> None:
         import aiohttp
@@ -328,5 +381,6 @@ class Stack:
 
     async def _fail(self, message: str, code: int) -> int:
         self.view.close()
-        print(f"headrace serve: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            print(f"headrace serve: {message}", file=sys.stderr)
         return code

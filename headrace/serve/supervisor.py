@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -45,6 +46,7 @@ class Program:
     argv: list[str]
     env: Mapping[str, str]
     lasting: bool = False
+    umask: int = -1  # of the files that it makes; -1: ours
 
 
 @dataclass(eq=False)
@@ -53,6 +55,7 @@ class Child:
     process: asyncio.subprocess.Process | None = None
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=DEATHS))  # monotonic seconds
     was_up: bool = False
+    last_end: tuple[int, str] | None = None  # exit code and last sentence of an end by itself
     stopping: bool = False
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))  # last lines of stderr
     task: asyncio.Task[None] | None = None
@@ -80,6 +83,7 @@ class Supervisor:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.children: dict[str, Child] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.served: set[str] = set()  # roles that have done their work once, so that their start can succeed
         self._on_line = on_line
         self._on_notice = on_notice
         self._write_processes()
@@ -155,7 +159,7 @@ class Supervisor:
             child.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *program.argv,
                 env=dict(program.env), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=pipe.write_end,
-                start_new_session=True,
+                start_new_session=True, umask=program.umask,
             )  # fmt: skip
             if child.stopping:  # asked to stop while it was being started
                 _signal(child, signal.SIGTERM)
@@ -186,6 +190,14 @@ class Supervisor:
         code = child.process.returncode
         if code == EX_CONFIG:
             raise StartError(_last_words(child) or f"{child.name} cannot start; see {self.logs / child.name}.log")
+        if code is not None and code > 0 and child.program.role not in self.served and not child.was_up:
+            end = (code, _sentence(self._last_said(child)))
+            if end == child.last_end:
+                raise GaveUp(
+                    f"{child.name} {_cause(code)} twice for the same reason: {end[1] or 'it said nothing'} "
+                    f"(see {self.logs / child.name}.log)"
+                )
+            child.last_end = end
         now = time.monotonic()
         child.deaths.append(now)
         recent = [t for t in child.deaths if now - t <= WINDOW_S]
@@ -268,6 +280,11 @@ def _cause(code: int | None) -> str:
     if code is not None and code < 0:
         return f"was ended by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
+
+
+def _sentence(lines: list[str]) -> str:
+    """The last line, without the time of a log line."""
+    return re.sub(r"^\S+ \S+ (?=(ERROR|CRITICAL|WARNING|INFO) )", "", lines[-1]) if lines else ""
 
 
 def _last_words(child: Child) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from protocol.errors import Fenced
 from protocol.formats.spec import FormatSpec
 from protocol.messages import (
     Capacity,
@@ -82,6 +83,7 @@ class Backend:
     model: str = MODEL
     tokens: int = 5  # per choice
     hold: bool = False  # frames only come by `step`
+    worker_lives: bool = True  # its heart beats
     admit: bool = True  # requests are admitted as they come
     refuse: tuple[str, str, str | None] | None = None  # error code, message, param at admission
     script: Script | None = None
@@ -122,6 +124,9 @@ class Backend:
     async def _beat(self) -> None:
         while True:
             await self.bus.renew_lead(self.epoch, "backend")
+            if self.worker_lives:
+                with contextlib.suppress(Fenced):  # registered anew meanwhile
+                    await self.bus.heartbeat("w0", self.gen)
             await asyncio.sleep(0.1)
 
     async def _inbox(self) -> None:

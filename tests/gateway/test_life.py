@@ -337,6 +337,21 @@ async def _is_not_ready(front: Front) -> bool:
     return (await front.ask("GET", "/ready"))[0] == 503
 
 
+async def test_a_record_that_says_serving_is_not_enough(open_gateway: Any, backend: Backend) -> None:
+    """After everything was killed, the dead worker's record still says so, while a new scheduler leads."""
+    backend.worker_lives = False
+    front = await open_gateway()
+    await eventually(lambda: _is_led(front))
+    assert (await front.ask("GET", "/ready"))[0] == 503
+    backend.worker_lives = True
+    await eventually(lambda: _is_ready(front))
+
+
+async def _is_led(front: Front) -> bool:
+    _, body, _ = await front.ask("GET", "/ready")
+    return any(model["scheduler"] for model in body["models"].values())
+
+
 async def test_ready_tells_the_truth(front: Front, backend: Backend) -> None:
     await eventually(lambda: _is_ready(front))
     await backend.bus.heartbeat("w0", backend.gen, "draining")

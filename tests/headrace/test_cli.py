@@ -228,3 +228,40 @@ def test_workers_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert [serve.gpu_of(k, 2, "cuda", tmp_path) for k in range(2)] == ["3", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert serve.gpu_of(0, 2, None, tmp_path) is None
+
+
+# ------------------------------------------------------------------ a mistyped line
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("headrace ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "nearest"), [(["serve", "--modle", "x"], "--model"), (["bench", "--concurency=4"], "--concurrency")]
+)
+def test_a_mistyped_option_names_the_nearest_one(
+    argv: list[str], nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"did you mean {nearest}?" in line
+    assert f"usage: headrace {argv[0]} " in line
+
+
+def test_two_kinds_of_load_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--concurrency", "4", "--rate", "2"]) == EX_CONFIG
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_a_missing_file_of_keys_is_told_at_once() -> None:
+    with pytest.raises(StartError, match="--api-keys-file /no/keys"):
+        wanted("--port", "0", "--api-keys-file", "/no/keys")
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: f"{option.flag}-{option.commands.split()[0]}")
+def test_every_option_tells_its_default(option: Any) -> None:
+    assert "(default:" in option.described

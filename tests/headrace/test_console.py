@@ -52,7 +52,8 @@ def test_the_curl_line_is_a_command() -> None:
     print_block(console, "http://127.0.0.1:8000", "org/model.v1", {"logs": "/somewhere/" + "deep/" * 20})
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    (curl,) = [line for line in text.splitlines() if "curl" in line]
+    curl = text[text.index("  curl") : text.index("}'") + 2]
+    assert max(map(len, curl.splitlines())) < 80
     words = shlex.split(curl)
     assert words[2] == "http://127.0.0.1:8000/v1/completions"
     assert json.loads(words[-1])["model"] == "org/model.v1"

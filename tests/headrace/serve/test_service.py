@@ -39,7 +39,7 @@ def test_it_says_how_to_use_it_and_the_curl_line_works(stack: Stack) -> None:
     while "Headrace is ready." not in (shown := stack.output()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert "Headrace is ready." in shown
-    (curl,) = [line for line in shown.splitlines() if line.strip().startswith("curl ")]
+    curl = shown[shown.index("  curl ") : shown.index("}'") + 2]
     answer = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=120)
     assert "data: [DONE]" in answer.stdout, answer.stderr
 

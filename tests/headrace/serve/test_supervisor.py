@@ -65,10 +65,26 @@ async def test_it_gives_up_after_repeated_deaths(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(module, "BACKOFF_S", (0.0,))
     notices: list[str] = []
     kept = Supervisor(tmp_path, on_notice=notices.append)
-    kept.start(program("raise SystemExit('the last words')"))
+    kept.start(program("import os; raise SystemExit(f'{os.getpid()} the last words')"))
     with pytest.raises(GaveUp, match=r"w-0 died 5 times .*(?s:.*)the last words"):
         await asyncio.wait_for(kept.failed, WAIT_S)
     assert len([n for n in notices if "started again" in n]) == 4
+
+
+async def test_the_same_end_twice_before_it_served_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BACKOFF_S", (0.0,))
+    words = "import sys, time; sys.exit(f'2026-01-01 {time.time()} ERROR w: no such device')"
+    kept = Supervisor(tmp_path)
+    kept.start(program(words))
+    with pytest.raises(GaveUp, match=r"w-0 ended with exit code 1 twice for the same reason: ERROR w: no such device"):
+        await asyncio.wait_for(kept.failed, WAIT_S)
+    served = Supervisor(tmp_path)
+    served.served.add("worker")
+    served.start(program(words))
+    with pytest.raises(GaveUp, match="died 5 times"):
+        await asyncio.wait_for(served.failed, WAIT_S)
 
 
 async def test_what_was_up_and_is_lasting_is_never_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
