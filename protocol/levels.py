@@ -19,7 +19,7 @@ STOPS_BEFORE = 4
 def sampling_level(params: SamplingParams) -> int:
     """The least level of a worker that can read ``params``."""
     newer = params.structure is not None or params.content is not None or len(params.stop) > STOPS_BEFORE
-    return int(newer)
+    return int(newer or params.allowed_token_ids is not None)
 
 
 def job_level(job: Job) -> int:

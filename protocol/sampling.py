@@ -15,6 +15,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED = 4096
 MAX_TOP_LOGPROBS = 20
 INT64_MAX = 2**63 - 1
 
@@ -53,6 +54,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    allowed_token_ids: list[int] | None = None  # no other id is drawn
     structure: Structure | None = None  # what the text must look like
     content: Content | None = None  # where stop strings are looked for; not for requests to set
 
@@ -97,6 +99,13 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             for token, bias in self.logit_bias.items():
                 _range("logit_bias", token, 0, top)
                 _range("logit_bias", bias, -100.0, 100.0)
+        if self.allowed_token_ids is not None:
+            if not 1 <= len(self.allowed_token_ids) <= MAX_ALLOWED:
+                raise InvalidRequest(f"allowed_token_ids takes 1 to {MAX_ALLOWED} ids", param="allowed_token_ids")
+            for token in self.allowed_token_ids:
+                _range("allowed_token_ids", token, 0, top)
+            if self.structure is not None and self.structure.constrains:
+                raise InvalidRequest("allowed_token_ids beside a structure is not supported", param="allowed_token_ids")
         if self.structure is not None:
             self.structure.check(vocab_size)
 

@@ -15,7 +15,7 @@ from gateway.openai.structured import structure_of
 from gateway.openai.tools import Tool, template_arguments, tool_use
 from gateway.openai.view import View
 from protocol.chat import check_template_arguments, normal_messages
-from protocol.errors import ContextLengthExceeded, InvalidRequest
+from protocol.errors import ContextLengthExceeded, InvalidRequest, NoTokenLeft
 from protocol.keys import check_name
 from protocol.messages import (
     MAX_PROMPTS,
@@ -57,6 +57,7 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     ignore_eos: bool | None = None
+    allowed_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     # the request's life
@@ -270,6 +271,9 @@ def _sampling(
         given["stop_token_ids"] = [*given.get("stop_token_ids", ()), *ends]
     sampling = SamplingParams(logprobs=logprobs, structure=structure, **given)
     sampling.check(card.vocab_size)
+    ends = {*card.eos_token_ids, *sampling.stop_token_ids}
+    if sampling.min_tokens and sampling.allowed_token_ids and ends.issuperset(sampling.allowed_token_ids):
+        raise NoTokenLeft("min_tokens and allowed_token_ids leave no token", param="allowed_token_ids")
     return sampling
 
 

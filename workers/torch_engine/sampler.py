@@ -1,7 +1,7 @@
 """Sampling: from logits to one token id per row, in batch, on the device, without waiting for it.
 
-Order, per row: logprobs are read off the model's own logits; then penalties, logit_bias, min_tokens, the masks of
-constrained rows (rule_out.py); then the draw (draw.py), which the engine's backend hands in.
+Order, per row: logprobs are read off the model's own logits; then penalties, logit_bias, allowed_token_ids,
+min_tokens, the masks of constrained rows (rule_out.py); then the draw (draw.py), which the engine's backend hands in.
 
 What no row of a step asks for is not computed. Counts of earlier tokens exist only for seats with penalties.
 """
@@ -47,6 +47,7 @@ class Sampler:
         self.penalties = Penalties(vocab_size, device)
         self.bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # seat -> ids, values
         self.banned: dict[int, tuple[int, np.ndarray]] = {}  # seat -> position of the first free token, banned ids
+        self.allowed: dict[int, np.ndarray] = {}  # seat -> the only ids that may be drawn
         self._fields = np.zeros(0, DRAW_FIELDS)
         self._grow(seats)
 
@@ -75,15 +76,20 @@ class Sampler:
         if params.min_tokens > 0 and (params.structure is None or params.structure.kind is None):  # a grammar wins
             ids = np.unique(np.array([*self.eos_token_ids, *params.stop_token_ids], np.int64))
             self.banned[new.seat] = (new.prompt_len + params.min_tokens, ids)
+        if params.allowed_token_ids is not None:
+            allowed = self.allowed[new.seat] = np.unique(np.array(params.allowed_token_ids, np.int64))
+            if new.seat in self.banned and np.isin(allowed, self.banned[new.seat][1]).all():
+                del self.banned[new.seat]  # something must be left
 
     def drop(self, seat: int) -> None:
         """Forget a seat; no error if it is unknown."""
         self.penalties.drop(seat)
         self.bias.pop(seat, None)
         self.banned.pop(seat, None)
+        self.allowed.pop(seat, None)
 
     def clear(self) -> None:
-        for seat in {*self.penalties.slots, *self.bias, *self.banned}:
+        for seat in {*self.penalties.slots, *self.bias, *self.banned, *self.allowed}:
             self.drop(seat)
 
     def sample(
@@ -135,7 +141,7 @@ class Sampler:
         return np.asarray(self._fields["logprobs"][seats])
 
     def _process_logits(self, logits: torch.Tensor, seats: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """Penalties, then logit_bias, then min_tokens. Copies before it changes anything."""
+        """Penalties, then logit_bias, allowed_token_ids and min_tokens. Copies before it changes anything."""
         rows = {int(seat): row for row, seat in enumerate(seats)} if self._has_processors else {}
         processed = self.penalties.apply(logits, rows)
         biased = [(row, *self.bias[seat]) for seat, row in rows.items() if seat in self.bias]
@@ -145,7 +151,8 @@ class Sampler:
             for until, ids in (self.banned.get(seat, _NEVER),)
             if positions[row] < until
         ]
-        if (biased or banned) and processed is logits:
+        allowed = [(row, self.allowed[seat]) for seat, row in rows.items() if seat in self.allowed]
+        if (biased or banned or allowed) and processed is logits:
             processed = logits.clone()
         if biased:
             at = [self._index(np.repeat([b[0] for b in biased], [len(b[1]) for b in biased]))]
@@ -153,6 +160,10 @@ class Sampler:
             processed.index_put_(
                 tuple(at), to_device(np.concatenate([b[2] for b in biased]), self.device), accumulate=True
             )
+        for row, ids in allowed:
+            index = self._index(ids)
+            kept = processed[row, index]
+            processed[row].fill_(-torch.inf).index_copy_(0, index, kept)
         if banned:
             at = [self._index(np.repeat([b[0] for b in banned], [len(b[1]) for b in banned]))]
             at.append(self._index(np.concatenate([b[1] for b in banned])))
@@ -161,7 +172,7 @@ class Sampler:
 
     @property
     def _has_processors(self) -> bool:
-        return bool(self.penalties.slots or self.bias or self.banned)
+        return bool(self.penalties.slots or self.bias or self.banned or self.allowed)
 
     def _index(self, array: np.ndarray) -> torch.Tensor:
         return to_device(np.ascontiguousarray(array), self.device)

@@ -228,6 +228,22 @@ def test_logit_bias_forces_and_forbids():
     assert tokens[1] != best
 
 
+def test_only_allowed_ids_are_drawn():
+    """Greedy and random, beside a free row that must stay as it is; before min_tokens, which never leaves nothing."""
+    free, logits = SamplingParams(temperature=0), logits_of(rows=3)
+    greedy = SamplingParams(temperature=0, allowed_token_ids=[11, 4, 11, 30])
+    made = make(greedy, free, SamplingParams(temperature=2.0, allowed_token_ids=[5, 7], min_tokens=4))
+    untouched = logits.clone()
+    for position in range(3, 40):
+        first, second, third = sample(made, logits, position).tokens.tolist()
+        assert first == max((4, 11, 30), key=lambda id: float(logits[0, id]))
+        assert second == int(logits[1].argmax())
+        assert third == 5 if position < 7 else third in (5, 7)
+    assert torch.equal(logits, untouched)
+    ends = make(SamplingParams(temperature=0, allowed_token_ids=[7, 9], min_tokens=9))
+    assert int(sample(ends, logits[:1]).tokens) in (7, 9)
+
+
 def test_min_tokens_bans_every_end_until_reached():
     logits = torch.zeros(1, V)
     logits[0, [7, 9, 30]] = 50.0  # both eos ids and a stop id
