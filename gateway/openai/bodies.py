@@ -271,8 +271,8 @@ def _sampling(
         given["stop_token_ids"] = [*given.get("stop_token_ids", ()), *ends]
     sampling = SamplingParams(logprobs=logprobs, structure=structure, **given)
     sampling.check(card.vocab_size)
-    ends = {*card.eos_token_ids, *sampling.stop_token_ids}
-    if sampling.min_tokens and sampling.allowed_token_ids and ends.issuperset(sampling.allowed_token_ids):
+    ending = {*card.eos_token_ids, *sampling.stop_token_ids}
+    if sampling.min_tokens and sampling.allowed_token_ids and ending.issuperset(sampling.allowed_token_ids):
         raise NoTokenLeft("min_tokens and allowed_token_ids leave no token", param="allowed_token_ids")
     return sampling
 
