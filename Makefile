@@ -10,7 +10,7 @@ PYTEST ?= $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test check lint format sweep nightly tsan mutations chaos bench bench-peers
+.PHONY: kubernetes-dry-run help venv serve test check lint format sweep nightly tsan mutations chaos bench bench-peers
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -81,3 +81,6 @@ bench: $(DEV) ## measure Headrace, about 10 minutes, into docs/performance.md (A
 
 bench-peers: $(DEV) ## measure it beside other engines, which are installed into ~/.cache/headrace/bench
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+kubernetes-dry-run: $(DEV) ## the API server of KUBECONFIG checks deploy/kubernetes (namespace headrace must exist)
+	@for overlay in deploy/kubernetes/overlays/*; do $(BIN)/kubectl apply --dry-run=server -k $$overlay || exit 1; done
