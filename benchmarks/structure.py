@@ -24,7 +24,7 @@ from benchmarks.models import checkpoint
 from benchmarks.stack import settle
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
-from protocol.structure import Structure
+from protocol.structures.structure import Structure
 from workers.engines.base import Sampled
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.engine import TorchEngine

@@ -8,7 +8,7 @@ import msgspec
 
 from protocol.errors import InvalidRequest
 from protocol.formats.spec import FormatSpec
-from protocol.structure import Structure
+from protocol.structures.structure import Structure
 
 MAX_CHOICES = 8
 MAX_STOPS = 16

@@ -18,8 +18,8 @@ from protocol.records import InboxEntry
 from scheduler.admission import Admission, FairQueue, Ticket
 from scheduler.election import ServerClock
 from scheduler.intake import Intake, address, entry_ms
+from scheduler.prompts.tokenizer_pool import LONG_BOUNDS, SHORT
 from scheduler.recovery import READS_AT_ONCE
-from scheduler.tokenizer_pool import LONG_BOUNDS, SHORT
 
 BLOCK_MS = 5000  # blocking reads: long enough to cost nothing, short enough to notice a closed server
 CLAIM_S = 1.0  # how often entries are looked for that a deposed leader read after our own start

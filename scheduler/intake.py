@@ -29,8 +29,8 @@ from protocol.records import InboxEntry, RequestRecord
 from scheduler.core.events import Arrive
 from scheduler.election import ServerClock
 from scheduler.metrics import Metrics
+from scheduler.prompts.tokenizer_pool import TokenizerPool
 from scheduler.recovery import UNREADABLE, arrive, terminal_row
-from scheduler.tokenizer_pool import TokenizerPool
 
 log = logging.getLogger("headrace.scheduler")
 

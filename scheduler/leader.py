@@ -35,8 +35,8 @@ from scheduler.election import ServerClock, Timing
 from scheduler.inbox import Inbox
 from scheduler.intake import Intake
 from scheduler.metrics import Health, Metrics
+from scheduler.prompts.tokenizer_pool import TokenizerPool
 from scheduler.recovery import READS_AT_ONCE, UNREADABLE, arrive, read_choices, read_state, terminal_row
-from scheduler.tokenizer_pool import TokenizerPool
 from scheduler.workers import WorkerRegistry
 
 log = logging.getLogger("headrace.scheduler")

@@ -22,11 +22,11 @@ from protocol.bus import LeaderBus
 from protocol.errors import Fenced
 from protocol.keys import check_name
 from protocol.preloaded import Preloaded
-from scheduler.chat_format import AUTO
 from scheduler.election import ServerClock, Timing, keep_lead, stand_by
 from scheduler.leader import Process, Term
 from scheduler.metrics import Health, Metrics, serve_status
-from scheduler.tokenizer_pool import SpecialTokensInContent, TokenizerPool
+from scheduler.prompts.chat_format import AUTO
+from scheduler.prompts.tokenizer_pool import SpecialTokensInContent, TokenizerPool
 
 log = logging.getLogger("headrace.scheduler")
 

@@ -25,7 +25,7 @@ MOST_FILES = 14
 # (file, function) in which a token's step on its way begins, process by process
 STAGES = [
     ("workers/torch_engine/sampler.py", "sample"),
-    ("workers/torch_engine/step_output.py", "wait"),
+    ("workers/torch_engine/sampler.py", "wait"),
     ("workers/engine_thread.py", "_finish"),
     ("workers/session.py", "executed"),
     ("workers/session.py", "_commit_batch"),

@@ -21,8 +21,8 @@ from queue import SimpleQueue
 import numpy as np
 
 from protocol.errors import GrammarFailed, RequestError, StructureNotSupported
-from protocol.grammar import Grammars, MaskRow, Matcher
 from protocol.messages import NewSequence, unpack_ids
+from protocol.structures.grammar import Grammars, MaskRow, Matcher
 
 
 @dataclass

@@ -25,7 +25,7 @@ from protocol.messages import (
     ModelCard,
 )
 from protocol.sampling import MAX_TOP_LOGPROBS, SamplingParams
-from protocol.structure import Structure
+from protocol.structures.structure import Structure
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI's
 MAX_TIMEOUT_S = 86400.0

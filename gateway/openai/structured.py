@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from protocol.errors import InvalidRequest
-from protocol.structure import KINDS, Structure
+from protocol.structures.structure import KINDS, Structure
 
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 _FORMATS = ("text", "json_object", "json_schema", "structural_tag")

@@ -18,7 +18,7 @@ from protocol.formats.rules import either
 from protocol.formats.spec import FormatSpec
 from protocol.jobs import MAX_TOOLS
 from protocol.messages import ModelCard
-from protocol.structure import MAX_GRAMMAR_BYTES, Structure
+from protocol.structures.structure import MAX_GRAMMAR_BYTES, Structure
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 NO_TOOLS = "this model's chat template knows no tools: its server can be started with --tool-format hermes"

@@ -13,7 +13,7 @@ from typing import Any
 from protocol.errors import StructureNotSupported
 from protocol.formats.source import CONTROL, FIRST_CONTROL, Alphabet
 from protocol.formats.spec import GEMMA_QUOTE, FormatSpec, Tools
-from protocol.json_schema import check_schema, library_options, served_schema
+from protocol.structures.json_schema import check_schema, library_options, served_schema
 
 ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
 JSON_SPACE = "[ ]?"

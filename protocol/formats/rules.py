@@ -15,10 +15,10 @@ from protocol.errors import StructureNotSupported
 from protocol.formats.call_grammar import JSON_SPACE, marker, quoted
 from protocol.formats.source import Alphabet
 from protocol.formats.spec import FormatSpec
-from protocol.json_schema import library_options
 from protocol.messages import Job
 from protocol.sampling import Content, SamplingParams
-from protocol.structure import Structure
+from protocol.structures.json_schema import library_options
+from protocol.structures.structure import Structure
 
 START = "start: answer\n"
 

@@ -14,7 +14,7 @@ from typing import Any
 from jsonschema import Draft202012Validator, ValidationError
 
 from protocol.messages import Frame, Terminal, decode_frames
-from protocol.structure import Structure
+from protocol.structures.structure import Structure
 from tests.bus import Bus
 
 

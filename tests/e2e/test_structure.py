@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 from headrace import AsyncClient
 from headrace.serve.embedded import server_url
-from protocol.structure import Structure
+from protocol.structures.structure import Structure
 from tests.stack import Stack
 
 MODEL = "demo"

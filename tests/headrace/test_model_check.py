@@ -15,7 +15,7 @@ from headrace import cli, hub
 from headrace.model import check
 from headrace.model_check import check_model
 from protocol.errors import EX_CONFIG, StartError
-from scheduler.tokenization import Prompts
+from scheduler.prompts.tokenization import Prompts
 from tests.headrace.broken_models import CASES
 from tests.models import tiny_model
 from tests.stack import START_S

@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from protocol.formats.call_grammar import call_grammar
 from protocol.formats.families import TOOLS
 from protocol.formats.spec import FormatSpec, marker_texts
-from protocol.grammar import Grammars, MaskRow
-from protocol.structure import Structure
+from protocol.structures.grammar import Grammars, MaskRow
+from protocol.structures.structure import Structure
 from tests.protocol.test_formats import FUNCTIONS, TWO_CALLS, Reading, spec_of
 
 END = "<|endofturn|>"

@@ -11,9 +11,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from protocol.errors import StructureNotSupported
-from protocol.grammar import Grammars, MaskRow, TokenVocabulary
-from protocol.json_schema import FORMAT_PATTERNS, REFUSED
-from protocol.structure import Structure
+from protocol.structures.grammar import Grammars, MaskRow, TokenVocabulary
+from protocol.structures.json_schema import FORMAT_PATTERNS, REFUSED
+from protocol.structures.structure import Structure
 from tests.protocol.json_schemas import refused, schemas
 
 END = 256

@@ -12,7 +12,7 @@ from protocol.formats.call_grammar import call_grammar
 from protocol.formats.rules import either, sampling_of
 from protocol.messages import Job
 from protocol.sampling import SamplingParams
-from protocol.structure import Structure
+from protocol.structures.structure import Structure
 from tests.protocol.test_call_grammar import Machine
 from tests.protocol.test_formats import TWO_CALLS
 

@@ -15,8 +15,8 @@ from protocol.messages import Frame, Job, decode_frames, new_rid
 from protocol.preloaded import Preloaded
 from protocol.sampling import SamplingParams
 from scheduler.election import Timing
+from scheduler.prompts.tokenizer_pool import MODULE
 from scheduler.service import SchedulerConfig, run_scheduler
-from scheduler.tokenizer_pool import MODULE
 from tests.bus import Bus
 from tests.conftest import MODEL
 from tests.models import CONFIGS, EOS, VOCAB, byte_tokenizer

@@ -23,7 +23,7 @@ from protocol.messages import Frame, Job, Row, decode_frames, encode, new_rid
 from protocol.preloaded import Preloaded
 from protocol.records import TenantLimits
 from protocol.sampling import SamplingParams
-from scheduler.tokenizer_pool import SHORT
+from scheduler.prompts.tokenizer_pool import SHORT
 from tests.bus import Bus
 from tests.conftest import leaked_keys
 from tests.models import BOS, byte_tokenizer

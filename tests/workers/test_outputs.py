@@ -14,7 +14,7 @@ from protocol.formats.families import REASONING, TOOLS
 from protocol.formats.spec import FormatSpec
 from protocol.messages import Frame, NewSequence, Plan, Terminal, decode_frames, pack_ids, unpack_ids
 from protocol.sampling import Content, SamplingParams
-from protocol.structure import Structure
+from protocol.structures.structure import Structure
 from workers.engines.base import Sampled
 from workers.engines.simulated import EOS, byte_vocabulary
 from workers.outputs import Batch, Outputs, StopStrings

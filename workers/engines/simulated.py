@@ -18,7 +18,6 @@ import msgspec
 import numpy as np
 
 from protocol.errors import StartError, StructureNotSupported
-from protocol.grammar import Grammars, TokenVocabulary
 from protocol.messages import (
     ID_BYTES,
     Capacity,
@@ -31,6 +30,7 @@ from protocol.messages import (
     unpack_ids,
     unpack_seats,
 )
+from protocol.structures.grammar import Grammars, TokenVocabulary
 from workers.detokenizer import Vocabulary
 from workers.engines.base import Progress, Sampled
 from workers.engines.checks import NON_FINITE

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from protocol.errors import ModelRefused, StartError, StructureNotSupported
-from protocol.grammar import Grammars
 from protocol.messages import Capacity, Plan, PoolCapacity
+from protocol.structures.grammar import Grammars
 from workers.engines.base import Progress
 from workers.masks import Masks
 from workers.torch_engine import loader, verify
@@ -26,8 +26,7 @@ from workers.torch_engine.backend import Backend
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.kv_pool import blocks_within
 from workers.torch_engine.memory import default_threads, kv_budget
-from workers.torch_engine.sampler import Sampler
-from workers.torch_engine.step_output import StepClock, TorchStepOutput
+from workers.torch_engine.sampler import Sampler, StepClock, TorchStepOutput
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from array import array
 import msgspec
 
 from protocol.messages import unpack_ids
-from protocol.structure import Structure
+from protocol.structures.structure import Structure
 from scheduler.core.events import (
     Cancel,
     ChoiceState,

@@ -15,7 +15,7 @@ from gateway.openai import bodies
 from protocol.chat import normal_messages
 from protocol.jobs import decode_job
 from protocol.messages import ModelCard, encode
-from scheduler.tokenization import Prompts
+from scheduler.prompts.tokenization import Prompts
 from tests import chat_templates
 from tests.models import EOS, IM_END, VOCAB, byte_tokenizer
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
 from protocol.errors import SpecialTokensRefused
-from scheduler.content_marks import Marks
-from scheduler.prompt_guard import PromptGuard
-from scheduler.special_tokens import ControlTokens, Found, prefix_tree
-from scheduler.template_source import TemplateSource
-from scheduler.twin_tokenizer import TwinFailed, TwinTokenizer
+from scheduler.prompts.content_marks import Marks
+from scheduler.prompts.prompt_guard import PromptGuard
+from scheduler.prompts.special_tokens import ControlTokens, Found, prefix_tree
+from scheduler.prompts.template_source import TemplateSource
+from scheduler.prompts.twin_tokenizer import TwinFailed, TwinTokenizer
 from tests.models import byte_tokenizer
 
 CHATML = (
@@ -243,7 +243,7 @@ def test_marks_are_absent_from_the_request_in_every_written_form(monkeypatch: py
     tokens = guard(CHATML).tokens
     for form in (taken, repr(taken)[1:-1], json.dumps(taken), json.dumps(json.dumps(taken)), quote(taken), "F0007"):
         drawn = iter([7, 8, 8, 9, 10])
-        monkeypatch.setattr("scheduler.content_marks.secrets.randbelow", lambda _, drawn=drawn: next(drawn))
+        monkeypatch.setattr("scheduler.prompts.content_marks.secrets.randbelow", lambda _, drawn=drawn: next(drawn))
         put = Marks(tokens, f"x {form} y").put("<|im_end|> <", False, True)
         assert set(put) - set("<|im_end|> <") == {chr(0xF0000 + n) for n in (8, 9, 10)}
 

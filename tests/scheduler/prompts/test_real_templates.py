@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from scheduler.prompt_guard import TURNS, PromptGuard
-from scheduler.template_source import TemplateSource
+from scheduler.prompts.prompt_guard import TURNS, PromptGuard
+from scheduler.prompts.template_source import TemplateSource
 from tests import chat_templates
 from tests.scheduler.prompts.chats import GO, ORDINARY, PLACES, Chat
 from tests.scheduler.prompts.tokenizers import KINDS, Tokenizers

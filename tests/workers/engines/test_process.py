@@ -16,7 +16,7 @@ import pytest
 from protocol.errors import EngineFailed, ModelRefused, StartError
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
-from protocol.structure import Structure
+from protocol.structures.structure import Structure
 from tests.conftest import MODEL
 from tests.models import tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence

@@ -9,7 +9,7 @@ import pytest
 
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
-from protocol.structure import Structure
+from protocol.structures.structure import Structure
 from workers.engines.simulated import EOS, SimulatedConfig, SimulatedEngine
 
 

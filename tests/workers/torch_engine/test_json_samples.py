@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from transformers import AutoTokenizer
 
 from protocol.sampling import SamplingParams
-from protocol.structure import Structure
+from protocol.structures.structure import Structure
 from tests.models import tiny_model
 from tests.protocol.json_schemas import schemas
 from tests.workers.core_driver import CoreDriver

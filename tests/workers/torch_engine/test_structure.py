@@ -11,10 +11,10 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
-from protocol.grammar import MaskRow
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
-from protocol.structure import Structure
+from protocol.structures.grammar import MaskRow
+from protocol.structures.structure import Structure
 from tests.models import EOS, tiny_model
 from tests.workers.core_driver import CoreDriver
 from tests.workers.plan_maker import Sequence

@@ -1,6 +1,6 @@
 """JSON schemas as far as they can be kept by a grammar: a fixed list of keywords that cannot, named with their path.
 
-A schema is compiled to a grammar that admits what it allows (protocol/grammar.py). What would need the whole value
+A schema is compiled to a grammar that admits what it allows (grammar.py). What would need the whole value
 before it can be judged (`not`, `uniqueItems`, `if`, ...) is refused here, without the library, so that the answer is
 the same at every door. Such a keyword with a value that says nothing (``uniqueItems: false``) is left out instead.
 """

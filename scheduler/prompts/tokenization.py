@@ -27,14 +27,14 @@ from protocol.errors import (
     StructureNotSupported,
 )
 from protocol.formats.rules import sampling_of
-from protocol.grammar import Grammars
 from protocol.jobs import check_job
 from protocol.messages import Job, ModelCard
-from scheduler.chat_format import AUTO, ChatFormat, Tokens, find_format
-from scheduler.generation_config import read as read_generation_config
-from scheduler.prompt_guard import NO_BACKEND, PromptGuard
-from scheduler.template_source import TemplateSource
-from scheduler.twin_tokenizer import TwinFailed
+from protocol.structures.grammar import Grammars
+from scheduler.prompts.chat_format import AUTO, ChatFormat, Tokens, find_format
+from scheduler.prompts.generation_config import read as read_generation_config
+from scheduler.prompts.prompt_guard import NO_BACKEND, PromptGuard
+from scheduler.prompts.template_source import TemplateSource
+from scheduler.prompts.twin_tokenizer import TwinFailed
 
 log = logging.getLogger("headrace.scheduler")
 

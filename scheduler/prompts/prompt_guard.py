@@ -17,10 +17,10 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from scheduler.content_marks import Arguments, Marks, Messages, Reading, refusal, walk
-from scheduler.special_tokens import ControlTokens, encode
-from scheduler.template_source import TemplateSource
-from scheduler.twin_tokenizer import TwinFailed, TwinTokenizer
+from scheduler.prompts.content_marks import Arguments, Marks, Messages, Reading, refusal, walk
+from scheduler.prompts.special_tokens import ControlTokens, encode
+from scheduler.prompts.template_source import TemplateSource
+from scheduler.prompts.twin_tokenizer import TwinFailed, TwinTokenizer
 
 Render = Callable[[Messages, Arguments], str]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from protocol.errors import InvalidRequest
-from protocol.json_schema import check_schema, library_options, served_schema
+from protocol.structures.json_schema import check_schema, library_options, served_schema
 
 MAX_TAGS = 128
 MAX_TAG_NESTING = 16

@@ -17,7 +17,7 @@ from protocol.errors import InvalidRequest, StartError
 from protocol.formats import families
 from protocol.formats.prompted import Message, write_tools
 from protocol.formats.spec import FormatSpec, marker_texts, with_controls
-from scheduler.template_format import (
+from scheduler.prompts.template_format import (
     KEY,
     NAME,
     TOOLS,

@@ -1,7 +1,7 @@
 """Control tokens: which they are, and where a text that a request gives could be read as one.
 
 A tokenizer looks for its added tokens in any text, so `<|im_end|>` in a message would end the message's turn. The
-scan below is what an ordinary request costs: no hit, and nothing else is done (scheduler/prompt_guard.py).
+scan below is what an ordinary request costs: no hit, and nothing else is done (scheduler/prompts/prompt_guard.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from scheduler.template_source import TemplateSource
+from scheduler.prompts.template_source import TemplateSource
 
 Tokenizer = Any  # tokenizers.Tokenizer
 SPACE_MARK = "\u2581"  # what SentencePiece puts in a space's place

@@ -17,7 +17,7 @@ from protocol.errors import ContextLengthExceeded, EngineFailed, HeadraceError, 
 from protocol.messages import Job, encode, unpack_ids
 from protocol.preloaded import Preloaded
 from protocol.sampling import SamplingParams
-from scheduler.tokenizer_pool import LONG_BOUNDS, MODULE, SHORT, SHORT_BOUNDS, TokenizerPool
+from scheduler.prompts.tokenizer_pool import LONG_BOUNDS, MODULE, SHORT, SHORT_BOUNDS, TokenizerPool
 from tests.models import VOCAB
 
 PATIENCE_S = 60.0

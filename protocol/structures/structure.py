@@ -2,7 +2,7 @@
 
 It travels with the sampling parameters, so that whoever runs a sequence can rebuild the state of its grammar from
 the journaled ids alone. Everything that can be judged without a tokenizer is judged by ``check``; the rest where
-the prompt is tokenized (protocol/grammar.py), before the request is admitted.
+the prompt is tokenized (protocol/structures/grammar.py), before the request is admitted.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from protocol.errors import InvalidRequest
-from protocol.json_schema import check_schema, served_schema
-from protocol.structural_tag import check_tag
+from protocol.structures.json_schema import check_schema, served_schema
+from protocol.structures.structural_tag import check_tag
 
 MAX_GRAMMAR_BYTES = 64 << 10
 MAX_CHOICE_STRINGS = 1024

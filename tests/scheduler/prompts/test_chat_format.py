@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from protocol.errors import InvalidRequest, StartError
 from protocol.formats.families import named
 from protocol.formats.spec import FormatSpec, with_controls
-from scheduler.chat_format import ChatFormat, Tokens, find_format
-from scheduler.template_format import KEY, KEY_B, NAME, OTHER, Turns, call, schema
+from scheduler.prompts.chat_format import ChatFormat, Tokens, find_format
+from scheduler.prompts.template_format import KEY, KEY_B, NAME, OTHER, Turns, call, schema
 from tests.chat_templates import names, read
 from tests.protocol.test_formats import Reading, frames
 

@@ -15,8 +15,8 @@ from protocol.errors import EngineFailed, InvalidRequest, RequestError, ServiceE
 from protocol.jobs import decode_job, given_sampling
 from protocol.messages import Job, encode, pack_ids
 from protocol.preloaded import LAST, Answer, Message, Tell, run
-from scheduler.length_bound import longest_token
-from scheduler.tokenization import Prompts, hide_torch
+from scheduler.prompts.length_bound import longest_token
+from scheduler.prompts.tokenization import Prompts, hide_torch
 
 log = logging.getLogger("headrace.scheduler")
 

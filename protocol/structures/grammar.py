@@ -23,9 +23,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from protocol.errors import StructureNotSupported
-from protocol.json_schema import Path, cannot_serve, library_options, served_schema, subschemas
-from protocol.structural_tag import tag_grammar
-from protocol.structure import Structure
+from protocol.structures.json_schema import Path, cannot_serve, library_options, served_schema, subschemas
+from protocol.structures.structural_tag import tag_grammar
+from protocol.structures.structure import Structure
 
 LIMITS = LLParserLimits(
     max_items_in_row=2000,

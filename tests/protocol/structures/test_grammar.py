@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from protocol.errors import StructureNotSupported
-from protocol.grammar import MAX_COMPILED, Grammars, MaskRow, Matcher, TokenVocabulary
-from protocol.structure import Structure
+from protocol.structures.grammar import MAX_COMPILED, Grammars, MaskRow, Matcher, TokenVocabulary
+from protocol.structures.structure import Structure
 
 END, OTHER_END, THINK, VOCAB, PADDED = 256, 257, 258, 259, 264
 TOKENS = [bytes([i]) for i in range(256)] + [b"<|end|>", b"<|stop|>", b"</think>"]

@@ -9,10 +9,10 @@ import pytest
 
 from protocol.errors import InvalidRequest, StructureNotSupported, http_status
 from protocol.jobs import decode_job
-from protocol.json_schema import REFUSED, check_schema, served_schema
 from protocol.messages import Job, encode
 from protocol.sampling import SamplingParams
-from protocol.structure import MAX_GRAMMAR_BYTES, Structure
+from protocol.structures.json_schema import REFUSED, check_schema, served_schema
+from protocol.structures.structure import MAX_GRAMMAR_BYTES, Structure
 
 TAG = {"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"}
 

@@ -27,7 +27,7 @@ log = logging.getLogger("headrace.scheduler")
 
 SpecialTokensInContent = Literal["guard", "allow"]
 
-MODULE = "scheduler.tokenizer_process"
+MODULE = "scheduler.prompts.tokenizer_process"
 SHORT = 16 << 10  # bytes of a job that is short: some 10 ms of tokenizing
 RELOAD_S = 1.0  # between two tries to bring a lost process back
 

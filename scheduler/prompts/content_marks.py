@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from protocol.errors import SpecialTokensRefused
-from scheduler.special_tokens import ControlTokens
-from scheduler.template_source import PROTOCOL_WORDS
+from scheduler.prompts.special_tokens import ControlTokens
+from scheduler.prompts.template_source import PROTOCOL_WORDS
 
 Leaf = Callable[[str, bool], str]
 Messages = list[dict[str, Any]]

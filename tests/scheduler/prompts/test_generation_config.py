@@ -12,8 +12,8 @@ import pytest
 from gateway.openai import bodies
 from protocol.jobs import decode_job, given_sampling
 from protocol.messages import Job
-from scheduler.generation_config import read
-from scheduler.tokenization import Prompts
+from scheduler.prompts.generation_config import read
+from scheduler.prompts.tokenization import Prompts
 
 STATED = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
 DEFAULTS = {name: STATED[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty")}

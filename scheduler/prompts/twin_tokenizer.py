@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from scheduler.special_tokens import ControlTokens, encode, encode_all
+from scheduler.prompts.special_tokens import ControlTokens, encode, encode_all
 
 NONCE = 6  # private-use characters (about 94 bits), or four times as many letters
 FIRST, SIZE = 0xF1000, 0xE000  # private-use characters of the nonce; those of the numbers lie below

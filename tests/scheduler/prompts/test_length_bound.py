@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from scheduler.length_bound import NFC_SHRINKS, longest_token
+from scheduler.prompts.length_bound import NFC_SHRINKS, longest_token
 
 LETTERS = list(pre_tokenizers.ByteLevel.alphabet())
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
