@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
@@ -25,6 +23,7 @@ from protocol.errors import Expired, InvalidRequest, NotFound
 from protocol.keys import NAME
 from protocol.messages import ID_BYTES, Job, ModelCard
 from protocol.records import RequestRecord
+from protocol.version import release
 
 MAX_GRACE_S = 86400.0
 MAX_DETOKENIZE = 1 << 17  # ids in one request
@@ -96,7 +95,7 @@ class Api:
         routes.add("GET", "/docs", self.docs)
         if metrics:
             routes.add("GET", "/metrics", self.metrics)
-        self.documents = Documents(routes, BODIES, _version())
+        self.documents = Documents(routes, BODIES, release())
         return routes
 
     # -------------------------------------------------------------- generating
@@ -244,7 +243,7 @@ class Api:
         return json_answer(body, 200 if ready else 503)
 
     async def version(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
-        return json_answer({"version": _version()})
+        return json_answer({"version": release()})
 
     async def openapi(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
         """This API as OpenAPI 3.1."""
@@ -326,13 +325,5 @@ def _idempotency_key(request: web.BaseRequest) -> str | None:
 
 def _system_fingerprint(card: ModelCard) -> str:
     """Changes where the same request may give other tokens: with the version or the model."""
-    told = f"{_version()} {card.model} {card.vocab_size} {card.max_model_len}"
+    told = f"{release()} {card.model} {card.vocab_size} {card.max_model_len}"
     return "fp_" + hashlib.blake2b(told.encode(), digest_size=5).hexdigest()
-
-
-@functools.cache
-def _version() -> str:
-    try:
-        return version("headrace")
-    except PackageNotFoundError:
-        return "unknown"

@@ -20,6 +20,7 @@ from aiohttp.http_exceptions import LineTooLong
 from gateway.auth import Caller
 from gateway.headers import tell
 from gateway.lenient import mended
+from gateway.metrics import ERRORS
 from protocol.errors import HeadraceError, InvalidRequest, NotFound, RequestError, ServiceError, TooLarge
 
 log = logging.getLogger("headrace.gateway")
@@ -66,7 +67,10 @@ def error_body(error: HeadraceError) -> dict[str, Any]:
 
 
 def error_answer(error: HeadraceError, headers: dict[str, str] | None = None) -> web.Response:
-    status = error.status if isinstance(error, RequestError | ServiceError) else 500
+    status, code = 500, "internal_error"
+    if isinstance(error, RequestError | ServiceError):
+        status, code = error.status, error.wire_code
+    ERRORS.labels(str(status), code).inc()
     headers = dict(headers or {})
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = ", ".join(error.allowed)

@@ -8,9 +8,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector as MetricSource
+
+from protocol.version import release
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -18,7 +28,7 @@ PlatformCollector(registry=REGISTRY)
 
 CONTENT_TYPE = "text/plain; version=0.0.4"
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
@@ -61,7 +71,25 @@ E2E = Histogram("headrace_e2e_request_latency_seconds", "From the request to its
 PROMPT_TOKENS = Counter("headrace_gateway_prompt_tokens", "Prompt tokens answered.", ["model"], registry=REGISTRY)
 OUTPUT_TOKENS = Counter("headrace_gateway_generation_tokens", "Tokens sent.", ["model"], registry=REGISTRY)
 RESYNCS = Counter("headrace_stream_resyncs", "Journals read since a publication was missed.", registry=REGISTRY)
+ERRORS = Counter(
+    "headrace_gateway_errors", "Error answers of any route, by HTTP status and error code.", ["status", "code"],
+    registry=REGISTRY,
+)  # fmt: skip
+READY_WORKERS = Gauge("headrace_ready_workers", "Workers that serve now, as seen here.", ["model"], registry=REGISTRY)
+Info("headrace_build", "The release that runs.", registry=REGISTRY).info({"version": release(), "role": "gateway"})
 DROPPED = Counter("headrace_readers_dropped", "Readers that stalled for too long.", registry=REGISTRY)
+
+
+def seen(model: str, workers: int) -> None:
+    """A served model and its workers. Its series of active requests begins at 0 here, not at the first request: what
+    scales by it needs a value before there is load."""
+    ACTIVE.labels(model)
+    READY_WORKERS.labels(model).set(workers)
+
+
+def gone(model: str) -> None:
+    """A model that is no longer served has no number of workers that an alarm could read as 0."""
+    READY_WORKERS.remove(model)
 
 
 def exposition() -> bytes:

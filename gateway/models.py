@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.metrics import gone, seen
 from gateway.streams import Outlet
 from gateway.tokenizer import TokenizerProcess
 from protocol.bus import GatewayBus
@@ -81,10 +82,12 @@ class Model:
             workers = await self.bus.list_workers()
         except HeadraceError:
             self.workers = 0
+            seen(self.name, 0)
             return
         before = self._first_beats
         self._first_beats = {w.wid: before.get(w.wid, (w.gen, w.beat)) for w in workers}
         self.workers = sum(w.state == "serving" and self._first_beats[w.wid] != (w.gen, w.beat) for w in workers)
+        seen(self.name, self.workers)
         beat = (leader.epoch, leader.beat)
         if self._beat is not None and beat != self._beat:
             self._moved = time.monotonic()
@@ -226,6 +229,8 @@ class Models:
 
     async def _look_often(self) -> None:
         while True:
+            for name in self._open.keys() - self.cards.keys():
+                gone(name)
             for name in list(self.cards):
                 try:
                     await (await self.get(name)).look()

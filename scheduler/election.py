@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from protocol.bus import LeaderBus
 
@@ -73,8 +74,13 @@ class ServerClock:
         return int((time.monotonic() - self._offset) * 1000)
 
 
-async def stand_by(bus: LeaderBus, owner: str, timing: Timing, looked: Callable[[], None]) -> int:
-    """Wait until this process leads; returns the new epoch. ``looked`` is called at every read.
+class Lead(NamedTuple):
+    epoch: int
+    taken_over: bool  # from a leader that had gone silent; False: nobody led, or the lead was handed over
+
+
+async def stand_by(bus: LeaderBus, owner: str, timing: Timing, looked: Callable[[], None]) -> Lead:
+    """Wait until this process leads; returns the new lead. ``looked`` is called at every read.
 
     A lead that nobody ever had, or that was released, is taken at once.
     """
@@ -87,7 +93,7 @@ async def stand_by(bus: LeaderBus, owner: str, timing: Timing, looked: Callable[
         if not seen.owner or watch.seen((seen.epoch, seen.beat), started, ended):
             epoch = await bus.lead(owner, seen)
             if epoch is not None:
-                return epoch
+                return Lead(epoch, taken_over=bool(seen.owner))
             log.info("another scheduler took the lead first")
             watch = Watch(timing)
         await asyncio.sleep(timing.pause_s)

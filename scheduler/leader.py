@@ -297,7 +297,9 @@ class Term:
             if depth != (depth := {**stats.depth(), "rate": rate.value}):
                 await self._bus.write_depth(self._epoch, depth)
             if ticks % TICKS_PER_SECOND == 0:
-                self._metrics.observe(stats, rate.value, await self._bus.inbox_length())
+                oldest = self.core.oldest_waiting()
+                waits = max(0.0, now - oldest) if oldest is not None else 0.0
+                self._metrics.observe(stats, rate.value, await self._bus.inbox_length(), waits)
                 if self._tokenizers.max_model_len != card:
                     card = self._tokenizers.max_model_len
                     await self._publish_card()

@@ -13,12 +13,23 @@ import time
 from collections.abc import Callable, Iterator
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    Metric,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from protocol.errors import SpecialTokensRefused, StartError
 from protocol.messages import Plan
+from protocol.version import release
 from scheduler.core.events import RequestDone
 from scheduler.core.lifecycle import Counters
 from scheduler.core.scheduler import Stats
@@ -30,7 +41,8 @@ STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-OLD_NAMES = {"admission_time_seconds": "ingest_time_seconds"}  # are served under both names until release 0.3
+# are served under both names until release 0.3
+OLD_NAMES = {"admission_time_seconds": "ingest_time_seconds", "iteration_tokens": "iteration_tokens_total"}
 
 
 class OldName(Collector):
@@ -54,12 +66,18 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._counted = Counters()  # the core's totals when last read
         self._model = model
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        build = Info("headrace_build", "The release that runs", registry=self.registry)
+        build.info({"version": release(), "role": "scheduler"})
+        self._workers: set[str] = set()  # that have series of their own
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         self.is_leader = gauge("is_leader", "1 while this scheduler leads")
         self.epoch = gauge("epoch", "Number of the term that this scheduler knows")
-        self.takeovers = counter("takeovers", "Times this scheduler took the lead")
+        self.takeovers = counter("takeovers", "Times this scheduler took the lead from one that was silent")
         self.running = gauge("num_requests_running", "Sequences that run on a worker")
         self.waiting = gauge("num_requests_waiting", "Requests that wait for a worker, wholly or in part")
+        self.oldest = gauge("oldest_waiting_seconds", "How long the oldest request waits for a worker; 0: none does")
         self.inbox = gauge("inbox_length", "Jobs not admitted yet: nothing but an alarm on this bounds direct pushes")
         self.rate = gauge("generation_tokens_per_second", "Output tokens per second, smoothed")
         self.preemptions = counter("num_preemptions", "Sequences whose blocks were taken away")
@@ -93,9 +111,11 @@ class Metrics:
             buckets=STEP_SECONDS, registry=self.registry,
         )  # fmt: skip
         self._step_tokens = Histogram(
-            "headrace_iteration_tokens_total", "Tokens scheduled in a step", ["model", "worker"],
+            "headrace_iteration_tokens", "Tokens scheduled in a step", ["model", "worker"],
             buckets=STEP_TOKENS, registry=self.registry,
         )  # fmt: skip
+
+        self._serve_old_name(self._step_tokens, "iteration_tokens")
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"headrace_{name}", text, ["model"], registry=self.registry).labels(model=self._model)
@@ -106,16 +126,24 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         whole = Histogram(f"headrace_{name}", text, ["model"], buckets=buckets, registry=self.registry)
         if name in OLD_NAMES:
-            self.registry.register(OldName(whole, f"headrace_{OLD_NAMES[name]}"))
+            self._serve_old_name(whole, name)
         return whole.labels(model=self._model)
 
-    def observe(self, stats: Stats, rate: float, inbox: int) -> None:
+    def _serve_old_name(self, whole: Histogram, name: str) -> None:
+        self.registry.register(OldName(whole, f"headrace_{OLD_NAMES[name]}"))
+
+    def observe(self, stats: Stats, rate: float, inbox: int, oldest_s: float) -> None:
         """Once a second: what the core counts, as gauges and as what was added to its running totals."""
         self.running.set(stats.running)
         self.waiting.set(stats.waiting)
         self.inbox.set(inbox)
+        self.oldest.set(oldest_s)
         self.rate.set(rate)
-        self._kv_usage.clear()  # workers that have gone
+        self._kv_usage.clear()
+        for wid in self._workers - stats.workers.keys():  # they have gone: series of their names would grow for ever
+            self._step_time.remove(self._model, wid)
+            self._step_tokens.remove(self._model, wid)
+            self._workers.discard(wid)
         for wid, worker in stats.workers.items():
             self._kv_usage.labels(self._model, wid).set(worker.blocks_used / worker.blocks_total)
         now, before = stats.counters, self._counted
@@ -126,14 +154,15 @@ class Metrics:
         self._counted = dataclasses.replace(now)
 
     def step(self, wid: str, exec_us: int) -> None:
+        self._workers.add(wid)
         self._step_time.labels(self._model, wid).observe(exec_us / 1e6)
 
     def planned(self, wid: str, plan: Plan) -> None:
-        tokens = plan.tokens
-        self._step_tokens.labels(self._model, wid).observe(tokens)
+        self._workers.add(wid)
+        self._step_tokens.labels(self._model, wid).observe(plan.tokens)
 
-    def leads(self, epoch: int) -> None:
-        self.takeovers.inc()
+    def leads(self, epoch: int, taken_over: bool) -> None:
+        self.takeovers.inc(taken_over)
         self.is_leader.set(1)
         self.epoch.set(epoch)
 

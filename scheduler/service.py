@@ -120,10 +120,10 @@ class _Life:
         self.health.state = "standby"
         note = self.health.alive("leadership")
         log.info("%s stands by for the lead of %s", self.owner, model)
-        epoch = await stand_by(self.bus, self.owner, timing, note)
+        epoch, taken_over = await stand_by(self.bus, self.owner, timing, note)
         log.info("%s leads %s in epoch %d", self.owner, model, epoch)
         self.health.state = "leading"
-        self.metrics.leads(epoch)
+        self.metrics.leads(epoch, taken_over)
         process = Process(
             self.bus, self.tokenizers, self.metrics, self.health, clock, timing, model,
             config.tenant_weights or {}, config.max_model_len, config.inter_token_target_ms / 1e3,

@@ -6,7 +6,19 @@ import logging
 from collections.abc import Callable
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+from protocol.version import release
 
 log = logging.getLogger("headrace.worker")
 
@@ -20,6 +32,10 @@ class Metrics:
 
     def __init__(self, model: str, worker: str) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        build = Info("headrace_build", "The release that runs", registry=self.registry)
+        build.info({"version": release(), "role": "worker"})
         labels = {"model": model, "worker": worker}
 
         def made(kind: type, name: str, text: str, **options: object):  # type: ignore[no-untyped-def]
@@ -27,9 +43,7 @@ class Metrics:
             return metric.labels(**labels)
 
         self.step = made(Histogram, "headrace_step_seconds", "Device time of a step", buckets=STEP_BUCKETS)
-        self.scheduled = made(
-            Histogram, "headrace_iteration_tokens_total", "Tokens computed in a step", buckets=TOKEN_BUCKETS
-        )
+        self.scheduled = made(Histogram, "headrace_step_tokens", "Tokens computed in a step", buckets=TOKEN_BUCKETS)
         self.tokens = made(Counter, "headrace_worker_tokens", "Output tokens made")
         self.idle = made(Counter, "headrace_device_idle_seconds", "Time that the device waited for a plan")
         self.commit = made(

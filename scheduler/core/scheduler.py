@@ -178,6 +178,10 @@ class Core:
             counters=self._lifecycle.counters,
         )
 
+    def oldest_waiting(self) -> float | None:
+        """When the request arrived that has waited longest; None if none waits."""
+        return self._queue.oldest()
+
     def check_integrity(self) -> None:
         """Assert every invariant that ties requests, queue, workers and blocks together. For tests and idle moments:
         milliseconds where pools are large, so what has not changed since is not checked again."""

@@ -121,6 +121,16 @@ class WaitingQueue:
                 return sequence
         return None
 
+    def oldest(self) -> float | None:
+        """When the request arrived that has waited longest. Looks at one entry for each tenant that waits."""
+        arrivals = []
+        for heap in (heap for heaps in self._heaps for heap in heaps.values()):
+            while heap and heap[0][2].entry != heap[0][1]:
+                heapq.heappop(heap)
+            if heap:
+                arrivals.append(heap[0][0])
+        return min(arrivals, default=None)
+
     def age(self, now: float) -> None:
         """Raise every sequence that has waited long enough in its level."""
         while self._due and self._due[0][0] <= now:

@@ -611,7 +611,7 @@ async def test_metrics_and_health(
             assert reply.status == 200
     label = f'{{model="{MODEL}",worker="w0"}}'
     assert f"headrace_worker_tokens_total{label} 3.0" in text
-    assert f"headrace_iteration_tokens_total_sum{label} 8.0" in text
+    assert f"headrace_step_tokens_sum{label} 8.0" in text
     assert f"headrace_step_seconds_count{label} 3.0" in text
     assert f'headrace_worker_path_info{{model="{MODEL}",path="simulated",worker="w0"}} 1.0' in text
     assert any("path of a pass: simulated" in record.getMessage() for record in caplog.records)
