@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from gateway.auth import KeyRing
+from gateway.metrics import REGISTRY
 from protocol.errors import StartError
 from tests.gateway.backend import MODEL, Backend
 from tests.gateway.front import eventually
@@ -232,12 +233,19 @@ async def test_no_prompt_token_or_key_is_logged(
     assert (line["prompt_tokens"], line["output_tokens"], line["finish_reasons"]) == (13, 5, ["stop"])
 
 
+UNKNOWN = {"status": "404", "code": "model_not_found"}
+
+
 async def test_metrics(open_gateway: Any, backend: Backend) -> None:
     front = await open_gateway()
     async with aiohttp.ClientSession() as session:
         await front.events("POST", "/v1/completions", json={**COMPLETION, "stream": True})
+        before = REGISTRY.get_sample_value("headrace_gateway_errors_total", UNKNOWN) or 0
         await front.post("/v1/completions", {**COMPLETION, "temperature": 9})
+        await front.post("/v1/completions", {**COMPLETION, "model": "unknown"})
+        assert REGISTRY.get_sample_value("headrace_gateway_errors_total", UNKNOWN) == before + 1
         await eventually(lambda: not front.gateway.answers.open)
+        await eventually(lambda: front.gateway.models.readiness()[MODEL]["workers"])
         async with session.get(front.url + "/metrics") as reply:
             assert reply.content_type == "text/plain"
             text = await reply.text()
@@ -248,6 +256,9 @@ async def test_metrics(open_gateway: Any, backend: Backend) -> None:
         f'headrace_time_to_first_token_seconds_bucket{{le="+Inf",model="{MODEL}"}}',
         f'headrace_inter_token_latency_seconds_sum{{model="{MODEL}"}}',
         f'headrace_e2e_request_latency_seconds_count{{model="{MODEL}"}}',
+        f'headrace_ready_workers{{model="{MODEL}"}} 1.0',
+        'headrace_gateway_errors_total{code="invalid_request",status="400"}',
+        'headrace_build_info{role="gateway",version="',
         "process_resident_memory_bytes",
     ):
         assert name in text, name

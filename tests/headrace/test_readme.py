@@ -18,6 +18,7 @@ from headrace.options import Unusable
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
+OURS = [name for name, one in COMPOSE["services"].items() if name != "redis" and "profiles" not in one]
 
 
 def test_the_table_of_options_is_the_programs_own() -> None:
@@ -66,7 +67,7 @@ def test_serving_installs_less_than_testing(tmp_path: Path, target: str, extra: 
     assert last.startswith("headrace serve --model some/model" if target == "serve" else "python -m pytest ")
 
 
-@pytest.mark.parametrize("name", [n for n in COMPOSE["services"] if n != "redis"])
+@pytest.mark.parametrize("name", OURS)
 def test_compose_uses_options_that_exist(name: str) -> None:
     service = COMPOSE["services"][name]
     known = {o.env for o in OPTIONS}
@@ -83,7 +84,7 @@ def test_compose_uses_options_that_exist(name: str) -> None:
 
 
 def test_compose_has_the_roles_and_a_durable_server() -> None:
-    roles = [s["command"].split()[0] for n, s in COMPOSE["services"].items() if n != "redis"]
+    roles = [COMPOSE["services"][name]["command"].split()[0] for name in OURS]
     assert sorted(roles) == ["gateway", "gateway", "scheduler", "scheduler", "worker"]
     server = COMPOSE["services"]["redis"]
     for setting in ("--appendonly yes", "--appendfsync always", "--maxmemory-policy noeviction"):

@@ -148,3 +148,17 @@ def test_order_holds_for_ten_thousand_in_any_order():
         line.queue.remove(sequence)
         gone.add(sequence.request.rid)
     assert line.names() == [str(at) for at in range(10000) if str(at) not in gone]
+
+
+def test_the_oldest_is_found_over_tenants_classes_and_aged_entries():
+    line = Line(aging_s=10.0)
+    assert line.queue.oldest() is None
+    old = line.add("old", "batch", tenant="a", arrived=1.0)
+    line.add("young", "interactive", tenant="b", arrived=5.0)
+    assert line.queue.oldest() == 1.0
+    line.queue.age(25.0)  # leaves stale entries in the levels below
+    assert line.queue.oldest() == 1.0
+    line.queue.remove(old)
+    assert line.queue.oldest() == 5.0
+    assert line.names() == ["young"]
+    assert line.queue.oldest() is None
