@@ -19,7 +19,7 @@ from pathlib import Path
 
 from protocol.scripts import INCLUDES
 from tests.stack import Stack
-from tests.structure import ROOT
+from tests.structure import PACKAGES, ROOT
 
 MOST_FILES = 14
 # entered on the way, and yet no token passes them: metrics count, checks.py says which rows have none, and spoiled.py
@@ -38,7 +38,7 @@ STAGES = [
 # Put in front of every process of the stack: it profiles while the file `on` exists, and writes what it saw at its end.
 SITE = """
 import atexit, os, sys, threading, time
-ROOT, FOLDER, STAGES = {root!r}, {folder!r}, {stages!r}
+ROOT, FOLDER, STAGES, PACKAGES = {root!r}, {folder!r}, {stages!r}, {packages!r}
 seen = {{}}
 
 def profile(frame, event, arg):
@@ -48,6 +48,8 @@ def profile(frame, event, arg):
     if not name.startswith(ROOT):
         return
     own = name[len(ROOT) + 1:]
+    if own.partition("/")[0] not in PACKAGES:
+        return
     up, depth = frame, 0
     while up is not None and depth < 40:
         place = up.f_code.co_filename
@@ -83,7 +85,9 @@ def trace(folder: Path, model: str) -> dict[str, set[str]]:
     site.mkdir()
     found.mkdir()
     stages = {(file, function) for file, function in STAGES}
-    (site / "sitecustomize.py").write_text(SITE.format(root=str(ROOT), folder=str(found), stages=stages))
+    (site / "sitecustomize.py").write_text(
+        SITE.format(root=str(ROOT), folder=str(found), stages=stages, packages=PACKAGES)
+    )
     path = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
     with Stack(folder / "stack", "--model", model, env={"PYTHONPATH": path}) as stack:
         _stream(stack.url, found)

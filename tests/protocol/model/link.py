@@ -60,7 +60,7 @@ def load_scripts(mutation: str | None) -> dict[str, scripts.Script]:
     loaded = scripts.load()
     for name, script in loaded.items():
         source = script.source.decode()
-        if name == part or scripts.INCLUDES.get(name) == part:
+        if name == part or part in scripts.INCLUDES.get(name, ()):
             if text not in source:
                 raise AssertionError(f"mutation {mutation} does not find its text")
             loaded[name] = scripts.from_source(name, source.replace(text, replacement))

@@ -19,13 +19,15 @@ BLOCK = 8
 TIE = 1e-4  # a first difference is a tie where the reference's two best logits lie this close
 
 
-def make_engine(path: Path, max_model_len: int | None = None, blocks: int = 96, **more: Any) -> TorchEngine:
+def make_engine(
+    path: Path, max_model_len: int | None = None, blocks: int = 96, max_num_seqs: int = 32, **more: Any
+) -> TorchEngine:
     engine = make.make_engine(
         EngineConfig(
             model=str(path),
             device="cpu",
             max_model_len=max_model_len or 8 * blocks // 2,
-            max_num_seqs=32,
+            max_num_seqs=max_num_seqs,
             max_num_batched_tokens=64,
             kv_cache_memory=64 << 20,
             block_size=BLOCK,

@@ -142,7 +142,7 @@ def test_logits_do_not_depend_on_the_batch(tmp_path_factory, name):
 def test_threads_that_lose_their_cores_change_nothing(tmp_path_factory, name, count):
     """More threads than cores: again and again one stands in the middle of a piece, another makes it too, and the first
     comes back when all others are further on."""
-    engine = make_engine(tiny_model(tmp_path_factory, name))
+    engine = make_engine(tiny_model(tmp_path_factory, name), max_num_seqs=max(32, count))
     engine.backend.make_pool((count + 1) * (verify.LENGTH + BLOCK), 64)
     texts = [torch.randint(5, 200, (verify.LENGTH,), generator=torch.Generator().manual_seed(i)) for i in range(count)]
     alone = verify.paged_logits(engine.backend, texts)
