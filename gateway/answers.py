@@ -1,4 +1,7 @@
-"""One request from accept to its last byte: submit, follow, answer, and cancel when its client disconnects."""
+"""One request from accept to its last byte: submit, follow, answer, and cancel when its client disconnects.
+
+A little over 400 lines: one class, whose methods are the stations of a request's life in their order.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 Structs between our own services are arrays: they grow only at their end, and readers ignore extras.
 What producers write or read (Job, Terminal) are maps, so that they can be written by hand.
 Token ids and block ids travel as little-endian int32 bytes (``pack_ids`` / ``unpack_ids``).
+
+A little over 400 lines: it is the table of what is on the wire, and holds no algorithm but the packing.
 """
 
 from __future__ import annotations

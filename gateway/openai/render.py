@@ -4,8 +4,10 @@ One event per frame; several, or none, of a frame whose answer is parsed (parsed
 each choice's journal has been shown, with a check of the bytes before: ``c0.c1...-CHECK`` (byte cursors of the choices
 opened so far, then eight hex digits), ``.CHOICE.EVENTS`` where more events of a frame follow, and a last letter ``u``
 after the usage chunk or ``d`` after [DONE]. Ids are written for readers that ask for them: some clients take an event
-apart by its first line. A stream is a function of the request's record and its journals, so any
-gateway that replays the journals up to an id continues with the same bytes.
+apart by its first line. A stream is a function of the request's record and its journals, so any gateway that replays
+the journals up to an id continues with the same bytes.
+
+A little over 400 lines: chunks and whole answers show the same things, and stay alike where they stand together.
 """
 
 from __future__ import annotations

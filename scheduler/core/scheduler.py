@@ -350,7 +350,7 @@ class Core:
         done = []
         while worker.in_flight and worker.in_flight[0].step <= event.step:
             done.append(worker.in_flight.popleft())
-        self._learn_pace(worker, done, event)
+        self._learn_step_time(worker, done, event)
         worker.hinted = event.step
         worker.last_hint = self._lifecycle.now
         for batch in done:
@@ -422,7 +422,7 @@ class Core:
                 sequence.cleared = sequence.request.attempts
                 worker.quarantined = None
 
-    def _learn_pace(self, worker: WorkerState, done: list[InFlightBatch], event: events.StepDone) -> None:
+    def _learn_step_time(self, worker: WorkerState, done: list[InFlightBatch], event: events.StepDone) -> None:
         step_time = worker.step_time
         expected = sum(batch.expected_s for batch in done)
         exec_s, idle_s = event.exec_us / 1e6, event.idle_us / 1e6
