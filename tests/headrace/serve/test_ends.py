@@ -102,7 +102,7 @@ def test_under_make_and_through_a_pipe_nothing_is_left(tmp_path: Path, way: str)
         os.write(terminal, b"\x03")
     else:
         (make,) = [
-            int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal() and is_make(entry, line)
+            int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal() and is_make(entry, makefile)
         ]
         os.kill(make, signal.SIGKILL)
     try:
@@ -113,12 +113,13 @@ def test_under_make_and_through_a_pipe_nothing_is_left(tmp_path: Path, way: str)
         os.waitpid(pid, 0)
 
 
-def is_make(entry: Path, line: str) -> bool:
+def is_make(entry: Path, makefile: Path) -> bool:
+    """Whether this process is the make that was given this file: the one that runs these tests was given another."""
     try:
         words = (entry / "cmdline").read_bytes().decode().split("\0")
     except OSError:
         return False
-    return words[0].rpartition("/")[2] == "make" and words[2] in line
+    return words[0].rpartition("/")[2] == "make" and str(makefile) in words
 
 
 def test_a_reader_that_goes_away_only_ends_the_output() -> None:

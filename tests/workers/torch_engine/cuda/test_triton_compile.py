@@ -52,7 +52,7 @@ def attend(capability, kind, itemsize, rows, group, key, value, window=0, softca
 
 
 def small(capability, kind):
-    types = {name: "*" + kind for name in "x delta total weight out gate up query key value turned".split()}
+    types = {name: "*" + kind for name in "x delta total weight out gate up query key value rotated".split()}
     types |= {name: "*" + kind for name in "keys values cos sin".split()} | {"slots": "*i64", "eps": "fp32"}
     for add in (False, True):
         sizes = dict(SIZE=576, SIZE_P2=1024, ADD=add)
