@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import redis
 
+from headrace import default_model
+from headrace.model import cache_dir
 from headrace.serve.embedded import FAST, EmbeddedServer
 from protocol.keys import REGISTRY
 from tests.bus import Bus
@@ -19,6 +21,7 @@ from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
 __all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]  # hooks
 
 MODEL = "test/model"
+TRIES = 3  # a machine under load may be too slow for a registry's few seconds
 
 # Where there is no GPU, Triton's kernels are tested in its interpreter. That is settled when triton is first imported,
 # which any test that imports transformers does.
@@ -45,6 +48,18 @@ def redis_url(server: EmbeddedServer) -> str:
     return server.url
 
 
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """The directory of the real model that `headrace serve` takes by itself, from the cache that it keeps."""
+    why = ""
+    for _ in range(TRIES):
+        try:
+            return default_model.directory(cache_dir(None), lambda stage, fraction: None, print)
+        except default_model.NotFetched as error:
+            why = str(error)
+    pytest.fail(f"the small model cannot be had: {why}")
+
+
 @pytest.fixture
 def raw(redis_url: str) -> Iterator[redis.Redis]:
     """A plain synchronous client on an empty database: another implementation's view."""
@@ -66,7 +81,7 @@ async def bus(redis_url: str, raw: redis.Redis) -> AsyncIterator[Bus]:
 
 
 # keys that may stay for ever: the rest must be gone or carry a TTL once every request has ended
-PERMANENT = {"leader", "jobs", "events", "dead", "depth", "workers", "tokenizer"}
+PERMANENT = {"leader", "jobs", "events", "dead", "depth", "workers", "tokenizer", "tokenizer_info"}
 PERMANENT_PREFIXES = ("w:", "plans:")  # and sets of running requests are empty, so gone
 
 

@@ -18,12 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace import Client, default_model
-from headrace.model import cache_dir
 from headrace.serve.embedded import server_url
 from tests.stack import Stack
 
 ROOT = Path(__file__).parents[2]
-TRIES = 3  # a machine under load may be too slow for a registry's few seconds
 TOKENS = 32
 CHATS = [
     [{"role": "user", "content": question}]
@@ -55,18 +53,6 @@ CHATS = [
     [{"role": "user", "content": "Summarize: " + "The quick brown fox jumps over the lazy dog. " * 5}],
     [{"role": "user", "content": "🎉🎉 naïve café — ok?"}],
 ]
-
-
-@pytest.fixture(scope="session")
-def small_model() -> Path:
-    """Its directory, from the cache that `headrace serve` keeps."""
-    why = ""
-    for _ in range(TRIES):
-        try:
-            return default_model.directory(cache_dir(None), lambda stage, fraction: None, print)
-        except default_model.NotFetched as error:
-            why = str(error)
-    pytest.fail(f"the small model cannot be had: {why}")
 
 
 @pytest.fixture(scope="module")

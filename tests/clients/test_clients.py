@@ -1,0 +1,85 @@
+"""Client libraries as their users run them: unmodified, in environments of their own, against `headrace serve` and a
+real model. Each program of `programs/` (and `node/`) makes its checks; what it cannot do is a failure, never a skip.
+
+Those of IN_CI are part of `make test`; the rest takes minutes to install: `make clients`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace import default_model
+from tests.clients.environments import HERE, node_programs, python_of
+from tests.stack import Stack
+
+BASIC = ("chat", "stream", "tools", "structured")
+IN_CI = {"openai_python": BASIC, "langchain": BASIC, "pydantic_agent": BASIC, "litellm_sdk": BASIC}
+OTHERS: dict[str, tuple[str, ...]] = {
+    "llama_index_like": BASIC,
+    "instructor_modes": ("structured",),
+}
+NODE: dict[str, tuple[str, ...]] = {"openai_node": BASIC, "ai_sdk": BASIC}
+PATIENCE_S = 600
+
+pytestmark = pytest.mark.timeout(1800)  # the first test of a client installs it
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Stack]:
+    place = tmp_path_factory.mktemp("clients")
+    with Stack(place, "--max-model-len", "2048", "--kv-cache-memory", "256MiB", "--dtype", "float32") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def reports(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``reports(CLIENT)``: check -> error or None, of one run of its program."""
+
+    @cache
+    def report(client: str) -> dict[str, str | None]:
+        if client in NODE:
+            place = node_programs()
+            command = [str(shutil.which("node")), str(place / f"{client}.mjs")]
+        else:
+            command = [str(python_of(client)), str(HERE / "programs" / f"{client}.py")]
+        home = tmp_path_factory.mktemp(client)  # some clients keep logs and settings there
+        env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OPENAI_API_KEY")}
+        ended = subprocess.run(
+            [*command, stack.url + "/v1", default_model.NAME], capture_output=True, text=True, timeout=PATIENCE_S,
+            cwd=home, env={**env, "HOME": str(home), "NO_PROXY": "127.0.0.1"},
+        )  # fmt: skip
+        lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{"check"')]
+        assert lines, f"{client} ended with {ended.returncode} before its first check:\n{ended.stderr[-4000:]}"
+        return {line["check"]: line["error"] for line in lines}
+
+    return report
+
+
+def cases(clients: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    return [(client, check) for client, checks in clients.items() for check in checks]
+
+
+@pytest.mark.parametrize(("client", "check"), cases(IN_CI))
+def test_a_client_of_ci(reports: Any, client: str, check: str) -> None:
+    assert reports(client)[check] is None, reports(client)[check]
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize(("client", "check"), cases({**OTHERS, **NODE}))
+def test_a_client(reports: Any, client: str, check: str) -> None:
+    assert reports(client)[check] is None, reports(client)[check]
+
+
+def test_every_program_is_run() -> None:
+    programs = {path.stem for path in (HERE / "programs").glob("*.py")} - {"checks"}
+    assert programs == {*IN_CI, *OTHERS}
+    assert {path.stem for path in (HERE / "node").glob("*.mjs")} - {"checks"} == {*NODE}
