@@ -30,6 +30,7 @@ import redis.asyncio
 
 from headrace.serve.embedded import server_command
 from tests.bus import Bus
+from tests.chaos.flood import Flood, fold_spaces
 from tests.chaos.history import History, leftovers
 from tests.chaos.load import Load
 from tests.chaos.proxy import Proxy
@@ -39,6 +40,9 @@ from tests.stack import Stack, free_port
 MODEL = "chaos"
 JUDGED_WITHIN_S = 900.0  # after the last request
 RECOVERY_S = 8.0  # the promise: tokens flow again within this, plus the prefill
+FLOOD = "flood"
+# Nothing can stand in for the server, nor for the gateway at which a reader stays: their silence counts from the end.
+ALONE = ("restart redis", "freeze redis", "no disk for redis", "no memory for redis", "freeze gateway", "cut gateway")
 
 
 @dataclass
@@ -46,7 +50,15 @@ class Fault:
     kind: str
     at: float
     until: float
-    recovery: float = 0.0
+    recovery: float = 0.0  # the longest silence that it had a part in
+    single: float = 0.0  # the longest one in which it had no other fault beside it
+
+    def felt(self, end: float, gap: float) -> bool:
+        """Whether it may have had a part in a silence: that began while it lasted or while it was recovered from."""
+        return self.at <= end and end - gap <= self.until + RECOVERY_S
+
+    def silence(self, end: float, gap: float) -> float:
+        return min(gap, max(0.0, end - self.until)) if self.kind in ALONE else gap
 
 
 @dataclass
@@ -61,6 +73,7 @@ class Chaos:
     faults: list[Fault] = field(default_factory=list)
     history: History = field(default_factory=History)
     server: subprocess.Popen[bytes] | None = None
+    draining: list[asyncio.Task[None]] = field(default_factory=list)  # each waits for the end of a flood
 
     async def run(self, seconds: float, every: float, kinds: list[str] | None = None, *, rolling: bool = False) -> None:
         """Load for ``seconds``, a fault every ``every``, or one rolling restart; then rest, judge, and stop."""
@@ -83,6 +96,7 @@ class Chaos:
             await bus.connect()
             urls = [f"http://127.0.0.1:{self.stack.port + i}" for i in range(2)]
             self.load = Load(urls, MODEL, self.history, random.Random(self.seed + 1), bus, structured=self.structured)
+            self.flood = Flood(urls, MODEL, bus, self.history)
             loading = asyncio.create_task(self.load.run(streams=8, detached=2, wholes=2, producers=2))
             watching = asyncio.create_task(self._watch_epoch(bus))
             if rolling:
@@ -92,6 +106,8 @@ class Chaos:
             self.load.stop.set()
             await asyncio.wait_for(loading, 300)
             watching.cancel()
+            await asyncio.gather(*self.draining)
+            self.flood.judge()
             await self._rest(bus, direct)
             await self.history.judge(bus)
             self._measure()
@@ -112,6 +128,7 @@ class Chaos:
         path = self.folder / "model"
         path.mkdir(parents=True)
         save_tiny_model("llama", path)
+        fold_spaces(path)
         return path
 
     # -------------------------------------------------------------- the server
@@ -143,6 +160,7 @@ class Chaos:
         table["restart redis"] = self._restart_redis
         table["no memory for redis"] = self._starve_redis
         table["no disk for redis"] = self._fill_disk
+        table[FLOOD] = self._flood
         table["freeze redis"] = lambda: self._freeze(self.server.pid if self.server else 0)
         return table
 
@@ -165,6 +183,11 @@ class Chaos:
 
     async def _lose_reply(self, role: str) -> None:
         self.proxy.lose_reply(self._pid(role))
+
+    async def _flood(self) -> None:
+        """Texts of a megabyte for a while; what was pushed is refused in the time after, beside the next faults."""
+        await self.flood.run()
+        self.draining.append(asyncio.create_task(self.flood.drained(JUDGED_WITHIN_S / 2)))
 
     async def _restart_redis(self) -> None:
         assert self.server is not None
@@ -213,7 +236,11 @@ class Chaos:
             kind, at = deck.pop(), time.monotonic()
             with suppress(IndexError, ProcessLookupError):  # none of the role is up at this moment
                 await table[kind]()
-                self.faults.append(Fault(kind, at, time.monotonic()))
+                self.faults.append(fault := Fault(kind, at, time.monotonic()))
+                if kind == FLOOD:
+                    self.draining[-1].add_done_callback(
+                        lambda _, fault=fault: setattr(fault, "until", time.monotonic())
+                    )
                 print(f"{at - begun:7.1f} s  {kind:24} done {self.load.done}, resumed {self.load.resumed}", flush=True)
             await asyncio.sleep(every * self.rng.uniform(0.6, 1.4))
 
@@ -254,24 +281,41 @@ class Chaos:
             await client.aclose()
 
     def _measure(self) -> None:
-        """A fault's recovery: the longest silence of any stream that began while it lasted or ended soon after."""
-        for fault in self.faults:
-            inside = [gap for end, gap in self.load.gaps if fault.at <= end <= fault.until + 20]
-            fault.recovery = max(inside, default=0.0)
+        """Lay every silence at the door of the faults that may have had a part in it."""
+        self.together, self.flooded = 0.0, 0.0
+        for end, gap in self.load.gaps:
+            felt = [fault for fault in self.faults if fault.felt(end, gap)]
+            for fault in felt:
+                fault.recovery = max(fault.recovery, gap)
+            if any(fault.kind == FLOOD for fault in felt):
+                self.flooded = max(self.flooded, min(fault.silence(end, gap) for fault in felt))
+            elif len(felt) == 1:
+                felt[0].single = max(felt[0].single, felt[0].silence(end, gap))
+            elif felt:
+                self.together = max(self.together, min(fault.silence(end, gap) for fault in felt))
 
     def report(self) -> str:
         by_kind = defaultdict(list)
         for fault in self.faults:
-            by_kind[fault.kind].append(fault.recovery)
-        lines = [f"{'fault':26}{'times':>6}{'longest silence p50':>22}{'max':>8}"]
-        for kind, values in sorted(by_kind.items()):
-            lines.append(f"{kind:26}{len(values):6}{statistics.median(values):20.1f} s{max(values):6.1f} s")
+            by_kind[fault.kind].append(fault)
+        lines = [f"{'fault':26}{'times':>6}{'longest silence p50':>22}{'max':>8}{'alone':>10}"]
+        for kind, faults in sorted(by_kind.items()):
+            values, single = [fault.recovery for fault in faults], max(fault.single for fault in faults)
+            lines.append(
+                f"{kind:26}{len(values):6}{statistics.median(values):20.1f} s{max(values):6.1f} s{single:8.1f} s"
+            )
         tokens = sum(len(t) for view in self.history.views for t in view.tokens.values())
-        lines.append(
+        worst = max(self.faults, key=lambda fault: fault.single, default=None)
+        lines += [
+            f"longest silence of a single fault without the flood: {worst.single if worst else 0:.1f} s "
+            f"({worst.kind if worst else 'none'}; promised: {RECOVERY_S:.0f} s and the prefill); of several at once: "
+            f"{self.together:.1f} s; with the flood, alone or beside others: {self.flooded:.1f} s",
+            f"(of faults of which nothing stands in, {', '.join(ALONE)}: from their end on)",
+            f"flood: {dict(self.flood.answers)} over HTTP, {len(self.flood.pushed)} pushed",
             f"requests {len(self.history.accepted)}, tokens seen {tokens}, resumed {self.load.resumed} times, "
             f"structured {dict(self.history.structured)}, "
-            f"refused or failed attempts {dict(self.history.failures)}, violations {len(self.history.violations)}"
-        )
+            f"refused or failed attempts {dict(self.history.failures)}, violations {len(self.history.violations)}",
+        ]
         return "\n".join(lines + [f"VIOLATION {v}" for v in self.history.violations[:50]])
 
 

@@ -164,7 +164,8 @@ class Load:
     async def _read(self, reply: aiohttp.ClientResponse, view: FollowedView, breaks: bool) -> None:
         """Read events into ``view`` to [DONE]; with ``breaks``, leave after some of them."""
         patience = self.rng.randint(1, 40) if breaks else 1 << 30
-        event_id, last = "", time.monotonic()
+        event_id = ""
+        view.silent_since = view.silent_since or time.monotonic()  # the silence of a lost reader is one with its next
         async for line in reply.content:
             if line.startswith(b"id:"):
                 event_id = line[3:].strip().decode()
@@ -181,10 +182,11 @@ class Load:
             view.take(event)
             view.last_id = event_id
             now = time.monotonic()
-            self.gaps.append((now, now - last))
-            last = now
+            self.gaps.append((now, now - view.silent_since))
+            view.silent_since = now
             patience -= 1
             if patience == 0:
+                view.silent_since = 0.0  # left on purpose
                 raise StreamBroken
         raise StreamBroken
 
@@ -251,6 +253,7 @@ class Load:
 @dataclass
 class FollowedView(View):
     last_id: str = ""
+    silent_since: float = 0.0  # monotonic; 0: nobody listens
 
     def take(self, event: dict[str, Any]) -> None:
         if event.get("usage"):
