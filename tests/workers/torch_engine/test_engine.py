@@ -250,6 +250,34 @@ def test_logits_that_are_no_numbers_end_their_row_alone(tmp_path, monkeypatch, n
     assert [int(s.tokens[0]) for s in sampled] == alone
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("native", [True, False])
+def test_one_logit_that_is_no_number_ends_its_row_alone(tmp_path, monkeypatch, native, temperature):
+    """Comparisons pass over it: it is neither the largest nor the drawn one. Two directions that nothing but the
+    embedding of 250 writes overflow, with opposite signs, in one row of the head."""
+    model = build(CONFIGS["llama"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, :2] = 0
+        model.get_input_embeddings().weight[250, :2] = 1e6
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[:2] = layer.mlp.down_proj.weight[:2] = 0
+        model.model.norm.weight[:2] = 1000
+        model.lm_head.weight[77, :2] = torch.tensor([1e36, -1e36])
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    if not native:
+        monkeypatch.setattr(make, "load_kernels", raise_unavailable)
+    engine = make_engine(tmp_path)
+    assert (getattr(engine.backend, "whole_pass", None) is not None) == native
+    alone = [int(engine.execute(p).wait().tokens[0]) for p in (beside(), plan((9, 1, 1)))]
+    engine.reset()
+    bad = sequence(ids=[1, 2, 250], blocks=[0], temperature=temperature)
+    sampled = [engine.execute(step).wait() for step in (beside((0, 3, 1), new=[bad]), plan((9, 1, 1), frees=[0]))]
+    assert [s.dropped for s in sampled] == [[0], []]
+    assert sampled[0].failed[0][0] == "non_finite_logits"
+    assert [int(s.tokens[0]) for s in sampled] == alone
+
+
 def test_a_step_may_be_queued_before_the_last_one_is_read(engine):
     """The id sampled last is the next input, whether or not the host has seen it."""
     first = engine.execute(plan((0, 20, 1), new=[sequence()]))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from protocol.messages import NewSequence, pack_ids
 from protocol.sampling import SamplingParams
 from workers.native.library import KernelsUnavailable, load_kernels
+from workers.native.structs import DRAW
 from workers.torch_engine.cpu.backend import NativeDraw
 from workers.torch_engine.draw import (
     TorchDraw,
@@ -270,6 +271,19 @@ def test_a_row_that_is_not_a_number_leaves_the_others_alone():
     got = sample(make(*params), logits).tokens
     assert 0 <= got[0] < V
     assert torch.equal(got[1:], wanted[1:])
+
+
+@pytest.mark.parametrize("at", [0, 7, 16, 33, V - 1])
+def test_one_logit_that_is_not_a_number_is_found_wherever_it_stands(at):
+    """Beside an infinity too. Greedy rows alone take the shortest way, so both are tried."""
+    logits = logits_of(rows=4)
+    logits[1, at] = torch.nan
+    logits[2, (at + 1) % V], logits[2, at] = torch.inf, torch.nan
+    for params in (GREEDY, SamplingParams(seed=1)):
+        assert sample(make(params, GREEDY, GREEDY, GREEDY), logits).finite.tolist() == [True, False, False, True]
+    if not isinstance(DRAWN_BY["this"], TorchDraw):
+        greedy = np.zeros(4, DRAW)
+        assert load_kernels().draw(logits, greedy).tolist() == logits.max(-1).indices.tolist()
 
 
 def test_extreme_parameters_draw_something():
