@@ -8,7 +8,9 @@ given up may still be executed much later. Everything is drawn from one seed, in
 Sampled tokens are random, so a token generated twice shows as a conflict, and each carries a checksum of the one
 before it, so a token that follows another context than its own shows too. The scheduler and the worker here are not
 the project's: they are the smallest that use every operation, and they are reckless where the protocol promises to be
-safe (moves without waiting for hints, several plans in flight, several steps in one commit).
+safe (moves without waiting for hints, several plans in flight, several steps in one commit). Blocks of KV are shared
+by prefix as soon as they are planned, and rows that cannot be computed are dropped: whatever a row reads must be what
+was written for just its prefix.
 
     python -m tests.protocol.model --seeds 500
 """
@@ -19,12 +21,14 @@ from dataclasses import dataclass
 
 from protocol.bus import leader as bus_module
 from tests.protocol.model.clients import client, operator, producer, reader
-from tests.protocol.model.link import MUTATIONS
+from tests.protocol.model.link import AGENT_MUTATIONS
+from tests.protocol.model.link import MUTATIONS as SCRIPT_MUTATIONS
 from tests.protocol.model.scheduler import scheduler
 from tests.protocol.model.worker import worker
 from tests.protocol.model.world import World
 
 __all__ = ["MUTATIONS", "Outcome", "run_seed"]
+MUTATIONS = (*SCRIPT_MUTATIONS, *AGENT_MUTATIONS)
 REQUESTS = 10  # of each client and producer
 
 

@@ -51,10 +51,14 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
+# and what they take out of the agents: a worker that drops nobody for another's sake, a scheduler that goes on finding
+# blocks by their hashes whatever a hint says of them
+AGENT_MUTATIONS = ("followers", "spoiled")
+
 
 def load_scripts(mutation: str | None) -> dict[str, scripts.Script]:
     """The project's scripts; with a mutation, one check is gone."""
-    if mutation is None:
+    if mutation is None or mutation in AGENT_MUTATIONS:
         return scripts.load()
     part, text, replacement = MUTATIONS[mutation]
     loaded = scripts.load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from protocol import messages
@@ -21,12 +22,16 @@ from protocol.messages import (
 )
 from protocol.records import LeaderRecord, WorkerRecord
 from protocol.sampling import SamplingParams
+from scheduler.core.blocks import BlockManager, chain_hashes
 from tests.protocol.model.link import Turn
-from tests.protocol.model.world import FIRST, World
+from tests.protocol.model.world import BLOCK, PROMPT, World
 
 QUIET_READS = 10  # (epoch, beat) unchanged this often: the leader is taken for dead
 QUIET_BEATS = 6
 PLANS_AHEAD = 5
+POOL = 80  # blocks of each worker
+MOST_A_ROW = 3  # tokens
+MOST_DROPS = 5  # without a token between them: far more than chance makes
 
 
 @dataclass
@@ -47,6 +52,9 @@ class Stay:
     ending: bool = False  # its worker was told to end it
     cancel: str | None = None
     lost: bool = False  # the journal must be read before it can be placed
+    table: list[int] = field(default_factory=list)  # blocks where it is
+    hashes: list[bytes] = field(default_factory=list)
+    drops: int = 0  # since its last token
 
 
 @dataclass(eq=False)
@@ -59,6 +67,7 @@ class WorkerView:
     hinted: int = 0
     seats: dict[int, tuple[Stay, int]] = field(default_factory=dict)  # seat -> (sequence, placement)
     frees: list[int] = field(default_factory=list)
+    blocks: BlockManager = field(default_factory=lambda: BlockManager(POOL, BLOCK))
 
 
 class Scheduler:
@@ -142,7 +151,7 @@ class Scheduler:
 
     async def admit(self, entry_id: str, rid: str, job: Job | None, push: bool = False) -> None:
         verdict, rid = await self.bus.admit(
-            self.epoch, entry_id, rid=rid, prompts=[pack_ids([1, FIRST])], seed=1, job=job if push else None
+            self.epoch, entry_id, rid=rid, prompts=[pack_ids(PROMPT)], seed=1, job=job if push else None
         )
         self.world.stats[f"admit {verdict}"] += 1
         if verdict in ("new", "repeat"):
@@ -177,22 +186,55 @@ class Scheduler:
                 sequence.lost = True
             elif verdicts and verdicts[number] != messages.LANDED:
                 self.world.stats[f"verdict {verdicts[number]}"] += 1
-                sequence.lost, sequence.where = True, None
+                sequence.lost = True
+                self.leave(sequence)
             elif sequence.where is view:
                 sequence.tokens += unpack_ids(row.tokens)
                 sequence.cursor = row.cursor
+                sequence.drops = 0
+                self.publish(sequence)
                 if row.finish is not None:
+                    self.leave(sequence)
                     del self.sequences[sequence.rid, sequence.choice]
+        self.drop(view, hint)
         for sequence in self.sequences.values():
             if sequence.where is view and sequence.leaving and view.hinted >= sequence.last_step:
-                view.frees.append(sequence.seat)
-                sequence.where = None
+                self.leave(sequence)
+
+    def drop(self, view: WorkerView, hint: Hint) -> None:
+        """What its worker has dropped is read again and placed anew; its blocks are found by nobody."""
+        if self.world.mutation != "spoiled":
+            view.blocks.forget(unpack_ids(hint.spoiled))
+        for seat in hint.dropped:
+            sequence, placement = view.seats.get(seat, (None, 0))
+            if sequence is None or sequence.where is not view or sequence.placement != placement:
+                continue
+            sequence.lost, sequence.drops = True, sequence.drops + 1
+            self.leave(sequence)
+            if sequence.drops > MOST_DROPS:
+                self.world.wrong["dropped wherever it is placed"] += 1
+
+    def leave(self, sequence: Stay) -> None:
+        """Nothing more is planned for it where it was. Steps run in order, so its blocks may be given out at once."""
+        if (view := sequence.where) is not None:
+            view.frees.append(sequence.seat)
+            view.blocks.release(sequence.table)
+        sequence.where, sequence.table = None, []
+
+    def publish(self, sequence: Stay) -> None:
+        """Its full blocks can be found from now on. The last token's KV is written by the step after."""
+        assert sequence.where is not None
+        known = array("i", [*PROMPT, *sequence.tokens][:-1])
+        chain_hashes("", known, BLOCK, sequence.hashes)
+        for block, digest in zip(sequence.table, sequence.hashes, strict=False):
+            sequence.where.blocks.publish(block, digest)
 
     async def read_journal(self, sequence: Stay) -> None:
         """What the journal holds is what is known. Nobody may write there any more, or its rows are of an old
         placement by the time that ours land."""
         record = await self.bus.read_request(sequence.rid)
         journal = await self.bus.read_journal(sequence.rid, sequence.choice)
+        sequence.hashes = []
         if record is None or record.ends[sequence.choice] is not None:
             self.sequences.pop((sequence.rid, sequence.choice), None)
             return
@@ -236,13 +278,13 @@ class Scheduler:
         self.world.stats["workers retired"] += 1
         self.workers.pop(view.wid, None)
         for sequence in here:
-            sequence.where, sequence.lost = None, True
+            sequence.where, sequence.table, sequence.lost = None, [], True
 
     # ------------------------------------------------------------ plans
 
     async def plan(self, view: WorkerView) -> None:
         rng, here = self.rng, [s for s in self.sequences.values() if s.where is view]
-        plan = Plan(self.epoch, view.gen, view.step + 1, frees=list(view.frees), ends=[], new=[])
+        plan = Plan(self.epoch, view.gen, view.step + 1, frees=[], ends=[], new=[])
         planned: list[Stay] = []
         for sequence in here:
             if sequence.cancel and not sequence.leaving and not sequence.ending:
@@ -252,8 +294,8 @@ class Scheduler:
         self.unsettle(here)
         waiting = [s for s in self.sequences.values() if s.where is None and not s.lost and not s.cancel]
         arriving = [s for s in waiting if rng.random() < 0.6][:3]
-        for sequence in arriving:
-            plan.new.append(self.place(sequence, view))
+        plan.frees = list(view.frees)
+        arriving = [sequence for sequence in arriving if self.place(sequence, view, plan)]
         rows = [
             s for s in here + arriving if s.where is view and not s.leaving and not s.ending and rng.random() < 0.85
         ]
@@ -277,20 +319,31 @@ class Scheduler:
             sequence.leaving = True
             self.world.stats["preemptions"] += 1
         else:
-            sequence.where, sequence.lost = None, self.rng.random() < 0.5
+            sequence.lost = self.rng.random() < 0.5
+            self.leave(sequence)
             self.world.stats["hasty moves"] += 1
 
-    def place(self, sequence: Stay, view: WorkerView) -> NewSequence:
+    def place(self, sequence: Stay, view: WorkerView, plan: Plan) -> bool:
+        """Give it blocks, those of its prefix that are written or planned among them; False if there are too few."""
+        known = [*PROMPT, *sequence.tokens]
+        sequence.hashes = chain_hashes("", array("i", known[:-1]), BLOCK, [])
+        shared = sequence.hashes[: view.blocks.match(sequence.hashes)]
+        needed = view.blocks.blocks_for(len(PROMPT) + sequence.max_tokens + MOST_A_ROW)
+        if not view.blocks.can_start(shared, needed):
+            return False
+        sequence.table = view.blocks.start(shared, needed)
         sequence.placement = sequence.top = sequence.top + 1
         sequence.where, sequence.seat, self.next_seat = view, self.next_seat, (self.next_seat + 1) % 65536
         sequence.leaving = sequence.ending = False
         view.seats[sequence.seat] = (sequence, sequence.placement)
-        known = pack_ids([1, FIRST, *sequence.tokens])
+        self.publish(sequence)
+        self.world.stats["blocks shared"] += len(shared)
         sampling = SamplingParams(max_tokens=sequence.max_tokens)
-        return NewSequence(
-            sequence.seat, sequence.rid, sequence.choice, sequence.placement,
-            known, 2, sampling, 1, sequence.cursor, b"", 0,
-        )  # fmt: skip
+        plan.new.append(NewSequence(
+            sequence.seat, sequence.rid, sequence.choice, sequence.placement, pack_ids(known), len(PROMPT), sampling,
+            1, sequence.cursor, pack_ids(sequence.table), len(shared) * BLOCK,
+        ))  # fmt: skip
+        return True
 
     # ------------------------------------------------------------ ends
 

@@ -1,4 +1,9 @@
-"""The smallest worker: several plans executed ahead, several steps in one commit, random tokens."""
+"""The smallest worker: several plans executed ahead, several steps in one commit, random tokens.
+
+Its KV pool holds, for each position, a hash of all tokens up to there, so a row that reads what was never written
+shows. Now and then a row cannot be computed: the choice ends with an error, or the placement is dropped and only the
+hint tells of it. Who shares its blocks is found by the project's own SpoiledBlocks.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,10 @@ from protocol import messages
 from protocol.errors import Fenced
 from protocol.messages import CommitRow, Frame, Hint, HintRow, Plan, Terminal, pack_ids, unpack_ids
 from tests.protocol.model.link import Turn
-from tests.protocol.model.world import World, next_token
+from tests.protocol.model.world import BLOCK, PROMPT, World, next_token
+from workers.spoiled import SpoiledBlocks
+
+DROP_RATE = 0.02  # of rows, and of sequences that arrive
 
 
 @dataclass
@@ -17,10 +25,15 @@ class Seat:
     choice: int
     placement: int
     cursor: int
-    count: int
-    last: int
+    ids: list[int]
+    table: list[int]
+    written: int  # positions whose KV is in the pool
     most: int
-    over: bool = False  # ended here, or told stale or closed: later rows are thrown away
+    over: bool = False  # ended or dropped here, or told stale or closed: later rows are thrown away
+
+    @property
+    def count(self) -> int:
+        return len(self.ids) - len(PROMPT)
 
 
 @dataclass
@@ -28,6 +41,8 @@ class Step:
     plan_id: str
     number: int
     rows: list[tuple[int, CommitRow, HintRow]] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    spoiled: bytes = b""
 
 
 class Worker:
@@ -39,6 +54,8 @@ class Worker:
         self.after = "0-0"
         self.seats: dict[int, Seat] = {}
         self.pending: list[Step] = []  # executed, not yet committed
+        self.pool: dict[int, int] = {}  # slot -> hash of the tokens up to its position; outlives terms, as memory does
+        self.blocks = SpoiledBlocks(BLOCK)
 
     async def live(self) -> None:
         self.gen = await self.bus.register(self.wid, None, "serving")
@@ -68,34 +85,68 @@ class Worker:
         for seat in plan.frees:
             self.seats.pop(seat, None)
         for new in plan.new:
-            known = list(unpack_ids(new.token_ids))
-            self.world.known.append((new.rid, new.choice, new.cursor, known[2:]))
+            known, table = unpack_ids(new.token_ids).tolist(), unpack_ids(new.block_table).tolist()
+            self.world.known.append((new.rid, new.choice, new.cursor, known[new.prompt_len :]))
             most = new.sampling.max_tokens or 1
-            self.seats[new.seat] = Seat(new.rid, new.choice, new.placement, new.cursor, len(known) - 2, known[-1], most)
+            self.seats[new.seat] = Seat(
+                new.rid, new.choice, new.placement, new.cursor, known, table, new.computed, most
+            )
         step = Step(plan_id, plan.step)
-        for at in range(0, len(plan.seats), 2):
-            self.sample(step, int.from_bytes(plan.seats[at : at + 2], "little"))
+        rows = unpack_seats(plan.seats)
+        failed = self.drop(step, plan, [*(new.seat for new in plan.new), *rows])
+        for new in plan.new:  # all are written before any is read
+            if not self.seats[new.seat].over:
+                self.write(self.seats[new.seat], most=len(self.seats[new.seat].ids) - 1)
+        for number in rows:
+            self.sample(step, number)
+        for number in failed:
+            self.append(step, number, [Frame(None, "", "error")])
         for number, reason in plan.ends:
             seat = self.seats[number]
             if not seat.over:
                 self.append(step, number, [Frame(None, "", reason)])
         self.pending.append(step)
 
+    def drop(self, step: Step, plan: Plan, numbers: list[int]) -> list[int]:
+        """Draw which rows cannot be computed; returns those whose choice ends with an error."""
+        able = [number for number in dict.fromkeys(numbers) if not self.seats[number].over]
+        unable = [number for number in able if self.world.faults and self.rng.random() < DROP_RATE]
+        failed = [number for number in unable if self.rng.random() < 0.4]
+        drops = self.blocks.follow(plan, unable)
+        if drops is not None:
+            others = set() if self.world.mutation == "followers" else drops.others
+            step.dropped, step.spoiled = sorted(others.union(unable)), drops.blocks
+            for number in step.dropped:
+                if number in self.seats:
+                    self.seats[number].over = True
+            failed = [number for number in failed if number not in others]
+            self.world.stats["dropped"] += len(step.dropped)
+            self.world.stats["dropped for another's sake"] += len(others)
+        return failed
+
+    def write(self, seat: Seat, most: int) -> None:
+        for at in range(seat.written, most):
+            self.pool[slot(seat, at)] = prefix(seat.ids, at)
+        seat.written = max(seat.written, most)
+
     def forget(self, epoch: int) -> None:
         self.epoch, self.step = epoch, 0
         self.seats.clear()
         self.pending.clear()
+        self.blocks = SpoiledBlocks(BLOCK)
 
     def sample(self, step: Step, number: int) -> None:
         """Zero to three tokens; the end where it is due, in the last token's frame or in one of its own."""
         seat = self.seats[number]
         if seat.over:
             return
+        self.write(seat, len(seat.ids))
+        if any(self.pool.get(slot(seat, at)) != prefix(seat.ids, at) for at in range(len(seat.ids))):
+            self.world.wrong["a token from what was never written"] += 1
         frames: list[Frame] = []
         for _ in range(self.rng.choice([0, 1, 1, 1, 1, 2, 3])):
-            seat.last = next_token(self.rng, seat.last)
-            seat.count += 1
-            frames.append(Frame(seat.last, self.rng.choice(["a", "a", "a", "some text", "é"])))
+            seat.ids.append(next_token(self.rng, seat.ids[-1]))
+            frames.append(Frame(seat.ids[-1], self.rng.choice(["a", "a", "a", "some text", "é"])))
             stop = self.rng.random() < 0.03
             if stop or seat.count >= seat.most:
                 reason = "stop" if stop else "length"
@@ -104,6 +155,7 @@ class Worker:
                 else:
                     frames.append(Frame(None, "tail", reason))
                 break
+        self.write(seat, len(seat.ids) - 1)
         if frames:
             self.append(step, number, frames)
 
@@ -122,7 +174,9 @@ class Worker:
         count = self.rng.randrange(1, len(self.pending) + 1)
         steps, epoch = self.pending[:count], self.epoch
         rows = [entry for step in steps for entry in step.rows]
-        hint = Hint(self.wid, self.gen, steps[-1].number, [h for _, _, h in rows])
+        dropped = [number for step in steps for number in step.dropped]
+        spoiled = b"".join(step.spoiled for step in steps)
+        hint = Hint(self.wid, self.gen, steps[-1].number, [h for _, _, h in rows], dropped=dropped, spoiled=spoiled)
         await self.world.maybe_pause(0.08)
         try:
             verdicts = await self.bus.commit(
@@ -143,6 +197,18 @@ class Worker:
                 self.seats[number].over = True
             for step in self.pending:
                 step.rows = [entry for entry in step.rows if entry[0] != number]
+
+
+def slot(seat: Seat, at: int) -> int:
+    return seat.table[at // BLOCK] * BLOCK + at % BLOCK
+
+
+def prefix(ids: list[int], at: int) -> int:
+    return hash(tuple(ids[: at + 1]))
+
+
+def unpack_seats(packed: bytes) -> list[int]:
+    return [int.from_bytes(packed[at : at + 2], "little") for at in range(0, len(packed), 2)]
 
 
 async def worker(world: World, wid: str) -> None:

@@ -30,6 +30,8 @@ def next_token(rng: random.Random, before: int) -> int:
 
 
 FIRST = 12345  # the last prompt token of every request
+PROMPT = [1, 2, 3, 4, FIRST]  # of every request: its first blocks are shared by all
+BLOCK = 2  # positions of a block of KV
 
 
 class World:
@@ -43,6 +45,7 @@ class World:
         self.plain.config_set("maxmemory", 0)
         self.plain.flushall()
         self.scripts = load_scripts(mutation)
+        self.mutation = mutation
         self.faults = True
         self.calls = 0
         self.stats: collections.Counter[str] = collections.Counter()
@@ -113,7 +116,7 @@ class World:
             self.clients_left == 0 and not self.plain.exists(prefix + "live") and not self.plain.xlen(prefix + "jobs")
         )
 
-    def run(self, most_steps: int = 60_000) -> None:
+    def run(self, most_steps: int = 200_000) -> None:
         """Faults until every client has been served, then none until all is at rest; then the judgement."""
         for number in range(most_steps):
             self.step()
