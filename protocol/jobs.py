@@ -57,6 +57,8 @@ def decode_job(payload: bytes) -> Job:
         raise InvalidRequest("the job is neither well-formed MessagePack nor well-formed JSON in UTF-8") from None
     if job.format is not None:
         raise InvalidRequest("unknown parameter: format", param="format")  # for gateways alone
+    if job.default_max_tokens is not None:
+        raise InvalidRequest("unknown parameter: default_max_tokens", param="default_max_tokens")
     if job.sampling.content is not None:
         raise InvalidRequest("unknown parameter: content", param="content")  # for schedulers alone
     check_job(job)

@@ -12,7 +12,7 @@ import msgspec
 from protocol.messages import Job
 from protocol.sampling import SamplingParams
 
-LEVEL = 1  # 1: structure, tools, formats of calls and thoughts, more than four stops. 0: before
+LEVEL = 2  # what each adds: 1 structure, tools, formats of calls and thoughts, more than four stops; 2 default length
 STOPS_BEFORE = 4
 
 
@@ -24,9 +24,14 @@ def sampling_level(params: SamplingParams) -> int:
 
 def job_level(job: Job) -> int:
     """The least level of a scheduler that can read ``job``."""
+    if job.default_max_tokens is not None:
+        return 2
     return max(sampling_level(job.sampling), int(job.tools is not None or job.format is not None))
 
 
 def plainer(job: Job) -> Job:
-    """``job`` for an older scheduler: without what only tells readers how to show an answer that needs no telling."""
+    """``job`` for an older scheduler: without the newest of what can be done without, a default length, or what only
+    tells readers how to show an answer that needs no telling."""
+    if job.default_max_tokens is not None:
+        return msgspec.structs.replace(job, default_max_tokens=None)
     return job if job.tools is not None else msgspec.structs.replace(job, format=None)

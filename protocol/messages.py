@@ -110,6 +110,7 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     view: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None  # as the chat template is to tell them
     format: FormatSpec | None = None  # how the model writes calls and thoughts: pinned at accept, for all readers
+    default_max_tokens: int | None = None  # the model's own where none are asked for; gives way to the context
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list, one per prompt; [] for a chat."""
@@ -151,13 +152,15 @@ class ModelCard(Struct, kw_only=True, omit_defaults=True):
     format: FormatSpec | None = None  # how the model writes tool calls and thoughts
     sampling: dict[str, float] = {}  # defaults of this model, as its generation_config.json states them
 
-    def defaults_for(self, prompt_bytes: int) -> dict[str, Any]:
-        """Defaults of sampling. A length only where it surely fits beside the prompt: a default is never the reason
-        why a request is refused."""
-        defaults: dict[str, Any] = dict(self.sampling)
-        if defaults.get("max_tokens", 0) + prompt_bytes > self.max_model_len:
-            del defaults["max_tokens"]
-        return defaults
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Of sampling, but for the length: a default is never the reason why a request is refused."""
+        return {name: value for name, value in self.sampling.items() if name != "max_tokens"}
+
+    def default_max_tokens(self, sampling: SamplingParams) -> int | None:
+        """What a job with this sampling has as its ``default_max_tokens``."""
+        most = self.sampling.get("max_tokens")
+        return None if most is None or sampling.max_tokens is not None else int(most)
 
 
 # ---------------------------------------------------------------- scheduler -> worker

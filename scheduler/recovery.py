@@ -52,6 +52,7 @@ def arrive(record: RequestRecord, clock: ServerClock, choices: list[ChoiceState]
         cache_salt=job.cache_salt or "",
         attempts=record.attempts,
         choices=choices,
+        default_max_tokens=job.default_max_tokens,
     )
 
 

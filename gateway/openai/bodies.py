@@ -206,6 +206,7 @@ def chat_job(body: ChatBody, card: ModelCard, tenant: str, created: int) -> Job:
     use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, card, structure_of(body))
     sampling = _sampling(body, card, None, logprobs, _budgeted(body, card, use.structure), use.ends)
     job = _job(body, sampling, tenant)
+    job.default_max_tokens = card.default_max_tokens(sampling)
     job.messages = normal_messages(body.messages)
     job.tools = use.tools
     if use.functions or (card.format is not None and card.format.always):
@@ -253,8 +254,7 @@ def _sampling(
     structure: Structure | None,
     ends: Sequence[int] = (),
 ) -> SamplingParams:
-    size = len(msgspec.json.encode(body)) if "max_tokens" in card.sampling else 0
-    given: dict[str, Any] = card.defaults_for(size) | {
+    given: dict[str, Any] = card.defaults | {
         name: value
         for name in SamplingParams.__struct_fields__
         if name not in ("logprobs", "stop", "structure", "content") and (value := getattr(body, name)) is not None

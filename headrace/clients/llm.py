@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from headrace.clients.queue import AsyncClient, Result, sampling_of
+from headrace.clients.queue import AsyncClient, Result
 from headrace.clients.sync import Client
 from headrace.option_table import options_of
 from headrace.serve.own import DECIDED, OwnServe
@@ -91,14 +91,13 @@ class LLM:
         return self._run([{"messages": m} for m in many], sampling_params, sampling)
 
     def _run(self, contents: list[dict[str, Any]], sampling_params: Sampling, fields: dict[str, Any]) -> list[Result]:
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            each = [sampling_of(sampling_params, fields)] * len(contents)
-        else:
-            each = [sampling_of(params, fields) for params in sampling_params]
+        whole = sampling_params is None or isinstance(sampling_params, SamplingParams)
+        each: Sequence[Any] = [sampling_params] * len(contents) if whole else sampling_params  # type: ignore[assignment]
         if len(each) != len(contents):
             raise InvalidRequest(f"{len(each)} sampling_params for {len(contents)} prompts", param="sampling_params")
-        jobs = [Job(**content, sampling=params) for content, params in zip(contents, each, strict=True)]
-        return self._client.run(run_all(self._client.on_loop, jobs, self._window))
+        client = self._client.on_loop
+        jobs = [client.job(params, fields, **content) for content, params in zip(contents, each, strict=True)]
+        return self._client.run(run_all(client, jobs, self._window))
 
 
 def serve_options(given: Mapping[str, Any]) -> dict[str, Any]:

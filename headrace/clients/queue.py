@@ -42,7 +42,6 @@ from protocol.messages import (
     Priority,
     Row,
     decode_frames,
-    encode,
     new_rid,
     unpack_ids,
 )
@@ -174,14 +173,17 @@ class AsyncClient:
         ``id`` makes it idempotent: the same id and content again give the same request, never a second run.
         Raises InvalidRequest, Conflict (same id, other content), Overloaded, Unavailable.
         """
-        if sampling_params is None and self._card is not None:
-            size = len(encode([prompt, messages])) if "max_tokens" in self._card.sampling else 0
-            sampling = self._card.defaults_for(size) | sampling
-        job = Job(
-            id=id, prompt=prompt, messages=messages, sampling=sampling_of(sampling_params, sampling),
-            tenant=self.tenant, priority=priority, timeout_s=timeout_s, results=results,
-        )  # fmt: skip
-        return await self.submit_job(job)
+        content = {"prompt": prompt, "messages": messages, "id": id, "results": results}
+        return await self.submit_job(
+            self.job(sampling_params, sampling, **content, priority=priority, timeout_s=timeout_s)
+        )
+
+    def job(self, sampling_params: SamplingParams | None, sampling: dict[str, Any], **fields: Any) -> Job:
+        """A Job of these fields. Where sampling is not given whole, the model's defaults are for what is not named."""
+        card = self._card if sampling_params is None else None
+        params = sampling_of(sampling_params, {**(card.defaults if card is not None else {}), **sampling})
+        most = card.default_max_tokens(params) if card is not None else None
+        return Job(sampling=params, tenant=self.tenant, default_max_tokens=most, **fields)
 
     async def submit_job(self, job: Job) -> str:
         """``submit`` for a whole Job. Its rows come to this client, whatever its reply_to."""

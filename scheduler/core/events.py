@@ -27,7 +27,8 @@ class ChoiceState:
 
 @dataclass(frozen=True)
 class Arrive:
-    """A request that was admitted, new or recovered. ``sampling.max_tokens`` may still be None."""
+    """A request that was admitted, new or recovered. ``sampling.max_tokens`` may still be None: then it has as many as
+    the context leaves, and no more than ``default_max_tokens``."""
 
     rid: str
     tenant: str
@@ -42,6 +43,7 @@ class Arrive:
     cache_salt: str = ""  # within the tenant's own salt
     attempts: int = 0  # worker deaths that it was present at
     choices: list[ChoiceState] | None = None  # None: all fresh
+    default_max_tokens: int | None = None
 
 
 @dataclass(frozen=True)

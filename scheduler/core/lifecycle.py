@@ -75,7 +75,7 @@ class Lifecycle:
             self.fail(sequence, error)
             return
         if sequence.max_tokens is None or (asked is None and sequence.placement == 0):
-            sequence.max_tokens = asked if asked is not None else room
+            sequence.max_tokens = asked if asked is not None else _default_length(sequence.request, room)
             sequence.sampling = msgspec.structs.replace(sequence.request.sampling, max_tokens=sequence.max_tokens)
         if len(sequence.output) >= sequence.max_tokens:
             self.withdraw(sequence)
@@ -265,3 +265,11 @@ class Lifecycle:
             decode_s=self.now - first_token,
             preemptions=request.preemptions,
         )
+
+
+def _default_length(request: Request, room: int) -> int:
+    """Output tokens of a request that asks for no number: what its model says (at least what the request does ask
+    for), cut to what the context leaves."""
+    if request.default_max_tokens is None:
+        return room
+    return min(room, max(request.default_max_tokens, request.sampling.min_tokens))

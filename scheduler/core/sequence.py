@@ -66,6 +66,7 @@ class Request:
         "arrived",
         "attempts",
         "deadline",
+        "default_max_tokens",
         "first_planned",
         "first_token",
         "id",
@@ -88,6 +89,7 @@ class Request:
         self.tenant = event.tenant
         self.level = level  # index into PRIORITIES
         self.sampling = event.sampling
+        self.default_max_tokens = event.default_max_tokens
         self.seed = event.seed
         self.arrived = event.arrived
         self.deadline = event.deadline

@@ -146,7 +146,8 @@ class Prompts:
         defaults: dict[str, Any] = {name: value for name, value in self.defaults.items() if name not in given}
         if "max_tokens" in defaults:
             room = self.max_model_len - max(map(len, ids))
-            defaults["max_tokens"] = max(1, min(int(defaults["max_tokens"]), room))
+            most = max(int(defaults["max_tokens"]), job.sampling.min_tokens)
+            defaults["max_tokens"] = max(1, min(most, room))
         if not defaults:
             return job
         return msgspec.structs.replace(job, sampling=msgspec.structs.replace(job.sampling, **defaults))

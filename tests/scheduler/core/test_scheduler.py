@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import pytest
 
@@ -211,6 +213,15 @@ def test_max_tokens_left_open_becomes_what_the_context_allows():
     c = core(model_len=32)
     c.apply(arrive("r", 10, max_tokens=None), 0.0)
     assert plans(c.plan(0.0))[0].new[0].sampling.max_tokens == 22
+
+
+@pytest.mark.parametrize(("default", "min_tokens", "gets"), [(8, 0, [8, 8]), (20, 0, [20, 12]), (8, 10, [10, 10])])
+def test_a_models_default_length_gives_way_to_each_context(default: int, min_tokens: int, gets: list[int]):
+    c = core(model_len=32)
+    event = arrive("r", range(10), range(20), max_tokens=None)
+    sampling = msgspec.structs.replace(event.sampling, min_tokens=min_tokens)
+    c.apply(dataclasses.replace(event, sampling=sampling, default_max_tokens=default), 0.0)
+    assert [new.sampling.max_tokens for new in plans(c.plan(0.0))[0].new] == gets
 
 
 def test_before_any_worker_the_configured_length_counts_and_the_worker_corrects_it():

@@ -10,7 +10,9 @@ import msgspec
 import pytest
 
 from gateway.openai import bodies
+from protocol.errors import InvalidRequest
 from protocol.jobs import decode_job, given_sampling
+from protocol.levels import job_level, plainer
 from protocol.messages import Job
 from scheduler.prompts.generation_config import read
 from scheduler.prompts.tokenization import Prompts
@@ -31,6 +33,14 @@ def completion(model: Path, **fields: object) -> Job:
     card = Prompts.load(str(model)).card("m", 0)
     body = msgspec.json.decode(msgspec.json.encode({"model": "m", "prompt": "x", **fields}), type=bodies.CompletionBody)
     return bodies.completion_job(body, card, "default", 0)
+
+
+def chat(model: Path, *, defaults: bool = True, **fields: object) -> Job:
+    card = Prompts.load(str(model)).card("m", 0)
+    if not defaults:
+        card.sampling.pop("max_tokens")
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
+    return bodies.chat_job(msgspec.json.decode(msgspec.json.encode(body), type=bodies.ChatBody), card, "default", 0)
 
 
 def pushed(model: Path, **sampling: object) -> Job:
@@ -66,7 +76,19 @@ def test_completions_keep_their_sixteen_tokens_and_a_default_length_gives_way(mo
     (model / "generation_config.json").write_text(json.dumps({"max_new_tokens": 10**6}))
     prompts = Prompts.load(str(model))
     assert pushed(model).sampling.max_tokens == prompts.max_model_len - 1
-    assert "max_tokens" not in prompts.card("m", 0).defaults_for(10)
+    assert chat(model).default_max_tokens == 10**6
+
+
+def test_a_default_length_goes_beside_the_sampling_of_a_chat(model: Path):
+    """Only the scheduler knows how long the prompt is, and what of the default the context has room for."""
+    job = chat(model)
+    assert (job.sampling.max_tokens, job.default_max_tokens, job_level(job)) == (None, 40, 2)
+    assert plainer(job) == chat(model, defaults=False)
+    asked = chat(model, max_tokens=7)
+    assert (asked.sampling.max_tokens, asked.default_max_tokens) == (7, None)
+    assert (chat(model, min_tokens=50).default_max_tokens, pushed(model, min_tokens=50).sampling.max_tokens) == (40, 50)
+    with pytest.raises(InvalidRequest, match="default_max_tokens"):
+        decode_job(msgspec.json.encode({"v": 1, "prompt": "x", "default_max_tokens": 5}))
 
 
 def test_they_can_be_turned_off(model: Path):
