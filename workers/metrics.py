@@ -51,6 +51,7 @@ class Metrics:
         )
         self.refused = made(Counter, "headrace_refused_rows", "Rows of commits that did not land")
         self.dropped = made(Counter, "headrace_dropped_sequences", "Sequences that could not be computed here")
+        self.engine_restarts = made(Counter, "headrace_engine_restarts", "Engine processes that were replaced")
         self.fenced = made(Counter, "headrace_worker_fenced", "Times that this worker found itself replaced")
         self.mask = made(
             Histogram, "headrace_mask_seconds", "Longest mask of a step's constrained rows", buckets=MASK_BUCKETS

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from protocol.bus import WorkerBus
-from protocol.errors import Fenced, HeadraceError, StartError
+from protocol.errors import EngineFailed, Fenced, HeadraceError, StartError
 from protocol.keys import check_name
 from protocol.levels import LEVEL
 from protocol.messages import Capacity
@@ -36,7 +36,10 @@ from workers.session import Session
 
 log = logging.getLogger("headrace.worker")
 
+MOST_BARREN = 3  # engine processes in a row that ended before they had served a step
 SWITCH_S = 0.0003  # with the default of 5 ms the device thread waits that long whenever text or a commit is being made
+
+Loaded = tuple[int, Capacity, Vocabulary | WindowVocabulary]  # gen, and what the load told
 
 
 @dataclass(kw_only=True)
@@ -60,7 +63,7 @@ class WorkerConfig:
     engine_options: dict[str, Any] | None = None  # further fields of the engine's own; "process": whether in its own
     retention_s: float = 600.0  # how long journals stay after a request's end
     drain_timeout: float = 60.0
-    stall_timeout: float = 60.0  # a step without any progress for so long ends the process
+    stall_timeout: float = 60.0  # a step without any progress for so long ends the engine, or the process that it is in
     interruption_notice_url: str | None = None  # an address or a file that tells that this machine will go away
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None  # None: no port; 0: any free one
@@ -156,6 +159,7 @@ class Worker:
         self._signals: set[int] = set()
         self._engine_runs = 0
         self._stalled_since: float | None = None
+        self._barren = 0
 
     def on_signal(self, number: int) -> None:
         """First: drain. The same one again: end at once."""
@@ -199,10 +203,46 @@ class Worker:
                 await runner.cleanup()
 
     async def _live(self) -> int:
-        gen = await self.bus.register(self.name, None, "loading")
+        loaded = await self._load_while_beating(await self._register())
+        while loaded is not None:
+            try:
+                return await self._serve(*loaded)
+            except EngineFailed as failure:
+                loaded = await self._load_again(failure)
+        return 0
+
+    async def _register(self, capacity: Capacity | None = None) -> int:
+        gen = await self.bus.register(self.name, capacity, self.state)
         log.info("registered as %s, generation %d", self.name, gen)
-        loaded = await self._load_while_beating(gen)
-        return await self._serve(*loaded) if loaded is not None else 0
+        return gen
+
+    async def _load_again(self, failure: EngineFailed) -> Loaded | None:
+        """Another engine process in place of one that has ended or hangs; as ``_load_while_beating``. Raises
+        ``failure``, or that of a later one, where there is to be none."""
+        while True:
+            await self._replace_engine(failure)
+            try:
+                return await self._load_while_beating(await self._register())
+            except (EngineFailed, StartError) as error:  # it could be started before: the options are not to blame
+                failure = EngineFailed(str(error))
+
+    async def _replace_engine(self, failure: EngineFailed) -> None:
+        """An address that no kernel may touch, memory that lost a bit or a kernel that hangs spoil all that a process
+        has on its device, and nothing beyond it. Where the engine shares this process, this process has to end."""
+        if not isinstance(self.engine, ProcessEngine):
+            raise failure
+        self._barren = 0 if self.device.steps else self._barren + 1
+        if self._barren >= MOST_BARREN:
+            log.critical("%d engine processes in a row ended before they had served a step", self._barren)
+            raise failure
+        log.error("%s; another engine process is started", failure)
+        self.metrics.engine_restarts.inc()
+        self.device.failed.add_done_callback(lambda failed: failed.exception())  # whatever it is, it was told
+        self.device.stop()
+        await asyncio.to_thread(self.engine.kill)
+        self._session, self._stalled_since, self.state = None, None, "loading"
+        self.engine = ProcessEngine(self.engine.kind, self.engine.config)
+        self.device = Device(self.engine, self._deliver)
 
     async def _wait_out_drain(self) -> int:
         await self.draining.wait()
@@ -235,7 +275,7 @@ class Worker:
         self.metrics.takes(self.engine.path)
         return msgspec.structs.replace(capacity, model=self.config.served_model_name, level=LEVEL), vocabulary
 
-    async def _load_while_beating(self, gen: int) -> tuple[int, Capacity, Vocabulary | WindowVocabulary] | None:
+    async def _load_while_beating(self, gen: int) -> Loaded | None:
         """(gen, capacity, vocabulary), or None if the worker is to leave before it has loaded."""
         held = [gen]
 
@@ -278,8 +318,7 @@ class Worker:
                     return 0
                 log.warning("%s: dropping all sequences and registering anew", fenced)
             await self._until_idle()
-            gen = await self.bus.register(self.name, capacity, self.state)
-            log.info("registered as %s, generation %d", self.name, gen)
+            gen = await self._register(capacity)
 
     async def _until_idle(self) -> None:
         """Let the step under way end first: a worker whose device hangs must not offer itself again."""
@@ -302,7 +341,7 @@ class Worker:
         if self._stalled_since is None:
             self._stalled_since = now
         if now - self._stalled_since > self.config.stall_timeout:
-            raise TimeoutError(f"a step made no progress for {self.config.stall_timeout:.0f} s")
+            raise EngineFailed(f"a step made no progress for {self.config.stall_timeout:.0f} s")
 
     def progressed(self) -> None:
         self._stalled_since = None

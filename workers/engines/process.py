@@ -140,6 +140,18 @@ class ProcessEngine:
             self._child.wait()
         self._child = None
 
+    def kill(self) -> None:
+        """End the child at once, whatever it is doing; a thread that waits for a result gets EngineFailed. EngineFailed
+        if the child cannot be ended."""
+        if self._child is None:
+            return
+        self._child.kill()
+        self._channel.close()
+        try:
+            self._child.wait(END_S)
+        except subprocess.TimeoutExpired:
+            raise EngineFailed("the engine's process does not end, not even by SIGKILL") from None
+
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs, tempfile.TemporaryFile() as shared:
@@ -183,9 +195,10 @@ class ProcessEngine:
                     return KINDS[message[1]](message[2])
         except OSError:
             pass
-        assert self._child is not None
+        if (child := self._child) is None:
+            return EngineFailed("the engine was closed")
         try:
-            code = self._child.wait(END_S)
+            code = child.wait(END_S)
         except subprocess.TimeoutExpired:
             return EngineFailed("the engine's process closed its connection but did not end")
         return EngineFailed(f"the engine's process {_how(code)}; its log is above")

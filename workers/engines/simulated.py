@@ -8,6 +8,7 @@ what an engine relies on: that plans follow each other, and that every computed 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -59,7 +60,8 @@ class SimulatedConfig:
     eos_token_ids: tuple[int, ...] = (EOS,)
     eos_one_in: int = 0  # one sampled token in so many is an end; 0: never
     # for failure tests: token id in a prompt (text, as JSON has keys) -> "error": its logits are not finite; "drop":
-    # the first two placements cannot be computed
+    # the first two placements cannot be computed; "end": this process ends, as by a kernel's illegal address; "hang":
+    # the step never ends
     fail_rows: dict[str, str] | None = None
     random: bool = False  # truly random tokens: one that is drawn twice shows (for failure tests)
 
@@ -82,6 +84,7 @@ class SimulatedEngine:
         self._clock = clock
         self._free_at = 0.0  # when the imagined device has done all submitted steps
         self._beats = 0
+        self._hangs = False
         self.masks = Masks(self._make_grammars)
         self._failures = {int(token): kind for token, kind in (config.fail_rows or {}).items()}
         self._refused: Counter[tuple[str, int]] = Counter()  # (rid, choice) -> placements given up
@@ -157,6 +160,9 @@ class SimulatedEngine:
         dropped = []
         for new in plan.new:
             kinds = {self._failures.get(token) for token in unpack_ids(new.token_ids)[: new.prompt_len]}
+            if "end" in kinds:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._hangs = self._hangs or "hang" in kinds
             if "drop" in kinds and self._refused[new.rid, new.choice] < 2:
                 self._refused[new.rid, new.choice] += 1
                 dropped.append(new.seat)
@@ -247,6 +253,8 @@ class SimulatedEngine:
         return sampled
 
     def _pass_time(self, until: float) -> None:
+        while self._hangs:
+            time.sleep(SLICE_S)
         while (left := until - self._clock()) > 0:
             time.sleep(min(left, SLICE_S))
             self._beats += 1

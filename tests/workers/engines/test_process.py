@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -152,17 +153,64 @@ def test_the_death_of_the_child_is_told(loaded):
         further()
 
 
-async def test_an_idle_worker_ends_with_the_reason_when_its_engine_dies(redis_url, bus):
-    engine = ProcessEngine("simulated", FAST)
-    config = WorkerConfig(redis_url=redis_url, served_model_name=MODEL, name="w0", engine="simulated")
+ENDS, HANGS, GOOD = b"!", b"?", b"."  # prompts, and what the engine does about them
+
+
+@pytest.fixture
+async def running(redis_url, bus):
+    """A scheduler that leads, and a worker with an engine process that ends or hangs on command."""
+    failures = {str(ENDS[0]): "end", str(HANGS[0]): "hang"}
+    engine = ProcessEngine("simulated", dataclasses.replace(FAST, fail_rows=failures))
+    config = WorkerConfig(
+        redis_url=redis_url, served_model_name=MODEL, name="w0", engine="simulated", stall_timeout=0.5
+    )
     worker = asyncio.ensure_future(run_worker(config, engine=engine, signals=False))
     scheduler = ScriptedScheduler(bus)
     await scheduler.lead()
     await scheduler.adopt("w0")
+    yield scheduler, worker, engine
+    worker.cancel()
+    await asyncio.gather(worker, return_exceptions=True)
+
+
+async def ask(scheduler, prompt):
+    """Plan its first step; returns its request id."""
+    rid = await scheduler.admit(prompt)
+    await scheduler.plan(new=[await scheduler.seat(0, rid)])
+    return rid
+
+
+async def test_an_engine_that_ends_or_hangs_is_replaced_under_a_new_generation(running):
+    """As often as it happens, since each of them has served steps before."""
+    scheduler, worker, engine = running
+    for fatal in (HANGS, ENDS, ENDS, ENDS):
+        served = await ask(scheduler, GOOD)
+        await scheduler.done()
+        assert len(await scheduler.frames(served)) == 1
+        lost = await ask(scheduler, fatal)
+        await scheduler.adopt("w0", beyond=scheduler.gen)
+        assert await scheduler.frames(lost) == []
+    assert not worker.done()
+    assert engine._child.poll() == -signal.SIGKILL, "a process that hangs is ended"
+
+
+async def test_the_death_of_an_idle_engine_is_seen(running):
+    scheduler, worker, engine = running
     os.kill(engine._child.pid, signal.SIGKILL)
+    await scheduler.adopt("w0", beyond=scheduler.gen)
+    await ask(scheduler, GOOD)
+    await scheduler.done()
+    assert not worker.done()
+
+
+async def test_after_three_ends_without_a_served_step_the_worker_ends(running):
+    scheduler, worker, _ = running
+    for _ in range(2):
+        await ask(scheduler, ENDS)
+        await scheduler.adopt("w0", beyond=scheduler.gen)
+    await ask(scheduler, ENDS)
     with pytest.raises(EngineFailed, match="SIGKILL"):
         await asyncio.wait_for(worker, 30)
-    assert engine._child is None  # closed
 
 
 ORPHAN = """
