@@ -86,8 +86,10 @@ def disk_flushes(path: Path) -> int | None:
 class Process:
     """A program under measurement, in a session of its own: a log file, awaited over HTTP, stopped with SIGINT."""
 
-    def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None) -> None:
-        self.command, self.log = command, log
+    def __init__(
+        self, command: list[str], log: Path, env: dict[str, str] | None = None, folder: Path | None = None
+    ) -> None:
+        self.command, self.log, self.folder = command, log, folder
         self.env = {**os.environ, **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -95,8 +97,9 @@ class Process:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env, start_new_session=True
-            )
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env, start_new_session=True,
+                cwd=self.folder,
+            )  # fmt: skip
 
     def wait_ready(self, url: str, patience: float = START_S) -> None:
         """Until ``url`` answers 200. Unavailable with the end of its log if it does not come so far."""
@@ -167,9 +170,10 @@ class Use:
 
 
 class Stack:
-    """``args`` are further options of `headrace serve`. Unavailable if it does not become ready."""
+    """``args`` are further options of `headrace serve`; ``tree`` is another checkout whose code serves, to compare
+    with. Unavailable if it does not become ready."""
 
-    def __init__(self, *args: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *args: str, env: dict[str, str] | None = None, tree: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="hr-", ignore_cleanup_errors=True)
         self.run_dir = Path(self._folder.name) / "run"
         self.data_dir = Path(self._folder.name) / "data"
@@ -179,7 +183,9 @@ class Stack:
             sys.executable, "-m", "headrace", "serve", "--port", str(self.port),
             "--run-dir", str(self.run_dir), "--data-dir", str(self.data_dir), *args,
         ]  # fmt: skip
-        self._process = Process(command, self.run_dir / "serve.log", env)
+        if tree is not None:  # its own folder is what `python -m` looks into first
+            env = {**(env or {}), "PYTHONPATH": str(tree)}
+        self._process = Process(command, self.run_dir / "serve.log", env, tree)
 
     def __enter__(self) -> Self:
         self._process.start()
