@@ -12,8 +12,10 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from tests.models import CONFIGS, build, byte_tokenizer
+from tests.models import CHAT_TEMPLATE, CONFIGS, SPECIALS, build, byte_tokenizer
 from tests.stack import Stack
 
 pytestmark = pytest.mark.timeout(600)
@@ -100,6 +102,24 @@ def test_a_placement_that_cannot_be_computed_is_made_again_and_nobody_notices(si
     assert generation(simulated) == before
 
 
+def test_an_engine_process_that_ends_is_replaced_and_only_what_ended_it_fails(tmp_path: Path) -> None:
+    """The neighbour is there at the deaths too. Each is then run alone, and only one of them ends the engine again."""
+    path = tmp_path / "model"
+    build(CONFIGS["llama"]).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    options = {"fail_rows": {str(ord("!")): "end"}, "process": True, "model": None, "block_size": 4}
+    args = ("--model", str(path), "--served-model-name", "m", "--engine", "simulated")
+    with Stack(tmp_path / "s", *args, "--engine-options", json.dumps(options)) as stack:
+        client, before = client_of(stack), generation(stack)
+        neighbour = Neighbour(client, 450)
+        neighbour.grew()
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(model="m", prompt="a!b", max_tokens=5)
+        assert caught.value.code == "engine_failed"
+        neighbour.grew()
+        assert generation(stack) == before, "the worker stays: another process of its own has the engine"
+
+
 # ---------------------------------------------------------------- odd models
 
 
@@ -127,10 +147,28 @@ def empty_template(path: Path) -> None:
     tokenizer.save_pretrained(path)
 
 
-ODD = {"larger": larger_tokenizer, "no_bos": no_bos, "no_eos": no_eos, "empty_template": empty_template}
+def byte_fallback(path: Path) -> None:
+    """Two letters have tokens; all else is spelled in bytes, and half a character has no text yet."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocabulary |= {word: 256 + k for k, word in enumerate([*SPECIALS[:5], "a", "é"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    core.add_special_tokens(SPECIALS[:5])
+    bos, eos, pad = SPECIALS[:3]
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad)
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(path)
+
+
+ODD = {
+    "larger": larger_tokenizer, "no_bos": no_bos, "no_eos": no_eos, "empty_template": empty_template,
+    "byte_fallback": byte_fallback,
+}  # fmt: skip
 
 ids = st.lists(st.integers(-2, 300) | st.just(1 << 31) | st.just(250), min_size=1, max_size=20)
-texts = st.text(max_size=30) | st.sampled_from(["a<extra>b", "<more>", "<|im_end|>", "\x00", "\ud7ff", ""])
+texts = st.text(max_size=30) | st.sampled_from(
+    ["a<extra>b", "<more>", "<|im_end|>", "\x00", "\ud7ff", "é€😀 <0xF0>", ""]
+)
 numbers = st.sampled_from([0, 1, -1, 0.5, 2, 1e-9, 1e30, -1e30, 1 << 62])
 bodies = st.fixed_dictionaries(
     {"prompt": texts | ids},
