@@ -9,7 +9,6 @@ killed with the thread that started it, and the parent finds the socket closed.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import logging
@@ -33,13 +32,13 @@ import numpy as np
 
 from protocol.errors import EngineFailed, HeadraceError, ModelRefused, StartError
 from protocol.messages import Capacity, Plan, encode
+from protocol.preloaded import die_with
 from workers.engines.base import Engine, Progress, Sampled, StepOutput
 
 log = logging.getLogger("headrace.engine")
 
 BEAT_S = 0.02  # how often the child shows its beat
 END_S = 5.0  # patience with a child that is to end
-PR_SET_PDEATHSIG = 1
 KINDS: dict[str, type[HeadraceError]] = {kind.__name__: kind for kind in (StartError, ModelRefused, EngineFailed)}
 
 _decode = msgspec.msgpack.Decoder().decode
@@ -306,10 +305,7 @@ def _show_beat(engine: Engine, beat: mmap.mmap) -> None:
 
 def main() -> None:
     link, shared, parent, level = map(int, sys.argv[1:5])
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it ended before prctl took effect
-            raise SystemExit(1)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent decides
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     code = 0
