@@ -24,6 +24,7 @@ from gateway.openai.render import Chunks, EventId, Tally, whole_answer
 from gateway.openai.view import View
 from gateway.sse import EventReader, ReaderStalled
 from gateway.streams import Collector, Follower
+from gateway.tracing import AnswerTrace
 from protocol.errors import (
     HeadraceError,
     NotFound,
@@ -35,6 +36,7 @@ from protocol.errors import (
 )
 from protocol.messages import Job, body_hash, encode, new_rid
 from protocol.records import Accepted, Limits
+from protocol.telemetry.context import trace_id_of
 
 log = logging.getLogger("headrace.gateway")
 request_log = logging.getLogger("headrace.gateway.requests")
@@ -55,6 +57,8 @@ class Ask:
     stream: bool = False
     numbered: bool = False  # its events have ids, to go on from
     idempotency: str | None = None
+    trace: AnswerTrace = field(default_factory=lambda: AnswerTrace(None, "", None))
+    fresh_rid: str = field(default_factory=new_rid)  # of a new request, unless an idempotency key names an older one
     arrived: float = field(default_factory=time.monotonic)
     # set later
     rid: str = ""
@@ -88,10 +92,12 @@ class Answers:
 
     async def answer(self, ask: Ask, request: web.BaseRequest) -> web.StreamResponse:
         """Run a new request and answer it, streamed or whole."""
+        ask.trace.begin(ask.job, ask.fresh_rid, ask.arrived)
         return await self._accounted(ask, self._run(ask, request))
 
     async def resume(self, ask: Ask, rid: str, shown: EventId | None, request: web.BaseRequest) -> web.StreamResponse:
         """Continue the stream of request ``rid`` after the event ``shown`` (None: from its beginning)."""
+        ask.trace.resume(ask.job, rid, ask.arrived)
         with ask.caller.reading():
             return await self._accounted(ask, self._resume(ask, rid, shown, request))
 
@@ -128,10 +134,11 @@ class Answers:
     async def _submit(self, ask: Ask) -> None:
         """Accept the job; its follower is registered before the first row can arrive. If the client disconnects
         meanwhile, the request is cancelled once accept has returned."""
-        rid = new_rid()
+        rid = ask.fresh_rid
         follower = self._made(ask, rid, ask.job, ask.view)
         follower.accepted = False
         self._follow(ask, follower)
+        began = time.monotonic()
         accepting = self._spawn(self._accept(ask, rid))
         try:
             accepted = await asyncio.shield(accepting)
@@ -144,6 +151,7 @@ class Answers:
                 self._spawn(self._give_up(ask.model, ask.caller.tenant, rid, 0, ask.view.grace_s))
             raise
         ask.rid = accepted.rid
+        ask.trace.accepted(began)
         ask.rates = rate_headers(ask.caller.limits, accepted)
         follower.accepted = True
         if accepted.joined:
@@ -331,11 +339,13 @@ class Answers:
             E2E.observe(model, seconds)
         PROMPT_TOKENS.labels(model).inc(tally.prompt_tokens or 0)
         OUTPUT_TOKENS.labels(model).inc(tally.completion_tokens - tally.replayed_tokens)
+        first = getattr(ask.follower, "first_token_s", None)
+        ask.trace.end(ask.job, ask.rid, ask.status, ask.caller.tenant, first)
         if request_log.isEnabledFor(logging.INFO):
-            first = getattr(ask.follower, "first_token_s", None)
             line = {
                 "event": "request",
                 "id": ask.rid,
+                "trace": trace_id_of(ask.rid, ask.job.trace) if ask.rid else None,
                 "model": model,
                 "tenant": ask.caller.tenant,
                 "kind": ask.view.kind,
@@ -404,6 +414,9 @@ def _prompt_tokens(job: Job) -> int:
 def _fingerprint(ask: Ask) -> str:
     """What two requests under one idempotency key must share: everything but the time of arrival."""
     job = msgspec.structs.replace(
-        ask.job, format=None, view={**(ask.job.view or {}), "created": 0, "fingerprint": "", "stream": ask.stream}
+        ask.job,
+        format=None,
+        trace=None,
+        view={**(ask.job.view or {}), "created": 0, "fingerprint": "", "stream": ask.stream},
     )
     return body_hash(encode(job))

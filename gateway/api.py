@@ -19,10 +19,12 @@ from gateway.openai import bodies
 from gateway.openai.render import EventId, whole_answer
 from gateway.openai.view import View, rid_of
 from gateway.openapi import PAGE_HEADERS, Documents
+from gateway.tracing import AnswerTrace
 from protocol.errors import Expired, InvalidRequest, NotFound
 from protocol.keys import NAME
 from protocol.messages import ID_BYTES, Job, ModelCard
 from protocol.records import RequestRecord
+from protocol.telemetry.traces import Traces
 from protocol.version import release
 
 MAX_GRACE_S = 86400.0
@@ -63,13 +65,21 @@ _detokenize = msgspec.json.Decoder(DetokenizeBody)
 
 class Api:
     def __init__(
-        self, models: Models, answers: Answers, *, guarded: bool, resume_grace: float, body_timeout: float
+        self,
+        models: Models,
+        answers: Answers,
+        *,
+        guarded: bool,
+        resume_grace: float,
+        body_timeout: float,
+        traces: Traces | None = None,
     ) -> None:
         self.models = models
         self.answers = answers
         self.guarded = guarded  # by API keys
         self.resume_grace = resume_grace
         self.body_timeout = body_timeout
+        self.traces = traces
 
     def routes(self, metrics: bool) -> Routes:
         """``metrics``: whether /metrics is served here, and not on a port of its own."""
@@ -140,6 +150,7 @@ class Api:
             stream=stream,
             numbered=_resumes(request),
             idempotency=_idempotency_key(request),
+            trace=AnswerTrace(self.traces, f"POST {request.path.rstrip('/')}", request.headers.get("traceparent")),
         )
         return await self.answers.answer(ask, request)
 
@@ -172,7 +183,10 @@ class Api:
         if shown is not None and shown.tail == "d":
             return web.Response(status=204)  # it was read to its end; tells an EventSource to stop
         model, record = found
-        ask = Ask(model=model, caller=caller, job=record.job, view=View.of(record), stream=True, numbered=True)
+        trace = AnswerTrace(self.traces, "GET /v1/streams/{id}", request.headers.get("traceparent"))
+        ask = Ask(
+            model=model, caller=caller, job=record.job, view=View.of(record), stream=True, numbered=True, trace=trace
+        )
         return await self.answers.resume(ask, record.rid, shown, request)
 
     async def show_request(self, request: web.BaseRequest, caller: Caller, public: str) -> web.StreamResponse:

@@ -23,6 +23,7 @@ from gateway.metrics import CONTENT_TYPE, exposition
 from gateway.models import Models
 from protocol.errors import HeadraceError, NotFound, StartError
 from protocol.records import Limits
+from protocol.telemetry.traces import traces
 
 log = logging.getLogger("headrace.gateway")
 
@@ -73,6 +74,7 @@ class Gateway:
         self.keys = KeyRing(config.api_keys_file)
         self.models = Models(config.redis_url, self.name)
         self.answers = Answers(self.name, config.limits, config.stall_timeout)
+        self.traces = traces("gateway")
         self._apart = self.keys.required or config.metrics_port is not None
         api = Api(
             self.models,
@@ -80,6 +82,7 @@ class Gateway:
             guarded=self.keys.required,
             resume_grace=config.resume_grace,
             body_timeout=config.body_timeout,
+            traces=self.traces,
         )
         self._origins = Origins(parse_origins(config.cors_origins))
         self._routes = api.routes(metrics=not self._apart)
@@ -108,6 +111,8 @@ class Gateway:
             await runner.cleanup()
         await self.answers.close()
         await self.models.close()
+        if self.traces is not None:
+            await self.traces.close()
 
     async def drain(self) -> None:
         """Turn /ready false, stop listening, and let open requests end; what is left can be resumed elsewhere."""

@@ -176,6 +176,13 @@ OPTIONS: tuple[Option, ...] = (
         0.0,
     ),
     Option(
+        "--trace-content",
+        "serve scheduler",
+        "traces hold prompts and answers (traces are made where OTEL_EXPORTER_OTLP_ENDPOINT is set, docs/traces.md)",
+        boolean,
+        False,
+    ),
+    Option(
         "--strict-durability",
         "serve gateway scheduler worker",
         "refuse a Redis that could lose what it acknowledged, instead of warning",

@@ -12,7 +12,8 @@ import msgspec
 from protocol.messages import Job
 from protocol.sampling import SamplingParams
 
-LEVEL = 2  # what each adds: 1 structure, tools, formats of calls and thoughts, more than four stops; 2 default length
+LEVEL = 3
+# what each adds: 1 structure, tools, formats of calls and thoughts, more than four stops; 2 default length; 3 traceparent
 STOPS_BEFORE = 4
 
 
@@ -24,14 +25,18 @@ def sampling_level(params: SamplingParams) -> int:
 
 def job_level(job: Job) -> int:
     """The least level of a scheduler that can read ``job``."""
+    if job.trace is not None:
+        return 3
     if job.default_max_tokens is not None:
         return 2
     return max(sampling_level(job.sampling), int(job.tools is not None or job.format is not None))
 
 
 def plainer(job: Job) -> Job:
-    """``job`` for an older scheduler: without the newest of what can be done without, a default length, or what only
-    tells readers how to show an answer that needs no telling."""
+    """``job`` for an older scheduler: without the newest of what can be done without: its place in a trace, a default
+    length, or what only tells readers how to show an answer that needs no telling."""
+    if job.trace is not None:
+        return msgspec.structs.replace(job, trace=None)
     if job.default_max_tokens is not None:
         return msgspec.structs.replace(job, default_max_tokens=None)
     return job if job.tools is not None else msgspec.structs.replace(job, format=None)

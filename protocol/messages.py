@@ -111,6 +111,7 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     tools: list[dict[str, Any]] | None = None  # as the chat template is to tell them
     format: FormatSpec | None = None  # how the model writes calls and thoughts: pinned at accept, for all readers
     default_max_tokens: int | None = None  # the model's own where none are asked for; gives way to the context
+    trace: str | None = None  # a W3C traceparent: the span that the request's own stands under
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list, one per prompt; [] for a chat."""

@@ -31,6 +31,7 @@ from scheduler.election import ServerClock
 from scheduler.metrics import Metrics
 from scheduler.prompts.tokenizer_pool import TokenizerPool
 from scheduler.recovery import UNREADABLE, arrive, terminal_row
+from scheduler.tracing import RequestTraces
 
 log = logging.getLogger("headrace.scheduler")
 
@@ -54,6 +55,7 @@ class Intake:
         epoch: int,
         clock: ServerClock,
         metrics: Metrics,
+        traces: RequestTraces,
         admit: Callable[[Arrive], None],
         recover: Callable[[str], Awaitable[None]],
     ) -> None:
@@ -62,6 +64,7 @@ class Intake:
         self._epoch = epoch
         self._clock = clock
         self._metrics = metrics
+        self._traces = traces
         self._admit = admit
         self._recover = recover
 
@@ -104,6 +107,7 @@ class Intake:
     # -------------------------------------------------------------- accepted by a gateway or a client
 
     async def _take_accepted(self, entry: InboxEntry, rid: str) -> None:
+        began = time.monotonic()
         record = await self._bus.read_request(rid)
         if record is None:  # none of ours wrote this, or it is long over
             await self._reject(entry, rid.encode(), UNKNOWN)
@@ -115,15 +119,16 @@ class Intake:
             return
         try:
             if record.cancel is not None:
-                await self._end(entry, record, record.cancel)
+                await self._end(entry, record, record.cancel, began=began)
                 return
             if record.deadline_ms and record.deadline_ms <= self._clock.now_ms():
-                await self._end(entry, record, "deadline")
+                await self._end(entry, record, "deadline", began=began)
                 return
             prepared = await self._tokenizers.accepted(encode(record.job))
         except (RequestError, ServiceError) as e:
-            await self._end(entry, record, "error", e)
+            await self._end(entry, record, "error", e, began=began)
             return
+        made = time.monotonic()
         seed, pinned = _seed(record.job), record.job.format
         verdict, _ = await self._bus.admit(
             self._epoch, entry.entry_id, rid=rid, prompts=prepared.prompts, seed=seed, producer_id=record.job.id,
@@ -131,25 +136,30 @@ class Intake:
         )  # fmt: skip
         if verdict == "new":
             record.prompts, record.seed = prepared.prompts, seed
+            self._traces.admitted(rid, record.job, record.tenant, record.created_ms, began, made)
             self._admit(arrive(record, self._clock))
         elif verdict == "cancelled":
             marked = await self._bus.read_request(rid)
-            await self._end(entry, record, (marked and marked.cancel) or "abort")
+            await self._end(entry, record, (marked and marked.cancel) or "abort", began=began)
         else:
             await self._recover(rid)
 
     async def _end(
-        self, entry: InboxEntry, record: RequestRecord, reason: str, error: RequestError | ServiceError | None = None
-    ) -> None:
+        self, entry: InboxEntry, record: RequestRecord, reason: str, error: RequestError | ServiceError | None = None,
+        *, began: float | None = None,
+    ) -> None:  # fmt: skip
         """One terminal frame for every choice of a request that was never admitted."""
         fields = _error_fields(error) if error else None
         rows = [terminal_row(record, i, b"", reason, fields) for i in range(len(record.placements))]
         await self._bus.finish(self._epoch, rows, entry_id=entry.entry_id)
-        self._metrics.request_refused(record.rid, record.tenant, reason, error.wire_code if error else None)
+        code, began = error.wire_code if error else None, time.monotonic() if began is None else began
+        self._metrics.request_refused(record.rid, record.tenant, reason, code)
+        self._traces.refused(record.rid, record.job, record.tenant, record.created_ms, began, reason, code)
 
     # -------------------------------------------------------------- pushed by a producer
 
     async def _take_push(self, entry: InboxEntry, payload: bytes) -> float:
+        began = time.monotonic()
         try:
             if len(payload) > MAX_JOB_BYTES:
                 raise TooLarge(f"a job may have at most {MAX_JOB_BYTES} bytes")
@@ -160,7 +170,7 @@ class Intake:
         except (RequestError, ServiceError) as e:
             await self._reject(entry, payload, e)
             return 0.0
-        job = prepared.job
+        made, job = time.monotonic(), prepared.job
         assert job is not None
         verdict, rid = await self._bus.admit(
             self._epoch,
@@ -173,6 +183,8 @@ class Intake:
         )
         if verdict == "wait":
             return int(rid) / 1000
+        if verdict == "new":
+            self._traces.admitted(rid, job, job.tenant, entry_ms(entry), began, made)
         if verdict in ("new", "repeat"):
             await self._recover(rid)
         elif verdict == "conflict":

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from protocol import records as wire
 from protocol.bus import LeaderBus
 from protocol.messages import LANDED, body_hash, encode
+from protocol.telemetry.traces import Traces
 from scheduler.core.events import (
     Arrive,
     Cancel,
@@ -37,6 +38,7 @@ from scheduler.intake import Intake
 from scheduler.metrics import Health, Metrics
 from scheduler.prompts.tokenizer_pool import TokenizerPool
 from scheduler.recovery import READS_AT_ONCE, UNREADABLE, arrive, read_choices, read_state, terminal_row
+from scheduler.tracing import RequestTraces
 from scheduler.workers import WorkerRegistry
 
 log = logging.getLogger("headrace.scheduler")
@@ -62,6 +64,8 @@ class Process:
     tenant_weights: dict[str, float]
     max_model_len: int | None = None  # as configured; None: what the workers can hold
     inter_token_target_s: float = 0.0  # 0: the knee alone decides how much prefill a step holds
+    traces: Traces | None = None  # None: none are made
+    trace_content: bool = False  # prompts and answers stand in them
 
 
 class Term:
@@ -85,7 +89,8 @@ class Term:
             )
         )
         self._group = asyncio.TaskGroup()  # entered by run: all that the term does are its tasks
-        intake = Intake(bus, tokenizers, epoch, clock, metrics, self._admit, self._recover)
+        self._traces = RequestTraces(process.traces, bus, process.model, epoch, process.trace_content)
+        intake = Intake(bus, tokenizers, epoch, clock, metrics, self._traces, self._admit, self._recover)
         self._inbox = Inbox(bus, f"epoch-{epoch}", intake, clock, weights)
         self._registry = WorkerRegistry(bus, epoch, self.core, process.timing, metrics, self._group, self._apply)
         self._known: set[str] = set()  # rids that the core holds
@@ -148,6 +153,7 @@ class Term:
         except UNREADABLE as e:
             log.error("request %s cannot be read, it is left alone: %s", rid, type(e).__name__)
             return
+        self._traces.follow(record)
         self._admit(arrive(record, self._clock, choices))
         if record.cancel is not None:
             self._apply(Cancel(rid, record.cancel))
@@ -234,13 +240,19 @@ class Term:
                 case SendPlan(wid, plan):
                     self._metrics.planned(wid, plan)
                     self._registry.send(wid, plan)
+                    if plan.new:
+                        self._traces.placed(wid, plan.new)
                 case FinishChoice():
                     ending.setdefault(effect.rid, []).append(effect)
+                    if effect.error_code is not None:
+                        self._traces.failed(effect.rid, effect.error_code)
                 case Resync():
                     self._group.create_task(self._resync(effect))
                 case RequestDone():
                     self._known.discard(effect.rid)
                     self._metrics.request_done(effect)
+                    if self._traces.on:
+                        self._group.create_task(self._traces.done(effect))
                 case ReleaseWorker():
                     self._group.create_task(self._registry.release(effect))
         for rid, choices in ending.items():

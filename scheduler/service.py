@@ -22,6 +22,7 @@ from protocol.bus import LeaderBus
 from protocol.errors import Fenced
 from protocol.keys import check_name
 from protocol.preloaded import Preloaded
+from protocol.telemetry.traces import traces
 from scheduler.election import ServerClock, Timing, keep_lead, stand_by
 from scheduler.leader import Process, Term
 from scheduler.metrics import Health, Metrics, serve_status
@@ -51,6 +52,7 @@ class SchedulerConfig:
     generation_config: Literal["model", "off"] = "model"  # whether generation_config.json gives sampling defaults
     tenant_weights: dict[str, float] | None = None  # share of served tokens; 1 where not named
     inter_token_target_ms: float = 0.0  # longest step that prefill may cause beside decodes; 0: the knee decides
+    trace_content: bool = False  # traces, where there are any, hold prompts and answers
     timing: Timing = field(default_factory=Timing)
 
 
@@ -95,6 +97,7 @@ class _Life:
             generation_config=config.generation_config,
         )  # fmt: skip
         self.metrics, self.health = Metrics(config.served_model_name), Health()
+        self.traces = traces("scheduler")
         self.status: AppRunner | None = None
 
     async def run(self) -> None:
@@ -127,6 +130,7 @@ class _Life:
         process = Process(
             self.bus, self.tokenizers, self.metrics, self.health, clock, timing, model,
             config.tenant_weights or {}, config.max_model_len, config.inter_token_target_ms / 1e3,
+            self.traces, config.trace_content,
         )  # fmt: skip
         term = Term(process, epoch)
         deposed: BaseException | None = None
@@ -146,6 +150,8 @@ class _Life:
             log.info("%s gave up the lead of %s", self.owner, self.config.served_model_name)
 
     async def close(self) -> None:
+        if self.traces is not None:
+            await self.traces.close()
         if self.status is not None:
             await self.status.cleanup()
         await self.bus.close()

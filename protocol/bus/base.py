@@ -118,5 +118,7 @@ def stream_entries(reply: Any) -> list[tuple[bytes, list[bytes]]]:
 
 
 def job_fingerprint(job: Job) -> str:
-    """What two pushes under one id must share: all but where the answer goes, how it is rendered, and defaults."""
-    return body_hash(encode(msgspec.structs.replace(job, view=None, reply_to=None, default_max_tokens=None)))
+    """What two pushes under one id must share: all but where the answer goes, how it is rendered, who traces it, and
+    defaults."""
+    shared = msgspec.structs.replace(job, view=None, reply_to=None, default_max_tokens=None, trace=None)
+    return body_hash(encode(shared))
