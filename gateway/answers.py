@@ -119,6 +119,7 @@ class Answers:
         self._follow(ask, reader)
         try:
             record = await ask.model.bus.attach(rid, ask.caller.tenant, self.name)
+            log.debug("request %s is resumed", rid)
             ask.model.outlet.saw(rid, record.attached)
             reader.learn(record)
             if shown is not None:
@@ -152,6 +153,7 @@ class Answers:
             raise
         ask.rid = accepted.rid
         ask.trace.accepted(began)
+        log.debug("request %s is %s", accepted.rid, "joined" if accepted.joined else "accepted")
         ask.rates = rate_headers(ask.caller.limits, accepted)
         follower.accepted = True
         if accepted.joined:

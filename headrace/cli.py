@@ -98,7 +98,7 @@ A gateway learns the served models from the queue; it needs no model and no GPU.
 """,
 )
 def gateway(args: argparse.Namespace) -> int:
-    _start_logging(args.log_level)
+    _start_logging(args.log_level, args.log_format)
     from gateway.app import GatewayConfig, run_gateway
 
     values = vars(args) | {"redis_url": args.redis_url or _default_redis()}
@@ -116,7 +116,7 @@ Needs the model's tokenizer and config, no weights. Start two for failover: one 
 """,
 )
 def scheduler(args: argparse.Namespace) -> int:
-    _start_logging(args.log_level)
+    _start_logging(args.log_level, args.log_format)
     values = _with_model(vars(args)) | {"redis_url": args.redis_url or _default_redis()}
     from scheduler.service import SchedulerConfig, run_scheduler
 
@@ -135,7 +135,7 @@ Every worker of a model needs a name of its own. A restarted worker takes its ol
 """,
 )
 def worker(args: argparse.Namespace) -> int:
-    _start_logging(args.log_level)
+    _start_logging(args.log_level, args.log_format)
     values = _with_model(vars(args)) | {"redis_url": args.redis_url or _default_redis()}
     from headrace.serve.progress import reporter
     from workers.service import WorkerConfig, run_worker
@@ -183,6 +183,98 @@ def bench(args: argparse.Namespace) -> int:
     return run(vars(args))
 
 
+@command(
+    "top",
+    "what a running service does now: models, workers, queue, tenants",
+    """
+examples:
+  headrace top                          of the service on this machine, every second
+  headrace top --requests 20            with its oldest requests
+  headrace top --once --json            one look, a JSON line for each model
+
+Read from the server alone; --redis-url names one elsewhere. Ctrl-C ends it.
+""",
+)
+def top(args: argparse.Namespace) -> int:
+    from headrace.tools.top import run
+
+    return run(vars(args) | {"redis_url": args.redis_url or _default_redis()})
+
+
+@command(
+    "doctor",
+    "look at this machine and a running installation, and say what to do",
+    """
+examples:
+  headrace doctor                                    versions, kernels, GPU, disk, ports, the service that runs here
+  headrace doctor --model ./my-model                 and whether these files can be served
+  headrace doctor --redis-url redis://queue:6379/0   an installation elsewhere
+
+Exit code 1 if anything must be mended; warnings do not count.
+""",
+)
+def doctor(args: argparse.Namespace) -> int:
+    from headrace.tools.doctor import run
+
+    return run(vars(args))
+
+
+@command(
+    "requests",
+    "list, show, cancel or follow the requests of a running service",
+    """
+examples:
+  headrace requests ls --tenant acme        what has not ended, oldest first
+  headrace requests show 4f1c               what is stored of it, but no prompt and no answer
+  headrace requests cancel 4f1c 9be2
+  headrace requests tail 4f1c               its answer, as it comes
+
+An id may be cut short where it is clear; ended requests are found by their whole id, for --retention.
+""",
+)
+def requests(args: argparse.Namespace) -> int:
+    from headrace.tools.requests import run
+
+    return run(vars(args) | {"redis_url": args.redis_url or _default_redis()})
+
+
+@command(
+    "dead",
+    "list dead letters, try them again or drop them",
+    """
+examples:
+  headrace dead ls
+  headrace dead retry 1785326400000-0       as a new request, while the old one is kept
+  headrace dead drop all
+
+A letter holds a hash of its job, not the job: after --retention its producer has to send it again.
+""",
+)
+def dead(args: argparse.Namespace) -> int:
+    from headrace.tools.dead import run
+
+    return run(vars(args) | {"redis_url": args.redis_url or _default_redis()})
+
+
+@command(
+    "completion",
+    "print what a shell needs to complete this command",
+    """
+examples:
+  source <(headrace completion bash)
+  headrace completion zsh > ~/.zfunc/_headrace
+  headrace completion fish > ~/.config/fish/completions/headrace.fish
+""",
+)
+def completion(args: argparse.Namespace) -> int:
+    from headrace.tools.completion import script
+
+    summaries = {name: summary for name, (summary, _, _) in COMMANDS.items()}
+    actions = {name: words for name, (words, _) in ACTIONS.items()}
+    print(script(args.action, summaries, actions, options_of), end="")
+    return 0
+
+
 @command("version", "print the version and what it runs on", "")
 def version(args: argparse.Namespace) -> int:
     from importlib.metadata import PackageNotFoundError
@@ -195,6 +287,14 @@ def version(args: argparse.Namespace) -> int:
             print(package, "not installed")
     print("python", sys.version.split()[0])
     return 0
+
+
+# What stands after a command, before its options: the words (the first is the default), and what follows them.
+ACTIONS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "requests": (("ls", "show", "cancel", "tail"), "ID"),
+    "dead": (("ls", "retry", "drop"), "ENTRY"),
+    "completion": (("bash", "zsh", "fish"), None),
+}
 
 
 # ------------------------------------------------------------------ parts
@@ -242,6 +342,11 @@ def build_parser(environ: Mapping[str, str] = os.environ) -> argparse.ArgumentPa
             epilog=epilog.strip("\n"),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if name in ACTIONS:
+            words, more = ACTIONS[name]
+            sub.add_argument("action", nargs="?", choices=words, default=words[0], help="(default: %(default)s)")
+            if more is not None:
+                sub.add_argument("id", nargs="*", metavar=more)
         for option in options_of(name):
             add_option(sub, option, environ)
         sub.set_defaults(run=run)
@@ -294,11 +399,13 @@ def _default_redis() -> str:
     return embedded.server_url(data_dir) if embedded.answers(data_dir) else DEFAULT_REDIS
 
 
-def _start_logging(level: str) -> None:
+def _start_logging(level: str, form: str) -> None:
     """Everything to stderr; only the line about each ended request, JSON as it stands, goes to stdout."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
-    )
+    from protocol.telemetry.logs import handler
+
+    logging.basicConfig(level=level.upper(), handlers=[handler(sys.stderr, form)], force=True)
+    for library in ("asyncio", "aiohttp", "urllib3", "httpx", "filelock"):  # debug is about what we do
+        logging.getLogger(library).setLevel(max(logging.INFO, logging.getLogger().level))
     lines = logging.StreamHandler(sys.stdout)
     lines.setFormatter(logging.Formatter("%(message)s"))
     for name in ("headrace.requests", "headrace.gateway.requests"):

@@ -12,7 +12,7 @@ OPTIONS: tuple[Option, ...] = (
     # what is served
     Option(
         "--model",
-        "serve scheduler worker",
+        "serve scheduler worker doctor",
         "the model: a local directory, a .gguf file, or a Hugging Face hub id (owner/name, owner/name:file.gguf) "
         "of a causal language model (default: SmolLM2-135M-Instruct, fetched once; without a network the demo model)",
         metavar="PATH|ID",
@@ -30,11 +30,11 @@ OPTIONS: tuple[Option, ...] = (
         metavar="DIR",
     ),
     # where
-    Option("--host", "serve gateway", "address to listen on; 0.0.0.0 for every interface", default="127.0.0.1"),
-    Option("--port", "serve gateway", "port of the HTTP API; 0 picks a free one", port, 8000),
+    Option("--host", "serve gateway doctor", "address to listen on; 0.0.0.0 for every interface", default="127.0.0.1"),
+    Option("--port", "serve gateway doctor", "port of the HTTP API; 0 picks a free one", port, 8000),
     Option(
         "--redis-url",
-        "serve gateway scheduler worker submit",
+        "serve gateway scheduler worker submit top doctor requests dead",
         "Redis or Valkey, as redis://[user:password@]host:port/db, rediss://..., unix:///path, or "
         "redis+cluster://host:port,host:port "
         "(default: serve starts an embedded one; the others find that, else redis://127.0.0.1:6379/0)",
@@ -42,7 +42,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "--data-dir",
-        "serve",
+        "serve doctor",
         "where the embedded server keeps its append-only file; a restart finds its jobs again "
         "(default: ~/.local/state/headrace/data)",
         metavar="DIR",
@@ -228,8 +228,27 @@ OPTIONS: tuple[Option, ...] = (
         default="info",
         choices=("debug", "info", "warning", "error"),
     ),
+    Option(
+        "--log-format",
+        "serve gateway scheduler worker",
+        "text for people, json for programs: an object a line (the line about each request is one in any case)",
+        default="text",
+        choices=("text", "json"),
+    ),
+    # tools of an operator
+    Option("--interval", "top", "how long between two looks", seconds, 1.0, "SECONDS"),
+    Option("--requests", "top", "show so many of each model's oldest requests", whole, 0, scope="TOP_"),
+    Option("--once", "top", "one look", boolean, False),
+    Option("--limit", "requests", "most requests that ls shows", count, 100),
+    Option("--json", "top doctor requests dead", "a JSON object a line", boolean, False),
+    Option("--tenant", "requests", "only this tenant's (default: of all)", scope="REQUESTS_"),
     # submit: jobs from the command line
-    Option("--model", "submit", "served name of the model (default: the only one that is served)", scope="SUBMIT_"),
+    Option(
+        "--model",
+        "submit top requests dead",
+        "served name of the model (default: the only one that is served)",
+        scope="SUBMIT_",
+    ),
     Option("--prompt", "submit", "text to be continued; - reads it from standard input", metavar="TEXT"),
     Option("--chat", "submit", "take the prompt as a user's message of a chat", boolean, False),
     Option("--follow", "submit", "print the text as it is generated", boolean, False),

@@ -164,6 +164,7 @@ class Term:
         if event.rid in self._known:
             return
         self._known.add(event.rid)
+        log.debug("request %s of %s: %s prompt tokens", event.rid, event.tenant, list(map(len, event.prompts)))
         self._apply(event)
         early = self._early_cancels.pop(event.rid, None)
         if early is not None:
@@ -203,6 +204,7 @@ class Term:
             return
         if record is None or record.cancel is None or not record.open:
             return
+        log.debug("request %s is to end: %s", rid, record.cancel)
         if rid in self._known:
             self._apply(Cancel(rid, record.cancel))
         else:
@@ -240,6 +242,8 @@ class Term:
                 case SendPlan(wid, plan):
                     self._metrics.planned(wid, plan)
                     self._registry.send(wid, plan)
+                    for new in plan.new:
+                        log.debug("%s:%d goes to %s, placement %d", new.rid, new.choice, wid, new.placement)
                     if plan.new:
                         self._traces.placed(wid, plan.new)
                 case FinishChoice():
@@ -250,6 +254,7 @@ class Term:
                     self._group.create_task(self._resync(effect))
                 case RequestDone():
                     self._known.discard(effect.rid)
+                    log.debug("request %s has ended: %s", effect.rid, effect.finish_reasons)
                     self._metrics.request_done(effect)
                     if self._traces.on:
                         self._group.create_task(self._traces.done(effect))

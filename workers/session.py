@@ -181,6 +181,8 @@ class Session:
         metrics = self.worker.metrics
         metrics.commit.observe(time.perf_counter() - started)
         metrics.refused.inc(len(verdicts) - verdicts.count(LANDED))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%d rows are committed: %s", len(verdicts), verdicts)
         outputs.settle(batch, verdicts)
         if engine_run == self.engine_run:
             self.open_steps -= batch.steps

@@ -35,7 +35,8 @@ from protocol.connection import check_url
 from protocol.errors import EX_CONFIG, StartError
 from protocol.keys import MODEL_NAME
 
-IMPORTANT = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL) ")  # a log line as the command line formats it
+# a log line as either --log-format has it
+IMPORTANT = re.compile(r'\S+ \S+ (WARNING|ERROR|CRITICAL) |\{"time": "[^"]*", "level": "(warning|error|critical)"')
 OWN_SCHEDULER = re.compile(r"scheduler-\d+\.[0-9a-f]{8}")  # the owner of a lead, if serve started it
 POLL_S = 0.2
 MAKE_POLL_S = 0.5

@@ -1,0 +1,236 @@
+"""The operator's tools on a running service: what they list is there, what they do happens; shells complete them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from headrace import cli
+from headrace.option_table import options_of
+from headrace.tools import completion, doctor
+from headrace.tools.show import duration
+from tests.stack import Stack
+
+MODEL = "org/tiny"
+PROMPT = "words that no tool may show"
+PATIENCE_S = 60.0
+
+
+def headrace(*args: str, expect: int | None = 0, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "headrace", *args], capture_output=True, text=True, timeout=120,
+        env={**os.environ, **(env or {})},
+    )  # fmt: skip
+    assert expect is None or done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def server(queue_url: str) -> Iterator[redis.Redis]:
+    with contextlib.closing(redis.Redis.from_url(queue_url)) as client:
+        yield client
+
+
+@pytest.fixture
+def long_request(stack: Stack) -> Iterator[str]:
+    """One that runs for as long as a test needs it; its id."""
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 20_000, "ignore_eos": True, "stream": True}
+    headers = {"Content-Type": "application/json", "X-Headrace-Detached": "true"}
+    ask = urllib.request.Request(stack.url + "/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(ask, timeout=60) as reply:
+        rid = reply.headers["X-Request-Id"]
+        assert reply.read(100)
+    yield rid
+    gone = urllib.request.Request(f"{stack.url}/v1/requests/{rid}", method="DELETE")
+    urllib.request.urlopen(gone, timeout=60).close()
+
+
+def test_requests_are_listed_shown_followed_and_cancelled(queue_url: str, long_request: str) -> None:
+    at = ("--redis-url", queue_url)
+    listed = [json.loads(line) for line in headrace("requests", "ls", *at, "--json").splitlines()]
+    (found,) = [one for one in listed if one["rid"] == long_request]
+    assert (found["tenant"], found["state"], found["choices"], found["open"]) == ("default", "running", 1, 1)
+    assert found["prompt_tokens"] > 0 < found["bytes"]
+    assert long_request in headrace("requests", "ls", *at)
+    assert long_request not in headrace("requests", "ls", *at, "--tenant", "another")
+    shown = headrace("requests", "show", long_request[:12], *at)
+    told = json.loads(shown)
+    assert (told["id"], told["trace"], told["state"], told["max_tokens"]) == (long_request,) * 2 + ("running", 20_000)
+    assert told["choices"][0]["tokens"] > 0
+    assert PROMPT not in shown
+    with subprocess.Popen(
+        [sys.executable, "-m", "headrace", "requests", "tail", long_request, *at], stdout=subprocess.PIPE
+    ) as tail:
+        assert tail.stdout is not None
+        assert tail.stdout.read(200)
+        assert headrace("requests", "cancel", "cmpl-" + long_request, *at) == f"{long_request} is cancelled\n"
+        tail.stdout.read()
+        assert tail.wait(60) == 0
+    assert "had ended already" in headrace("requests", "cancel", long_request, *at, expect=1)
+    assert json.loads(headrace("requests", "show", long_request, *at))["choices"][0]["finish_reason"] == "abort"
+    assert "no request 0000" in headrace("requests", "show", "0000", *at, expect=78)
+    assert "takes one id" in headrace("requests", "tail", *at, expect=1)
+
+
+def test_dead_letters_are_listed_tried_again_and_dropped(
+    queue_url: str, server: redis.Redis, long_request: str
+) -> None:
+    at, key = ("--redis-url", queue_url), f"headrace:{{{MODEL}}}:"
+    server.delete(key + "dead")
+    assert "no dead letters" in headrace("dead", "ls", *at)
+    server.xadd(key + "jobs", {"job": b"garbage"})
+    deadline = time.monotonic() + PATIENCE_S
+    while not server.xlen(key + "dead") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killer = server.xadd(key + "dead", {"rid": long_request, "code": "engine_failed", "message": "it killed workers"})
+    (garbage, again) = [json.loads(line) for line in headrace("dead", "ls", *at, "--json").splitlines()]
+    assert (garbage["rid"], again["rid"], again["code"]) == (None, long_request, "engine_failed")
+    assert "kept no more" in headrace("dead", "retry", garbage["entry"], *at, expect=1)
+    told = headrace("dead", "retry", killer.decode(), *at)
+    new = told.split()[-1]
+    assert json.loads(headrace("requests", "show", new, *at))["max_tokens"] == 20_000
+    headrace("requests", "cancel", new, *at)
+    assert headrace("dead", "drop", "all", *at) == "1 dropped\n"
+    assert "there is no dead letter 1-1" in headrace("dead", "drop", "1-1", *at, expect=1)
+
+
+def test_top_shows_models_workers_tenants_and_requests(queue_url: str, long_request: str) -> None:
+    (line,) = headrace("top", "--redis-url", queue_url, "--once", "--json", "--requests", "5").splitlines()
+    told = json.loads(line)
+    assert (told["model"], told["leads"], told["live"] > 0) == (MODEL, True, True)
+    assert [(worker["wid"], worker["state"], worker["beats"]) for worker in told["workers"]] == [
+        ("worker-0", "serving", True)
+    ]
+    assert [name for name, *_ in told["tenants"]] == ["default"]
+    assert long_request in [one["rid"] for one in told["requests"]]
+    shown = headrace("top", "--redis-url", queue_url, "--interval", "100ms", env={"COLUMNS": "160"})
+    assert "worker-0" in shown
+    assert PROMPT not in shown
+
+
+def test_doctor_finds_the_installation_well(stack: Stack, queue_url: str, model_dir: Path) -> None:
+    found = [
+        json.loads(line)
+        for line in headrace(
+            "doctor", "--redis-url", queue_url, "--data-dir", str(stack.run_dir / "data"), "--model", str(model_dir),
+            "--port", str(stack.port), "--json", expect=None,
+        ).splitlines()
+    ]  # fmt: skip
+    told = {one["what"]: one["level"] for one in found}
+    assert not [one for one in found if one["level"] == "fail" and "is not installed" not in one["what"]], found
+    assert any(what.startswith(f"{MODEL}: led in epoch") for what in told)
+    assert any("an fsync" in what for what in told)
+    assert told[f"{model_dir} can be served, as far as its files tell"] == "ok"
+    busy = next(what for what in told if what.startswith(f"127.0.0.1:{stack.port}"))
+    assert told[busy] == "warn"
+
+
+def test_doctor_says_what_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    data = tmp_path / "data"
+    data.mkdir(mode=0o755)
+    given = ("--redis-url", "redis://127.0.0.1:9/0", "--data-dir", str(data), "--model", str(tmp_path / "model"))
+    shown = headrace("doctor", *given, "--port", "0", expect=1)
+    assert "fail  the server:" in shown
+    assert f"-> chmod 700 {data}" in shown
+    assert "model" in shown
+
+
+async def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def check_nothing(_: Any) -> Any:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(doctor, "CHECKS", (check_nothing,))
+    found = await doctor.findings({"redis_url": None, "data_dir": str(tmp_path)})
+    assert found[0] == doctor.Finding("fail", "the check of nothing broke: RuntimeError: broken")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.85, "850ms"), (12, "12s"), (200, "3m20s"), (18_120, "5h02m"), (0, "0ms")]
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+# ------------------------------------------------------------------ completion
+
+
+def made(shell: str) -> str:
+    words = {name: actions for name, (actions, _) in cli.ACTIONS.items()}
+    return completion.script(shell, {name: row[0] for name, row in cli.COMMANDS.items()}, words, options_of)
+
+
+def complete(*words: str) -> set[str]:
+    """What bash offers for the last of ``words``."""
+    given = " ".join(f"'{word}'" for word in words)
+    program = (
+        f"{made('bash')}\nCOMP_WORDS=({given}); COMP_CWORD={len(words) - 1}\n_headrace\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    assert not done.stderr
+    return set(done.stdout.split())
+
+
+def test_bash_completes_commands_actions_options_and_values() -> None:
+    assert complete("headrace", "s") == {"serve", "scheduler", "submit"}
+    assert complete("headrace", "requests", "") >= {"ls", "show", "cancel", "tail", "--redis-url"}
+    assert complete("headrace", "serve", "--max-n") == {"--max-num-seqs", "--max-num-batched-tokens"}
+    assert complete("headrace", "worker", "--log-level", "w") == {"warning"}
+    assert complete("headrace", "serve", "--no-strict") == {"--no-strict-durability"}
+    assert complete("headrace", "serve", "--host", "") == set()
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_read_the_script(shell: str, tmp_path: Path) -> None:
+    """Every command and option is in it; where the shell is here, it finds no fault."""
+    text = made(shell)
+    for name in cli.COMMANDS:
+        assert name in text
+        for option in options_of(name):
+            assert option.flag in text or f"-l {option.flag.removeprefix('--')}" in text
+    if program := shutil.which(shell):
+        (tmp_path / "script").write_text(text)
+        subprocess.run([program, "-n", str(tmp_path / "script")], check=True, timeout=30)
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_the_command_prints_the_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", shell]) == 0
+    assert capsys.readouterr().out == made(shell)
+
+
+# ------------------------------------------------------------------ logs
+
+
+def test_logs_are_json_where_asked_for_and_debug_tells_of_requests(tmp_path: Path, model_dir: Path) -> None:
+    args = ("--model", str(model_dir), "--served-model-name", MODEL, "--engine", "simulated")
+    with Stack(tmp_path / "logs", *args, "--log-format", "json", "--log-level", "debug") as stack:
+        body = json.dumps({"model": MODEL, "prompt": PROMPT, "max_tokens": 2}).encode()
+        ask = urllib.request.Request(stack.url + "/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(ask, timeout=60) as reply:
+            rid = reply.headers["X-Request-Id"]
+        stack.stop()
+        logs = {log.name: log.read_text() for log in (stack.run_dir / "run" / "logs").glob("*.log")}
+    assert not [name for name, text in logs.items() if PROMPT in text]
+    told: dict[str, set[str]] = {}
+    for name, text in logs.items():
+        if name.startswith("redis"):
+            continue
+        lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        assert lines, name
+        told[name.partition("-")[0]] = {line["level"] for line in lines if rid in line.get("message", "")}
+        assert all(set(line) >= {"time", "level", "logger", "message"} for line in lines if "level" in line)
+    assert told["gateway"] == told["scheduler"] == {"debug"}
