@@ -70,7 +70,8 @@ class Ask:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"X-Request-Id": self.rid, **self.rates}
+        said = self.follower.tally.cache if self.follower is not None else ""
+        return {"X-Request-Id": self.rid, **self.rates, **({"X-Headrace-Cache": said} if said else {})}
 
 
 class Draining(Unavailable):
@@ -356,6 +357,7 @@ class Answers:
                 "prompt_tokens": tally.prompt_tokens or 0,
                 "output_tokens": tally.completion_tokens,
                 "cached_tokens": tally.cached_tokens,
+                "cache": tally.cache or None,
                 "first_token_s": None if first is None else round(first, 4),
                 "seconds": round(seconds, 4),
                 "finish_reasons": tally.ends,

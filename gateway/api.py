@@ -142,6 +142,7 @@ class Api:
         if grace := self._grace(request):
             life["grace_s"] = grace
         job.view = {**(job.view or {}), **life}
+        job.cache = _cache_use(request, job)
         ask = Ask(
             model=model,
             caller=caller,
@@ -328,6 +329,17 @@ def _flag(request: web.BaseRequest, name: str) -> bool:
     if given not in ("true", "false"):
         raise InvalidRequest(f"{name} must be true or false", param=name)
     return given == "true"
+
+
+def _cache_use(request: web.BaseRequest, job: Job) -> Any:
+    """Job.cache: what the body says of the cache of answers, restricted by Cache-Control: no-store (neither look up nor
+    keep) and no-cache (keep alone). Other directives are for caches on the way."""
+    told = {part.strip().lower() for part in request.headers.get("Cache-Control", "").split(",")}
+    if "no-store" in told:
+        return "off"
+    if "no-cache" in told and job.cache != "off" and (job.sampling.greedy or job.cache == "on"):
+        return "refresh"
+    return job.cache
 
 
 def _idempotency_key(request: web.BaseRequest) -> str | None:

@@ -81,7 +81,7 @@ class Follower:
             if self.tally.awaits_record:
                 self.fall_behind()  # the record tells more
             else:
-                self.admit(notice.prompt_tokens, notice.thinking)
+                self.admit(notice.prompt_tokens, notice.thinking, notice.cache)
             return
         if self.tally.awaits_admission and self.tally.prompt_tokens is None:
             self.fall_behind()  # the notice of admission was missed: the record tells it
@@ -97,8 +97,9 @@ class Follower:
         elif row.cursor > position:
             self.fall_behind()
 
-    def admit(self, prompt_tokens: int, thinking: bool = False) -> None:
+    def admit(self, prompt_tokens: int, thinking: bool = False, cache: str = "") -> None:
         if self.tally.prompt_tokens is None:
+            self.tally.cache = cache
             self.tally.prompt_tokens = prompt_tokens
             self.tally.thinking = thinking
             self.news.set()
@@ -146,7 +147,7 @@ class Follower:
                 self.fail(Expired("the request is not there any more"))
         elif record.prompts or record.open == 0:
             self.tally.prompts_of_record = record.prompts
-            self.admit(sum(len(prompt) // ID_BYTES for prompt in record.prompts), record.thinking)
+            self.admit(sum(len(prompt) // ID_BYTES for prompt in record.prompts), record.thinking, record.cache)
 
 
 class Collector(Follower):

@@ -176,6 +176,37 @@ OPTIONS: tuple[Option, ...] = (
         0.0,
     ),
     Option(
+        "--response-cache",
+        "serve scheduler",
+        "keep the answers of deterministic requests (temperature 0; with a seed where they say cache: true), for "
+        "requests of the same tenant that ask for the same",
+        boolean,
+        False,
+    ),
+    Option(
+        "--response-cache-ttl",
+        "serve scheduler",
+        "how long a cached answer is kept",
+        seconds,
+        3600.0,
+        metavar="SECONDS",
+    ),
+    Option(
+        "--response-cache-memory",
+        "serve scheduler",
+        "most memory of the server for cached answers, as 512MiB (default: a tenth of its maxmemory, 256MiB where it "
+        "has none)",
+        size,
+        metavar="SIZE",
+    ),
+    Option(
+        "--response-cache-shared",
+        "serve scheduler",
+        "cached answers are for all tenants, who can tell by the time of an answer what others have asked",
+        boolean,
+        False,
+    ),
+    Option(
         "--trace-content",
         "serve scheduler",
         "traces hold prompts and answers (traces are made where OTEL_EXPORTER_OTLP_ENDPOINT is set, docs/traces.md)",

@@ -42,6 +42,10 @@ class Keys:
         self.tenants = prefix + "tenants"  # set: tenants that have unfinished requests
         self.tokenizer = prefix + "tokenizer"  # string: tokenizer.json, for /tokenize
 
+    def answer(self, key: str) -> str:
+        """Hash: the journals of one cached answer."""
+        return f"{self.prefix}c:{key}"
+
     def request(self, rid: str) -> str:
         return f"{self.prefix}r:{rid}"
 

@@ -13,7 +13,8 @@ from protocol.messages import Job
 from protocol.sampling import SamplingParams
 
 LEVEL = 3
-# what each adds: 1 structure, tools, formats of calls and thoughts, more than four stops; 2 default length; 3 traceparent
+# what each adds: 1 structure, tools, formats of calls and thoughts, more than four stops; 2 default length; 3 traceparent,
+# cache of answers
 STOPS_BEFORE = 4
 
 
@@ -25,7 +26,7 @@ def sampling_level(params: SamplingParams) -> int:
 
 def job_level(job: Job) -> int:
     """The least level of a scheduler that can read ``job``."""
-    if job.trace is not None:
+    if job.trace is not None or job.cache is not None:
         return 3
     if job.default_max_tokens is not None:
         return 2
@@ -33,10 +34,10 @@ def job_level(job: Job) -> int:
 
 
 def plainer(job: Job) -> Job:
-    """``job`` for an older scheduler: without the newest of what can be done without: its place in a trace, a default
-    length, or what only tells readers how to show an answer that needs no telling."""
-    if job.trace is not None:
-        return msgspec.structs.replace(job, trace=None)
+    """``job`` for an older scheduler: without the newest of what can be done without: its place in a trace and its wish
+    about a cache that is not there, a default length, or what only tells readers how to show an answer that needs no telling."""
+    if job.trace is not None or job.cache is not None:
+        return msgspec.structs.replace(job, trace=None, cache=None)
     if job.default_max_tokens is not None:
         return msgspec.structs.replace(job, default_max_tokens=None)
     return job if job.tools is not None else msgspec.structs.replace(job, format=None)

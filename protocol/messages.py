@@ -112,6 +112,9 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     format: FormatSpec | None = None  # how the model writes calls and thoughts: pinned at accept, for all readers
     default_max_tokens: int | None = None  # the model's own where none are asked for; gives way to the context
     trace: str | None = None  # a W3C traceparent: the span that the request's own stands under
+    cache: Literal["on", "refresh", "off"] | None = (
+        None  # of answers: on: with a seed too; refresh: kept, not looked up
+    )
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list, one per prompt; [] for a chat."""
@@ -268,10 +271,12 @@ class Row(Struct, array_like=True):
 
 
 class Admitted(Struct, array_like=True):
-    """Published once a request is admitted: prompt tokens, in all, and whether the prompt has opened a thought."""
+    """Published once a request is admitted: prompt tokens, in all, whether the prompt has opened a thought, and what
+    the cache of answers said ("hit", "joined", "miss"; "": it was not asked)."""
 
     prompt_tokens: int
     thinking: bool = False
+    cache: str = ""
 
 
 class Terminal(Struct, kw_only=True, omit_defaults=True):

@@ -51,6 +51,9 @@ class RequestRecord:
     placements: list[int]
     ends: list[str | None]  # finish reasons
     ended_ms: int = 0  # server time; 0: not ended
+    cache: str = ""  # what the cache of answers said
+    flight: str | None = None  # key of the answer that it makes, for others too
+    joins: str | None = None  # rid of the request whose rows land for it as well
 
     @property
     def thinking(self) -> bool:
@@ -79,7 +82,8 @@ class InboxEntry:
 
 @dataclass
 class Event:
-    """One entry of `events`. kind: "hint", "worker" (registered or changed state), "cancel", "attach"."""
+    """One entry of `events`. kind: "hint", "worker" (registered or changed state), "cancel", "attach",
+    "freed" (it has joined another request's answer and goes on by itself)."""
 
     event_id: str
     kind: str
@@ -112,7 +116,7 @@ _job_decoder = msgspec.msgpack.Decoder(Job)
 _hint_decoder = msgspec.msgpack.Decoder(Hint)
 _terminal_decoder = msgspec.msgpack.Decoder(Terminal)
 _capacity_decoder = msgspec.msgpack.Decoder(Capacity)
-_EVENT_KINDS = {b"h": "hint", b"w": "worker", b"c": "cancel", b"a": "attach"}
+_EVENT_KINDS = {b"h": "hint", b"w": "worker", b"c": "cancel", b"a": "attach", b"j": "freed"}
 
 
 def fields_of(flat: Sequence[bytes]) -> dict[bytes, bytes]:
@@ -152,6 +156,9 @@ def _request_record(rid: str, fields: dict[bytes, bytes]) -> RequestRecord:
         placements=[int(fields.get(b"p%d" % i, 0)) for i in choices],
         ends=[end.decode() if end is not None else None for end in ends],
         ended_ms=int(fields.get(b"ended", 0)),
+        cache=fields.get(b"cache", b"").decode(),
+        flight=flight.decode() if (flight := fields.get(b"flight")) else None,
+        joins=joins.decode() if (joins := fields.get(b"joins")) else None,
     )
 
 
@@ -175,7 +182,7 @@ def event(event_id: bytes, flat: Sequence[bytes]) -> Event | None:
                 out.verdicts = fields.get(b"v", b"").decode()
             case "worker":
                 out.wid, out.gen = fields[b"w"].decode(), int(fields[b"g"])
-            case "cancel" | "attach":
+            case "cancel" | "attach" | "freed":
                 out.rid = fields[b"r"].decode()
             case _:
                 return None

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 NAMES = (
-    "accept", "admit", "attach", "cancel", "commit", "depth", "finish", "heartbeat", "lead", "plan", "recount",
-    "register",
-    "reject", "release", "renew_lead", "retire", "trim",
+    "accept", "admit", "attach", "cancel", "commit", "depth", "finish", "heartbeat", "join", "keep_answer", "lead",
+    "plan", "recount", "register", "reject", "release", "renew_lead", "retire", "shed", "trim",
 )  # fmt: skip
 INCLUDES: dict[str, tuple[str, ...]] = {
     "accept": ("_channels", "_tenants"),
@@ -18,6 +17,8 @@ INCLUDES: dict[str, tuple[str, ...]] = {
     "attach": ("_channels",),
     "commit": ("_rows",),
     "finish": ("_rows",),
+    "keep_answer": ("_answers",),
+    "shed": ("_answers",),
 }
 
 

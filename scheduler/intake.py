@@ -26,6 +26,7 @@ from protocol.jobs import MAX_TIMEOUT_S
 from protocol.keys import NAME
 from protocol.messages import DEFAULT_TENANT, MAX_JOB_BYTES, Job, body_hash, encode, new_rid, unpack_ids
 from protocol.records import InboxEntry, RequestRecord
+from scheduler.answers import Answer, Answers
 from scheduler.core.events import Arrive
 from scheduler.election import ServerClock
 from scheduler.metrics import Metrics
@@ -56,6 +57,7 @@ class Intake:
         clock: ServerClock,
         metrics: Metrics,
         traces: RequestTraces,
+        answers: Answers,
         admit: Callable[[Arrive], None],
         recover: Callable[[str], Awaitable[None]],
     ) -> None:
@@ -65,6 +67,7 @@ class Intake:
         self._clock = clock
         self._metrics = metrics
         self._traces = traces
+        self._answers = answers
         self._admit = admit
         self._recover = recover
 
@@ -130,19 +133,29 @@ class Intake:
             return
         made = time.monotonic()
         seed, pinned = _seed(record.job), record.job.format
+        key = self._answers.key(record.job, record.tenant, prepared.prompts)
+        answer = await self._answers.find(record.job, key)
         verdict, _ = await self._bus.admit(
             self._epoch, entry.entry_id, rid=rid, prompts=prepared.prompts, seed=seed, producer_id=record.job.id,
             thinking=pinned is not None and pinned.thinking(unpack_ids(prepared.prompts[0])),
+            cache="hit" if answer else "", tell=_told_at_once(record.job, key, answer),
         )  # fmt: skip
         if verdict == "new":
             record.prompts, record.seed = prepared.prompts, seed
             self._traces.admitted(rid, record.job, record.tenant, record.created_ms, began, made)
-            self._admit(arrive(record, self._clock))
+            if key is None or not await self._settled(record, key, answer):
+                self._admit(arrive(record, self._clock))
         elif verdict == "cancelled":
             marked = await self._bus.read_request(rid)
             await self._end(entry, record, (marked and marked.cancel) or "abort", began=began)
         else:
             await self._recover(rid)
+
+    async def _settled(self, record: RequestRecord, key: str, answer: Answer | None) -> bool:
+        settled = await self._answers.settle(record, key, answer)
+        if settled and answer is not None:
+            await self._traces.answered(record.rid)
+        return settled
 
     async def _end(
         self, entry: InboxEntry, record: RequestRecord, reason: str, error: RequestError | ServiceError | None = None,
@@ -172,6 +185,8 @@ class Intake:
             return 0.0
         made, job = time.monotonic(), prepared.job
         assert job is not None
+        key = self._answers.key(job, job.tenant, prepared.prompts)
+        answer = await self._answers.find(job, key)
         verdict, rid = await self._bus.admit(
             self._epoch,
             entry.entry_id,
@@ -180,11 +195,16 @@ class Intake:
             seed=_seed(job),
             job=job,
             payload_hash=body_hash(payload),
+            cache="hit" if answer else "",
+            tell=_told_at_once(job, key, answer),
         )
         if verdict == "wait":
             return int(rid) / 1000
         if verdict == "new":
             self._traces.admitted(rid, job, job.tenant, entry_ms(entry), began, made)
+            record = await self._bus.read_request(rid) if key is not None else None
+            if record is not None and key is not None and await self._settled(record, key, answer):
+                return 0.0
         if verdict in ("new", "repeat"):
             await self._recover(rid)
         elif verdict == "conflict":
@@ -247,3 +267,8 @@ def _seed(job: Job) -> int:
 def entry_ms(entry: InboxEntry) -> int:
     """Server time of the push."""
     return int(entry.entry_id.split("-")[0])
+
+
+def _told_at_once(job: Job, key: str | None, answer: Answer | None) -> bool:
+    """Whether the admission itself tells of it: else it is `join` that knows what the cache says."""
+    return key is None or answer is not None or job.cache == "refresh"

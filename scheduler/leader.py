@@ -10,12 +10,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from protocol import records as wire
 from protocol.bus import LeaderBus
 from protocol.messages import LANDED, body_hash, encode
 from protocol.telemetry.traces import Traces
+from scheduler.answers import Answers, AnswerSettings
 from scheduler.core.events import (
     Arrive,
     Cancel,
@@ -66,6 +67,8 @@ class Process:
     inter_token_target_s: float = 0.0  # 0: the knee alone decides how much prefill a step holds
     traces: Traces | None = None  # None: none are made
     trace_content: bool = False  # prompts and answers stand in them
+    answers: AnswerSettings = field(default_factory=AnswerSettings)
+    fingerprint: str = ""  # of the model, where answers are cached
 
 
 class Term:
@@ -90,7 +93,8 @@ class Term:
         )
         self._group = asyncio.TaskGroup()  # entered by run: all that the term does are its tasks
         self._traces = RequestTraces(process.traces, bus, process.model, epoch, process.trace_content)
-        intake = Intake(bus, tokenizers, epoch, clock, metrics, self._traces, self._admit, self._recover)
+        self._answers = Answers(bus, epoch, metrics, process.answers, process.fingerprint, tokenizers.max_model_len)
+        intake = Intake(bus, tokenizers, epoch, clock, metrics, self._traces, self._answers, self._admit, self._recover)
         self._inbox = Inbox(bus, f"epoch-{epoch}", intake, clock, weights)
         self._registry = WorkerRegistry(bus, epoch, self.core, process.timing, metrics, self._group, self._apply)
         self._known: set[str] = set()  # rids that the core holds
@@ -141,13 +145,18 @@ class Term:
     async def _publish_card(self) -> None:
         await self._bus.publish_card(self._tokenizers.card(self._model), self._tokenizers.tokenizer_json)
 
-    async def _recover(self, rid: str) -> None:
-        """Give the core a request that was admitted before, from its record and journals. Others are skipped."""
+    async def _recover(self, rid: str, *, unfed: bool = False) -> None:
+        """Give the core a request that was admitted before, from its record and journals. Others are skipped; so are
+        those that have joined another one, unless it is known that nothing lands for them (``unfed``)."""
         if rid in self._known:
             return
         try:
             record = await self._bus.read_request(rid)
             if record is None or not record.open or not record.prompts:
+                return
+            if not unfed and self._answers.recovered(record):
+                if record.cancel is not None:
+                    await self._answers.end_joined(rid, record.cancel)
                 return
             choices = await read_choices(self._bus, record)
         except UNREADABLE as e:
@@ -196,6 +205,9 @@ class Term:
             self._registry.changed.set()
         elif event.kind == "cancel" and event.rid is not None:
             self._group.create_task(self._cancel(event.rid))
+        elif event.kind == "freed" and event.rid is not None:
+            self._answers.joined.pop(event.rid, None)
+            self._group.create_task(self._recover(event.rid))
 
     async def _cancel(self, rid: str) -> None:
         try:
@@ -207,6 +219,8 @@ class Term:
         log.debug("request %s is to end: %s", rid, record.cancel)
         if rid in self._known:
             self._apply(Cancel(rid, record.cancel))
+        elif record.joins is not None and await self._answers.end_joined(rid, record.cancel):
+            pass
         else:
             self._early_cancels[rid] = (record.cancel, time.monotonic())
             self._inbox.cancelled(rid)
@@ -256,6 +270,8 @@ class Term:
                     self._known.discard(effect.rid)
                     log.debug("request %s has ended: %s", effect.rid, effect.finish_reasons)
                     self._metrics.request_done(effect)
+                    if self._answers.makes(effect.rid):
+                        self._group.create_task(self._answers.keep(effect.rid, effect.finish_reasons))
                     if self._traces.on:
                         self._group.create_task(self._traces.done(effect))
                 case ReleaseWorker():
@@ -324,11 +340,19 @@ class Term:
                     checked = stats.counters.output_tokens  # once each time that it becomes idle
                     self.core.check_integrity()
                 self._forget_early_cancels(now)
+                await self._look_at_joined()
                 if trimmed != self._after:
                     trimmed = self._after
                     await self._bus.trim_events(trimmed, epoch=self._epoch)
             ticks += 1
             await asyncio.sleep(1 / TICKS_PER_SECOND)
+
+    async def _look_at_joined(self) -> None:
+        unfed, ended = await self._answers.look(self._clock.now_ms())
+        for rid in unfed:
+            await self._recover(rid, unfed=True)
+        for rid in ended if self._traces.on else ():
+            await self._traces.answered(rid)
 
     def _follow_capacity(self) -> None:
         """Limit admission to the longest sequence that the workers can hold: it may be less than the model's

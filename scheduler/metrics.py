@@ -86,6 +86,10 @@ class Metrics:
         self.cache_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self.cache_hits = counter("prefix_cache_hits", "Prompt tokens found there")
         self.refused = counter("requests_refused", "Jobs ended before admission")
+        self._answers = Counter(
+            "headrace_answer_cache", "Requests for which the cache of answers was asked, by what it said",
+            ["model", "result"], registry=self.registry,
+        )  # fmt: skip
         self.special_tokens_refused = counter(
             "special_tokens_refused", "Chats refused since special tokens in them could not be told from the template's"
         )
@@ -181,6 +185,10 @@ class Metrics:
             "decode_s": round(done.decode_s, 4), "preemptions": done.preemptions, "finish_reasons": done.finish_reasons,
         }  # fmt: skip
         request_log.info("%s", json.dumps(line))
+
+    def answered(self, result: str) -> None:
+        """What the cache of answers said: hit, joined or miss."""
+        self._answers.labels(self._model, result).inc()
 
     def request_refused(self, rid: str | None, tenant: str | None, reason: str, code: str | None) -> None:
         """A job that ended before admission: a line without figures; ``code`` where ``reason`` is error."""

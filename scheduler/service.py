@@ -23,6 +23,7 @@ from protocol.errors import Fenced
 from protocol.keys import check_name
 from protocol.preloaded import Preloaded
 from protocol.telemetry.traces import traces
+from scheduler.answers import AnswerSettings, fingerprint
 from scheduler.election import ServerClock, Timing, keep_lead, stand_by
 from scheduler.leader import Process, Term
 from scheduler.metrics import Health, Metrics, serve_status
@@ -53,7 +54,17 @@ class SchedulerConfig:
     tenant_weights: dict[str, float] | None = None  # share of served tokens; 1 where not named
     inter_token_target_ms: float = 0.0  # longest step that prefill may cause beside decodes; 0: the knee decides
     trace_content: bool = False  # traces, where there are any, hold prompts and answers
+    response_cache: bool = False  # answers of deterministic requests are kept, for requests that ask for the same
+    response_cache_ttl: float = 3600.0  # seconds
+    response_cache_memory: int | None = None  # bytes; None: a tenth of the server's maxmemory
+    response_cache_shared: bool = False  # by all tenants
     timing: Timing = field(default_factory=Timing)
+
+    @property
+    def answers(self) -> AnswerSettings:
+        return AnswerSettings(
+            self.response_cache, self.response_cache_ttl, self.response_cache_memory, self.response_cache_shared
+        )
 
 
 async def run_scheduler(
@@ -98,6 +109,7 @@ class _Life:
         )  # fmt: skip
         self.metrics, self.health = Metrics(config.served_model_name), Health()
         self.traces = traces("scheduler")
+        self.fingerprint = ""  # of the model, where answers are cached
         self.status: AppRunner | None = None
 
     async def run(self) -> None:
@@ -106,6 +118,8 @@ class _Life:
         if config.metrics_port:
             self.status = await serve_status(self.metrics, self.health, config.metrics_host, config.metrics_port)
         await self.tokenizers.load()
+        if config.response_cache:
+            self.fingerprint = await fingerprint(config.model)
         if self.alone:
             gc.freeze()  # imported modules are permanent: the collector can skip them
         await self.bus.connect()
@@ -130,7 +144,7 @@ class _Life:
         process = Process(
             self.bus, self.tokenizers, self.metrics, self.health, clock, timing, model,
             config.tenant_weights or {}, config.max_model_len, config.inter_token_target_ms / 1e3,
-            self.traces, config.trace_content,
+            self.traces, config.trace_content, config.answers, self.fingerprint,
         )  # fmt: skip
         term = Term(process, epoch)
         deposed: BaseException | None = None

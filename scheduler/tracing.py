@@ -164,6 +164,26 @@ class RequestTraces:
             told_of_answer.update(await self._content(done.rid))
         self._end(followed, end_ns, told_of_answer)
 
+    async def answered(self, rid: str) -> None:
+        """It has ended without a place in any step: the cache knew the answer, or another request made it."""
+        followed = self._followed.pop(rid, None)
+        if followed is None:
+            return
+        try:
+            record = await self._bus.read_request(rid)
+        except UNREADABLE:
+            record = None
+        told: dict[str, Value | None] = {"headrace.epoch": self._epoch}
+        end_ns = time.time_ns()
+        if record is not None:
+            told["headrace.cache"] = record.cache
+            told["gen_ai.response.finish_reasons"] = [end or "" for end in record.ends]
+            if record.ended_ms:
+                end_ns = min(end_ns, max(followed.created_ns, record.ended_ms * 1_000_000))
+        if self.content:
+            told.update(await self._content(rid))
+        self._end(followed, end_ns, told)
+
     def _end(self, followed: _Followed, end_ns: int, attributes: Mapping[str, Value | None]) -> None:
         assert self._traces is not None
         told = {**followed.attributes, **attributes}

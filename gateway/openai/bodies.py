@@ -57,6 +57,7 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     ignore_eos: bool | None = None
+    cache: bool | None = None  # of answers: true allows it with a seed too, false forbids it
     allowed_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -324,6 +325,7 @@ def _job(body: GenerationBody, sampling: SamplingParams, tenant: str) -> Job:
         priority=priority,
         timeout_s=body.timeout_s,
         cache_salt=body.cache_salt,
+        cache=None if body.cache is None else "on" if body.cache else "off",
     )
 
 

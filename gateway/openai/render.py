@@ -93,6 +93,7 @@ class Tally:
         self.awaits_admission = False  # no frame can be shown before the notice of admission
         self.awaits_record = False  # nor before the record: its prompts are shown
         self.prompts_of_record: list[bytes] = []  # ids of each prompt, once the record was read
+        self.cache = ""  # what the cache of answers said
 
     def count(self, choice: int, piece: bytes, frame: Frame) -> None:
         self.cursors[choice] += len(piece)

@@ -69,6 +69,10 @@ class Base:
     async def _run(self, name: str, *args: Argument, key: str | None = None) -> Any:
         return await self._link.script(self._scripts[name], key or self.keys.leader, (self.keys.prefix, *args))
 
+    async def shed(self, answers: int) -> int:
+        """Drop cached answers, at most so many, those that expire first. Returns how many."""
+        return int(await self._run("shed", answers, key=self.keys.live))
+
     async def read_journal(self, rid: str, choice: int, cursor: int = 0) -> bytes:
         """All frames from byte ``cursor`` on."""
         raw: bytes = await self._link.command("GETRANGE", self.keys.journal(rid, choice), cursor, -1)
@@ -118,7 +122,7 @@ def stream_entries(reply: Any) -> list[tuple[bytes, list[bytes]]]:
 
 
 def job_fingerprint(job: Job) -> str:
-    """What two pushes under one id must share: all but where the answer goes, how it is rendered, who traces it, and
-    defaults."""
-    shared = msgspec.structs.replace(job, view=None, reply_to=None, default_max_tokens=None, trace=None)
-    return body_hash(encode(shared))
+    """What two pushes under one id must share: all but where the answer goes, how it is rendered, who traces it, what
+    the cache may do, and defaults."""
+    unsaid = dict.fromkeys(("view", "reply_to", "default_max_tokens", "trace", "cache"))
+    return body_hash(encode(msgspec.structs.replace(job, **unsaid)))

@@ -10,12 +10,14 @@ import msgspec
 from protocol import records
 from protocol.bus.base import RequestReads, job_fingerprint
 from protocol.bus.producer import ProducerBus
-from protocol.connection import Link
+from protocol.connection import Argument, Link, OutOfMemory
 from protocol.errors import Conflict, InvalidRequest, NotFound, Overloaded, Unavailable
 from protocol.keys import REGISTRY, check_name
 from protocol.levels import job_level, plainer
 from protocol.messages import Job, ModelCard, encode
-from protocol.records import Accepted, Limits, RequestRecord, TenantLimits
+from protocol.records import Accepted, Limits, Reply, RequestRecord, TenantLimits
+
+SHED_AT_ONCE = 32  # cached answers
 
 LIMIT_MET = {
     "concurrent": "as many requests are running with this key as may at once",
@@ -29,7 +31,16 @@ _card_decoder = msgspec.msgpack.Decoder(ModelCard)
 class GatewayBus(RequestReads, ProducerBus):
     """The calls of a gateway."""
 
-    SCRIPTS = ("accept", "attach", "cancel")
+    SCRIPTS = ("accept", "attach", "cancel", "shed")
+
+    async def _accept(self, *args: Argument) -> Reply:
+        """Cached answers go before any request is refused for want of memory."""
+        while True:
+            try:
+                return await self._run("accept", *args, key=self.keys.live)
+            except OutOfMemory:
+                if not await self.shed(SHED_AT_ONCE):
+                    raise
 
     async def accept(
         self,
@@ -54,13 +65,11 @@ class GatewayBus(RequestReads, ProducerBus):
         idem = self._idempotency(job.tenant, idempotency) if idempotency else ""
         bounds = (limits.requests, limits.tokens, limits.tenant_requests, limits.tenant_tokens)
         while True:
-            reply = await self._run(
-                "accept",
+            reply = await self._accept(
                 *(rid, job.choices, job.tenant, encode(job), fingerprint or job_fingerprint(job)),
                 *(int((job.timeout_s or 0) * 1000), channel, job.results or "", job.id or "", idem, prompt_tokens),
                 *("" if bound is None else bound for bound in (*bounds, *_limit_arguments(tenant_limits))),
                 job_level(job),
-                key=self.keys.live,
             )
             if reply != [b"older"] or job_level(plainer(job)) == job_level(job):
                 break

@@ -18,7 +18,6 @@ from protocol.levels import LEVEL
 from protocol.messages import (
     ID_BYTES,
     WIRE,
-    Admitted,
     CommitRow,
     Frame,
     Job,
@@ -30,8 +29,10 @@ from protocol.messages import (
     encode,
     next_id,
 )
-from protocol.records import Event, InboxEntry, LeaderRecord
+from protocol.records import Event, InboxEntry, LeaderRecord, RequestRecord
 
+MOST_FOLLOWERS = 64  # requests that wait for one answer; further ones run by themselves
+ANSWER_BYTES = 400  # that the server takes for a cached answer besides its text
 MOST_RECOUNTED = 500  # requests in one script call
 PAGE = 1000  # ids in one look at what is pending
 STRANDED_MS = 60_000  # an entry read this long ago and not handed out has been lost on its way
@@ -44,6 +45,8 @@ class LeaderBus(RequestReads):
         "admit",
         "depth",
         "finish",
+        "join",
+        "keep_answer",
         "lead",
         "plan",
         "recount",
@@ -51,6 +54,7 @@ class LeaderBus(RequestReads):
         "release",
         "renew_lead",
         "retire",
+        "shed",
         "trim",
     )
 
@@ -198,6 +202,8 @@ class LeaderBus(RequestReads):
         payload_hash: str = "",
         producer_id: str | None = None,
         thinking: bool = False,
+        cache: str = "",
+        tell: bool = True,
     ) -> tuple[str, str]:
         """(verdict, rid). verdict: "new"; "repeat" (admitted before: read the record); "cancelled" (marked before it
         was admitted: to be finished); "gone" (no such request, or it has ended). ``job`` is given for a producer's
@@ -205,7 +211,8 @@ class LeaderBus(RequestReads):
         earlier request: ("duplicate", that rid), or one of another body: ("conflict", that rid); the entry is then
         left to `reject`. ``payload_hash``: the push's own, which tells it from another one that was rejected under its
         id. ``producer_id``: the id of an accepted job, repeated in the notice of admission, as is ``thinking`` (the
-        prompt has opened a thought)."""
+        prompt has opened a thought). ``cache``: "hit", where its answer is known; ``tell`` False: `join` will publish
+        the notice."""
         args: list[Argument] = []
         if job is not None:
             if job.id is None:
@@ -214,13 +221,47 @@ class LeaderBus(RequestReads):
             self._idempotency(job.tenant, job.id)  # both must be names
             args = [job.tenant, job.id or "", encode(job), job_fingerprint(job), job.choices]
             args += [int((job.timeout_s or 0) * 1000), job.reply_to or "", job.results or "", payload_hash]
-        prompt_tokens = sum(len(p) for p in prompts) // ID_BYTES
-        admitted = encode(Admitted(prompt_tokens, True) if thinking else (prompt_tokens,))
-        row = encode(Row(rid, -1, 0, admitted, producer_id))
-        verdict, owner = await self._run("admit", epoch, entry_id, rid, seed, row, len(prompts), *prompts, *args)
+        row = _notice(rid, prompts, thinking, cache, producer_id) if tell else b""
+        verdict, owner = await self._run("admit", epoch, entry_id, rid, seed, row, cache, len(prompts), *prompts, *args)
         if verdict not in (b"cancelled", b"conflict"):
             self._handed_out.discard(entry_id)
         return verdict.decode(), owner.decode()
+
+    async def join(self, epoch: int, record: RequestRecord, key: str) -> str:
+        """Let a request that was admitted untold wait for the one that makes the answer ``key`` now ("joined"), or be
+        that one ("first"). "alone": it runs by itself; "gone": it has ended. Publishes its notice of admission."""
+        rid, told = record.rid, (record.prompts, record.thinking)
+        notices = [_notice(rid, *told, cache, record.job.id) for cache in ("joined", "miss")]
+        return str(await self._run("join", epoch, rid, key, MOST_FOLLOWERS, *notices), "ascii")
+
+    async def read_answer(self, key: str) -> dict[bytes, bytes]:
+        """The fields of a cached answer; {} if there is none."""
+        return records.fields_of(await self._link.command("HGETALL", self.keys.answer(key)))
+
+    async def keep_answer(self, epoch: int, key: str, fields: dict[str, bytes], stays_s: float, most: int) -> None:
+        """Keep an answer for ``stays_s``; answers that expire first make room within ``most`` bytes. Without memory
+        nothing is kept."""
+        size = sum(map(len, fields.values())) + ANSWER_BYTES
+        parts = [part for field in fields.items() for part in field]
+        with contextlib.suppress(OutOfMemory):
+            await self._run("keep_answer", epoch, key, int(stays_s * 1000), size, most, *parts)
+
+    async def memory(self) -> tuple[int, int]:
+        """Bytes that the server uses, and that it may use (0: no limit)."""
+        text = (await self._link.command("INFO", "memory")).decode()
+        told = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        return int(told.get("used_memory", 0)), int(told.get("maxmemory", 0))
+
+    async def look_at_joined(self, rids: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Of requests that have joined others: those whose other is not there any more, so that nothing lands for
+        them, and those that have ended."""
+        found = await self._link.pipeline([("HMGET", self.keys.request(rid), "joins", "open") for rid in rids])
+        owners = [self.keys.request((joined or b"").decode()) for joined, _ in found]
+        makers = await self._link.pipeline([("HGET", owner, "open") for owner in owners])
+        over = (None, b"0")
+        ended = [rid for rid, (_, left) in zip(rids, found, strict=True) if left in over]
+        unfed = [rid for rid, left in zip(rids, makers, strict=True) if left in over and rid not in ended]
+        return unfed, ended
 
     async def reject(
         self,
@@ -320,3 +361,12 @@ class LeaderBus(RequestReads):
             live.update((rid.decode(), names.decode().split()) for rid, names in records.fields_of(flat).items())
             if cursor == b"0":
                 return live
+
+
+def _notice(rid: str, prompts: Sequence[bytes], thinking: bool, cache: str, producer_id: str | None) -> bytes:
+    """The row that tells of the admission, as short as it can be: older gateways read the first two."""
+    prompt_tokens = sum(len(p) for p in prompts) // ID_BYTES
+    told: tuple[Any, ...] = (
+        (prompt_tokens, thinking, cache) if cache else (prompt_tokens, True) if thinking else (prompt_tokens,)
+    )
+    return encode(Row(rid, -1, 0, encode(told), producer_id))

@@ -14,9 +14,39 @@ local function end_running(tenant, rid)
   if redis.call('EXISTS', set) == 0 then redis.call('SREM', P .. 'tenants', tenant) end
 end
 
+-- A request that joined another (join.lua) goes on by itself: the scheduler takes it up.
+local function set_free(rid, record)
+  redis.call('HDEL', record, 'joins')
+  redis.call('XADD', P .. 'events', '*', 'k', 'j', 'r', rid)
+end
+
+-- A request whose answer others wait for has ended. Those that got all of it ended with it; else the first of the others
+-- goes on from its own journal, and the rest wait for that one.
+local function hand_flight_over(rid, flight, followers)
+  local heir, rest = nil, {}
+  for one in string.gmatch(followers or '', '%S+') do
+    local v = redis.call('HMGET', P .. 'r:' .. one, 'open', 'joins')
+    if v[1] and v[1] ~= '0' and v[2] == rid then
+      if heir then
+        redis.call('HSET', P .. 'r:' .. one, 'joins', heir)
+        rest[#rest + 1] = one
+      else
+        heir = one
+      end
+    end
+  end
+  if heir then
+    redis.call('HSET', P .. 'r:' .. heir, 'flight', flight, 'followers', table.concat(rest, ' '))
+    redis.call('HSET', P .. 'flights', flight, heir)
+    set_free(heir, P .. 'r:' .. heir)
+  elseif redis.call('HGET', P .. 'flights', flight) == rid then
+    redis.call('HDEL', P .. 'flights', flight)
+  end
+end
+
 -- The last choice ended: what is kept of the request expires from now on.
 local function end_request(rid, record)
-  local v = redis.call('HMGET', record, 'n', 'idem', 'tenant', 'charged', 'seed')
+  local v = redis.call('HMGET', record, 'n', 'idem', 'tenant', 'charged', 'seed', 'flight', 'followers')
   redis.call('HDEL', P .. 'live', rid)
   redis.call('HSET', record, 'ended', milliseconds())
   redis.call('PEXPIRE', record, retention)
@@ -24,6 +54,7 @@ local function end_request(rid, record)
   if v[4] and v[4] ~= '' and not v[5] then charge(v[3], -tonumber(v[4])) end -- its prompt was never computed
   for i = 0, tonumber(v[1]) - 1 do redis.call('PEXPIRE', P .. 'j:' .. rid .. ':' .. i, retention) end
   if v[2] and v[2] ~= '' then redis.pcall('PEXPIRE', P .. v[2], retention) end
+  if v[6] then hand_flight_over(rid, v[6], v[7]) end
 end
 
 local function write_result(name, result)
@@ -55,18 +86,43 @@ local function close_broken(rid, choice, placement)
   end_choice(rid, record, choice, 'error', result)
 end
 
+-- The row of argument i, which has just landed, lands for `rid` too, which waits for the same answer: the two journals
+-- are the same bytes. Whatever has a placement of its own is fed no more.
+local function feed_one(i, rid)
+  local choice, cursor, finish, frames = ARGV[i + 1], tonumber(ARGV[i + 3]), ARGV[i + 4], ARGV[i + 7]
+  local record, journal = P .. 'r:' .. rid, P .. 'j:' .. rid .. ':' .. choice
+  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'joins', 'id')
+  if not v[1] or v[3] or v[4] ~= ARGV[i] then return end
+  if v[2] or redis.call('STRLEN', journal) ~= cursor then return set_free(rid, record) end
+  redis.call('APPEND', journal, frames)
+  local head = '\149' .. cmsgpack.pack(rid) .. string.sub(ARGV[i + 6], 2 + #cmsgpack.pack(ARGV[i]))
+  local tail = (v[5] and v[5] ~= '') and cmsgpack.pack(v[5]) or '\192'
+  for name in string.gmatch(redis.call('HGET', P .. 'live', rid) or '', '%S+') do
+    redis.pcall(PUBLISH, P .. 'out:' .. name, head .. frames .. tail)
+  end
+  if finish ~= '' then end_choice(rid, record, choice, finish, '') end
+end
+
+-- An end that is not the model's own (abort, deadline, error) is the request's alone.
+local function feed(i, followers)
+  local finish = ARGV[i + 4]
+  if finish ~= '' and finish ~= 'stop' and finish ~= 'length' then return end
+  for rid in string.gmatch(followers, '%S+') do pcall(feed_one, i, rid) end
+end
+
 -- One row: its verdict (l landed, c closed, s stale), and where it landed just now, its tenant.
 local function land(i)
   local rid, choice, placement, cursor = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
   local finish, frames = ARGV[i + 4], ARGV[i + 7]
   local record, journal = P .. 'r:' .. rid, P .. 'j:' .. rid .. ':' .. choice
-  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'tenant')
+  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'tenant', 'followers')
   local ours = (v[2] or '0') == placement
   if not v[1] then return 'c' end
   if v[3] then return (ours and holds(journal, cursor, frames)) and 'l' or 'c' end
   if not ours then return 's' end
   if redis.call('STRLEN', journal) ~= cursor then return holds(journal, cursor, frames) and 'l' or 's' end
   redis.call('APPEND', journal, frames)
+  if v[5] and v[5] ~= '' then feed(i, v[5]) end
   if finish ~= '' then end_choice(rid, record, choice, finish, ARGV[i + 5]) end
   return 'l', v[4] or ''
 end

@@ -1,16 +1,17 @@
 -- Turn an inbox entry into a request that can run: its prompt ids and seed are stored, once.
--- KEYS: leader. ARGV: P, epoch, entry id, rid, seed, admission row, number of prompts, prompts...,
+-- KEYS: leader. ARGV: P, epoch, entry id, rid, seed, admission row ('' = join.lua tells), 'hit' where the answer is known
+-- already (else ''), number of prompts, prompts...,
 -- and for a producer's push further: tenant, id, body, hash, n, timeout_ms, channel, results, hash of the payload
 -- -> {verdict, rid}: new | repeat | cancelled | gone | duplicate | conflict (the id is another body's: `reject` takes the
 --    entry and tells) | wait (a push of a tenant at its limit stays in the inbox: the second value is for how many
 --    milliseconds)
 allow_when_full()
-local epoch, entry, rid, seed, row, count = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
+local epoch, entry, rid, seed, row, count = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[8])
 if not is_leader(epoch) then return fenced('epoch') end
-local live, jobs, record, push = P .. 'live', P .. 'jobs', P .. 'r:' .. rid, 7 + count
+local live, jobs, record, push = P .. 'live', P .. 'jobs', P .. 'r:' .. rid, 8 + count
 
 local prompt_tokens = 0
-for k = 0, count - 1 do prompt_tokens = prompt_tokens + #ARGV[8 + k] / 4 end
+for k = 0, count - 1 do prompt_tokens = prompt_tokens + #ARGV[9 + k] / 4 end
 
 -- Delete the entry; 0 if it was gone already.
 local function take()
@@ -57,7 +58,9 @@ else
 end
 
 redis.call('HSET', record, 'seed', seed)
-for k = 0, count - 1 do redis.call('HSET', record, 'prompt:' .. k, ARGV[8 + k]) end
+for k = 0, count - 1 do redis.call('HSET', record, 'prompt:' .. k, ARGV[9 + k]) end
+if ARGV[7] ~= '' then redis.call('HSET', record, 'cache', ARGV[7]) end
+if row == '' then return {'new', rid} end
 for name in string.gmatch(redis.call('HGET', live, rid) or '', '%S+') do
   redis.pcall(PUBLISH, P .. 'out:' .. name, row)
 end

@@ -32,6 +32,7 @@ def gateway_registry() -> CollectorRegistry:
 def scheduler_metrics() -> scheduler.metrics.Metrics:
     metrics = scheduler.metrics.Metrics(MODEL)
     metrics.step(WORKER, 1000)
+    metrics.answered("hit")
     metrics.planned(WORKER, Plan(epoch=1, gen=1, step=1))
     worker = WorkerStats(1, 2, 4, 0, 0.0, False)
     metrics.observe(Stats(1, 1, 0, 0, {}, {WORKER: worker}, Counters()), 1.0, 0, 0.0)

@@ -30,6 +30,7 @@ FAULT_RATES = {
     "finish": 0.05,
     "admit": 0.03,
     "accept": 0.05,
+    "join": 0.05,
     "retire": 0.1,
     "register": 0.1,
 }
@@ -41,6 +42,11 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "commit",
         "if not is_leader(epoch) then return fenced('epoch') end\n"
         "if not is_worker(wid, gen) then return fenced('gen') end\n",
+        "",
+    ),
+    "lockstep": (
+        "_rows",
+        "if v[2] or redis.call('STRLEN', journal) ~= cursor then return set_free(rid, record) end",
         "",
     ),
     "placement": ("_rows", "if not ours then return 's' end", ""),

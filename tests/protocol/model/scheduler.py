@@ -79,6 +79,7 @@ class Scheduler:
         self.workers: dict[str, WorkerView] = {}
         self.after = "0-0"
         self.next_seat = 0
+        self.joined: set[str] = set()
 
     async def wait_for_the_lead(self) -> None:
         last, quiet = LeaderRecord(-1, "", -1), 0
@@ -101,9 +102,13 @@ class Scheduler:
         await self.look_at_workers()
 
     async def adopt(self, rid: str) -> None:
-        """Take up a request from what is stored of it. One that was never admitted is still in the inbox."""
+        """Take up a request from what is stored of it. One that was never admitted is still in the inbox; one that has
+        joined another is that one's affair, unless it is to end."""
         record = await self.bus.read_request(rid)
         if record is None or not record.prompts:
+            return
+        if record.joins is not None:
+            self.joined.add(rid)
             return
         for choice in range(record.job.choices):
             if (rid, choice) not in self.sequences and record.ends[choice] is None:
@@ -120,6 +125,7 @@ class Scheduler:
             await self.take_in()
             await self.hear()
             await self.look_at_workers()
+            await self.end_joined()
             for sequence in [s for s in self.sequences.values() if s.lost and s.where is None]:
                 await self.read_journal(sequence)
             await self.finish_waiting()
@@ -150,10 +156,17 @@ class Scheduler:
             await self.admit(entry.entry_id, f"{self.rng.getrandbits(128):032x}", job, push=True)
 
     async def admit(self, entry_id: str, rid: str, job: Job | None, push: bool = False) -> None:
+        shared = job is not None and job.cache_salt is not None
         verdict, rid = await self.bus.admit(
-            self.epoch, entry_id, rid=rid, prompts=[pack_ids(PROMPT)], seed=1, job=job if push else None
-        )
+            self.epoch, entry_id, rid=rid, prompts=[pack_ids(PROMPT)], seed=1, job=job if push else None,
+            tell=not shared,
+        )  # fmt: skip
         self.world.stats[f"admit {verdict}"] += 1
+        if verdict == "new" and shared:
+            record = await self.bus.read_request(rid)
+            if record is not None:
+                said = await self.bus.join(self.epoch, record, record.job.cache_salt or "")
+                self.world.stats[f"join {said}"] += 1
         if verdict in ("new", "repeat"):
             await self.adopt(rid)
         elif verdict == "cancelled" and job is not None:
@@ -167,11 +180,30 @@ class Scheduler:
             self.after = event.event_id
             if event.hint is not None:
                 self.apply(event.hint, event.verdicts)
+            elif event.kind == "freed" and event.rid is not None:
+                self.world.stats["freed"] += 1
+                self.joined.discard(event.rid)
+                await self.adopt(event.rid)
             elif event.kind == "cancel" and event.rid is not None:
                 record = await self.bus.read_request(event.rid)
                 for (rid, _), sequence in self.sequences.items():
                     if rid == event.rid and record is not None:
                         sequence.cancel = record.cancel
+
+    async def end_joined(self) -> None:
+        """Those that have joined and are cancelled end here, wherever their journals are by then."""
+        for rid in sorted(self.joined):
+            record = await self.bus.read_request(rid)
+            if record is None or not record.open or record.joins is None:
+                self.joined.discard(rid)
+                if record is not None and record.open:
+                    await self.adopt(rid)
+            elif record.cancel is not None:
+                rows = []
+                for choice in [c for c, end in enumerate(record.ends) if end is None]:
+                    stay = Stay(rid, choice, 1, cursor=len(await self.bus.read_journal(rid, choice)))
+                    rows.append(self.end_row(stay, record.cancel))
+                await self.bus.finish(self.epoch, rows)
 
     def apply(self, hint: Hint, verdicts: str) -> None:
         view = self.workers.get(hint.wid)

@@ -170,8 +170,10 @@ class World:
                 journal = self.plain.get(keys.journal(rid, choice)) or b""
                 journals[rid, choice] = journal
                 self._judge_journal(journal, record.get(b"e%d" % choice, b"").decode())
-                if results[rid, choice] != 1:
+                if results[rid, choice] != (job.results is not None):
                     self.wrong[f"{results[rid, choice]} results"] += 1
+        if self.plain.exists(keys.prefix + "flights"):
+            self.wrong["an answer that nobody makes"] += 1
         if set(results) - set(journals):
             self.wrong["results of requests that nobody made"] += 1
         self._judge_history(journals)
