@@ -22,7 +22,7 @@ def draw_job(rng: random.Random, **fields: Any) -> Job:
     """A third of them ask for one of a few answers, without results: these join each other."""
     if rng.random() < 0.35:
         group = rng.randrange(GROUPS)
-        sampling = SamplingParams(max_tokens=24, n=1 + group % 2, temperature=0.0)
+        sampling = SamplingParams(max_tokens=60, n=1 + group % 2, temperature=0.0)
         return Job(prompt="x", sampling=sampling, reply_to="gw", cache_salt=f"g{group}", **fields)
     sampling = SamplingParams(max_tokens=rng.randrange(1, 25), n=rng.choice([1, 1, 1, 2]))
     return Job(prompt="x", sampling=sampling, results="res", reply_to="gw", **fields)

@@ -80,6 +80,7 @@ class Scheduler:
         self.after = "0-0"
         self.next_seat = 0
         self.joined: set[str] = set()
+        self.heeds_joins = self.rng.random() < 0.7  # else it is of an older version, and places what has joined
 
     async def wait_for_the_lead(self) -> None:
         last, quiet = LeaderRecord(-1, "", -1), 0
@@ -107,7 +108,7 @@ class Scheduler:
         record = await self.bus.read_request(rid)
         if record is None or not record.prompts:
             return
-        if record.joins is not None:
+        if record.joins is not None and self.heeds_joins:
             self.joined.add(rid)
             return
         for choice in range(record.job.choices):
