@@ -13,8 +13,8 @@ from protocol.messages import Job
 from protocol.sampling import SamplingParams
 
 LEVEL = 3
-# what each adds: 1 structure, tools, formats of calls and thoughts, more than four stops; 2 default length; 3 traceparent,
-# cache of answers
+# What each adds: 1 structure, tools, formats of calls and thoughts, more than four stops; 2 default length;
+# 3 traceparent, cache of answers
 STOPS_BEFORE = 4
 
 
@@ -35,7 +35,8 @@ def job_level(job: Job) -> int:
 
 def plainer(job: Job) -> Job:
     """``job`` for an older scheduler: without the newest of what can be done without: its place in a trace and its wish
-    about a cache that is not there, a default length, or what only tells readers how to show an answer that needs no telling."""
+    about a cache that is not there, a default length, or what only tells readers how to show an answer that needs no
+    telling."""
     if job.trace is not None or job.cache is not None:
         return msgspec.structs.replace(job, trace=None, cache=None)
     if job.default_max_tokens is not None:

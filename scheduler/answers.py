@@ -78,12 +78,9 @@ class Answers:
         shaped = sampling_of(job, unpack_ids(prompts[0]))
         if sampling.greedy:
             shaped = msgspec.structs.replace(shaped, seed=None)
-        told = encode(
-            (
-                self._fingerprint, "" if self._settings.shared else tenant, job.cache_salt, shaped,
-                self._max_len if sampling.max_tokens is None else 0, list(prompts),
-            )
-        )  # fmt: skip
+        whose = "" if self._settings.shared else tenant
+        length = (self._max_len, job.default_max_tokens) if sampling.max_tokens is None else None
+        told = encode((self._fingerprint, whose, job.cache_salt, shaped, length, list(prompts)))
         return hashlib.sha256(told).hexdigest()
 
     async def find(self, job: Job, key: str | None) -> Answer | None:
