@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,14 +56,21 @@ class Answers:
     """The cache of one term."""
 
     def __init__(
-        self, bus: LeaderBus, epoch: int, metrics: Metrics, settings: AnswerSettings, fingerprint: str, max_len: int
+        self,
+        bus: LeaderBus,
+        epoch: int,
+        metrics: Metrics,
+        settings: AnswerSettings,
+        fingerprint: str,
+        context: Callable[[], int],
     ) -> None:
+        """``context``: most tokens of a sequence now."""
         self._bus = bus
         self._epoch = epoch
         self._metrics = metrics
         self._settings = settings
         self._fingerprint = fingerprint
-        self._max_len = max_len
+        self._context = context
         self._most = settings.memory or WITHOUT_MAXMEMORY
         self._making: dict[str, str] = {}  # rid -> the key of the answer that it makes
         self.joined: dict[str, int] = {}  # rid -> deadline in server ms, 0: none
@@ -79,7 +86,7 @@ class Answers:
         if sampling.greedy:
             shaped = msgspec.structs.replace(shaped, seed=None)
         whose = "" if self._settings.shared else tenant
-        length = (self._max_len, job.default_max_tokens) if sampling.max_tokens is None else None
+        length = (self._context(), job.default_max_tokens) if sampling.max_tokens is None else None
         told = encode((self._fingerprint, whose, job.cache_salt, shaped, length, list(prompts)))
         return hashlib.sha256(told).hexdigest()
 
