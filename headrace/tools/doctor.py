@@ -192,7 +192,7 @@ async def check_server(values: Mapping[str, Any]) -> AsyncIterator[Finding]:
         for weakness in await GatewayBus.durability(url, patience=PATIENCE_S):
             yield Finding("warn", f"the server could lose what it acknowledged: {weakness}", "docs/operations.md")
     except HeadraceError as error:
-        yield Finding("fail", f"the server: {error.message}", "is it up, and are URL, user and password right?")
+        yield Finding("fail", f"the server: {error}", "is it up, and are URL, user and password right?")
         return
     for number, name in enumerate(models or ["doctor"]):
         bus = OperatorBus(url, name, patience=PATIENCE_S)
@@ -205,7 +205,7 @@ async def check_server(values: Mapping[str, Any]) -> AsyncIterator[Finding]:
                 async for finding in _model(bus, name):
                     yield finding
         except HeadraceError as error:
-            yield Finding("fail", f"{name}: {error.message}")
+            yield Finding("fail", f"{name}: {error}")
         finally:
             await bus.close()
     if not models:

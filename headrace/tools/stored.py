@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from protocol import records
 from protocol.bus import GatewayBus, LeaderBus
@@ -25,7 +25,7 @@ PAGE = 500
 class OperatorBus(GatewayBus, LeaderBus):
     """Every read, and of the scripts those of a gateway."""
 
-    SCRIPTS = GatewayBus.SCRIPTS
+    SCRIPTS: ClassVar[tuple[str, ...]] = GatewayBus.SCRIPTS
 
 
 @dataclass(frozen=True)

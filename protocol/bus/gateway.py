@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import ClassVar
 
 import msgspec
 
@@ -31,7 +32,7 @@ _card_decoder = msgspec.msgpack.Decoder(ModelCard)
 class GatewayBus(RequestReads, ProducerBus):
     """The calls of a gateway."""
 
-    SCRIPTS = ("accept", "attach", "cancel", "shed")
+    SCRIPTS: ClassVar[tuple[str, ...]] = ("accept", "attach", "cancel", "shed")
 
     async def _accept(self, *args: Argument) -> Reply:
         """Cached answers go before any request is refused for want of memory."""

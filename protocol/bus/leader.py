@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -41,7 +41,7 @@ STRANDED_MS = 60_000  # an entry read this long ago and not handed out has been 
 class LeaderBus(RequestReads):
     """The calls of a scheduler, standing by or leading."""
 
-    SCRIPTS = (
+    SCRIPTS: ClassVar[tuple[str, ...]] = (
         "admit",
         "depth",
         "finish",
