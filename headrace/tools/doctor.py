@@ -103,12 +103,13 @@ def check_gpus(values: Mapping[str, Any]) -> Iterator[Finding]:
     if not listed:
         yield Finding("fail", "there is a GPU, but its driver does not answer", "run nvidia-smi; reinstall the driver")
         return
-    import torch  # takes seconds: only where there is a GPU
-
     for line in listed.splitlines():
         yield Finding("ok", f"GPU {line}")
-    if not torch.cuda.is_available():
-        yield Finding("fail", f"torch {torch.__version__} cannot use it", "install torch for CUDA: pytorch.org")
+    asked = "import torch; print(torch.__version__, torch.cuda.is_available())"  # takes seconds, and much memory
+    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, timeout=120, check=False)
+    if not told.stdout.strip().endswith("True"):
+        version = told.stdout.split(" ")[0] or "cannot be imported, and"
+        yield Finding("fail", f"torch {version} cannot use it", "install torch for CUDA: pytorch.org")
 
 
 def _data_dir(values: Mapping[str, Any]) -> Path:

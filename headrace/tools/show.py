@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 
@@ -28,14 +27,16 @@ def as_json(records: Sequence[Any]) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
-    """A table without lines; numbers, which are columns that end in a colon, stand to the right."""
+    """A table without lines, as wide as it is: ids are there to be copied. A name that ends in a colon is that of a
+    column of numbers, which stand to the right."""
     if not rows:
         print(empty)
         return
-    shown = grid(columns)
-    for row in rows:
-        shown.add_row(*row)
-    Console(soft_wrap=True, highlight=False).print(shown)
+    shown = [[name.rstrip(":") for name in columns], *rows]
+    widths = [max(len(row[at]) for row in shown) for at in range(len(columns))]
+    for row in shown:
+        cells = zip(columns, row, widths, strict=True)
+        print("  ".join(text.rjust(w) if name.endswith(":") else text.ljust(w) for name, text, w in cells).rstrip())
 
 
 def grid(columns: Sequence[str]) -> Table:

@@ -23,6 +23,7 @@ from protocol.bus import GatewayBus
 from protocol.errors import StartError, Unavailable
 
 SILENT_S = 4.0  # without a beat: something is wrong
+WIDE = 400  # columns
 TENANTS = 10  # shown of each model
 
 
@@ -150,6 +151,8 @@ def run(values: Mapping[str, Any]) -> int:
 
 async def _run(values: Mapping[str, Any]) -> int:
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDE)  # nothing is cut for a program
     watch = Watch(values["redis_url"], values["model"], values["requests"])
     try:
         if values["once"] or values["json"] or not console.is_terminal:
