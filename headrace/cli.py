@@ -132,10 +132,19 @@ example:
   headrace worker --model Qwen/Qwen2.5-0.5B-Instruct --name gpu0 --device cuda:0 --redis-url redis://queue:6379/0
 
 Every worker of a model needs a name of its own. A restarted worker takes its old name again.
+
+  headrace worker --model M --tensor-parallel-size 2 --rendezvous 10.0.0.1:7000    on one machine
+  headrace worker --rank 1 --rendezvous 10.0.0.1:7000                               on another
 """,
 )
 def worker(args: argparse.Namespace) -> int:
     _start_logging(args.log_level, args.log_format)
+    if args.rank is not None:
+        from workers.engines.remote import address_of, join
+
+        if args.rendezvous is None:
+            raise StartError("--rank needs --rendezvous HOST:PORT, where its worker listens")
+        join(address_of(args.rendezvous), args.rank, logging.getLogger().getEffectiveLevel())
     values = _with_model(vars(args)) | {"redis_url": args.redis_url or _default_redis()}
     from headrace.serve.progress import reporter
     from workers.service import WorkerConfig, run_worker

@@ -55,6 +55,31 @@ OPTIONS: tuple[Option, ...] = (
     ),
     # how many
     Option("--workers", "serve", "worker processes; they share out the GPUs", count, 1, metavar="N"),
+    Option(
+        "--tensor-parallel-size",
+        "serve worker",
+        "ranks of a worker: processes that compute one model together, each with a GPU or a share of the CPU threads",
+        count,
+        1,
+        metavar="N",
+    ),
+    Option(
+        "--pipeline-parallel-size",
+        "serve worker",
+        "stages of a worker: the model's layers are divided among so many, each of --tensor-parallel-size ranks",
+        count,
+        1,
+        metavar="N",
+    ),
+    Option(
+        "--rendezvous",
+        "worker",
+        "where ranks of other machines come in: the worker listens there, ranks connect; a network of its own "
+        "(default: all ranks are here)",
+        metavar="HOST:PORT",
+    ),
+    Option("--local-ranks", "worker", "with --rendezvous: ranks that this worker starts itself", count, 1, metavar="N"),
+    Option("--rank", "worker", "be this rank of the worker at --rendezvous, and nothing else", count, metavar="K"),
     Option("--schedulers", "serve", "scheduler processes; one leads, the others stand by", count, 1, metavar="N"),
     Option("--gateways", "serve", "gateway processes, on PORT, PORT+1, ...", count, 1, metavar="N"),
     # the engine

@@ -240,6 +240,7 @@ class Capacity(Struct, array_like=True):
     device: str = ""
     step_us: list[tuple[int, int]] = []  # (tokens, least microseconds) of the steps that the engine recorded and timed
     level: int = 0  # protocol.levels: sequences that need more are not placed here
+    stages: int = 1  # of its pipeline: so many steps are computed at once, best of sequences that have none in common
 
 
 # ---------------------------------------------------------------- worker -> journal and subscribers

@@ -25,6 +25,7 @@ def capacity(
     tokens: int = 64,
     model_len: int = 256,
     level: int = LEVEL,
+    stages: int = 1,
 ) -> Capacity:
     return Capacity(
         model="m",
@@ -34,6 +35,7 @@ def capacity(
         pools=[PoolCapacity("full", block_size, blocks)],
         vocab_size=1000,
         level=level,
+        stages=stages,
     )
 
 

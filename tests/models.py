@@ -131,6 +131,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "max_window_layers": 2,
     },
+    "qwen3_moe": {**MOE, "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4},
     # refused at load
     "falcon": {
         "model_type": "falcon",

@@ -20,7 +20,7 @@ from protocol.messages import Plan
 from workers.engines.base import Engine, Sampled, StepOutput
 
 T = TypeVar("T")
-AHEAD = 2  # steps submitted to an overlapping engine before the first of them is waited for
+AHEAD = 2  # steps submitted to an overlapping engine of one stage before the first of them is waited for
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ class Device:
 
     def _execute(self) -> None:
         running: deque[tuple[Ticket, StepOutput, int]] = deque()
-        ahead = AHEAD if self.engine.overlaps else 1
+        ahead = AHEAD + self.engine.stages - 1 if self.engine.overlaps else 1
         stopped_at = time.perf_counter()  # when the device last ran out of steps
         while True:
             item = self._next(wait=not running)

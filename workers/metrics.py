@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from aiohttp import web
 from prometheus_client import (
@@ -61,6 +61,10 @@ class Metrics:
             "headrace_worker_path_info", "1 for the path that passes take (docs/operations.md)", [*labels, "path"],
             registry=self.registry,
         )  # fmt: skip
+        self._rank_steps = Gauge(
+            "headrace_rank_steps", "Steps that each rank of this worker has done", [*labels, "rank"],
+            registry=self.registry,
+        )  # fmt: skip
         self._labels = labels
         self.sequences = made(Gauge, "headrace_worker_sequences", "Sequences on this worker that have not ended")
 
@@ -68,6 +72,11 @@ class Metrics:
         """Passes through the model go by ``path``, and by no other any more."""
         self._path.clear()
         self._path.labels(**self._labels, path=path).set(1)
+
+    def ranks_did(self, steps: Sequence[int]) -> None:
+        """Each rank has done so many ``steps``."""
+        for rank, done in enumerate(steps):
+            self._rank_steps.labels(**self._labels, rank=rank).set(done)
 
 
 async def serve_metrics(

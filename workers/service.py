@@ -29,6 +29,8 @@ from workers.detokenizer import Vocabulary, WindowVocabulary
 from workers.engine_thread import Device, Ticket
 from workers.engines.base import Engine, Progress, Sampled
 from workers.engines.process import ProcessEngine
+from workers.engines.ranks import RankedEngine, Remote
+from workers.engines.remote import address_of
 from workers.engines.simulated import SimulatedConfig, SimulatedEngine, byte_vocabulary
 from workers.interruption import wait_for_notice
 from workers.metrics import Metrics, serve_metrics
@@ -51,6 +53,10 @@ class WorkerConfig:
     model: str | None = None  # directory or hub id; a simulated engine may do without
     name: str = "worker-0"
     engine: str = "torch"  # or "simulated"
+    tensor_parallel_size: int = 1  # ranks that compute each layer together
+    pipeline_parallel_size: int = 1  # stages of layers, each of so many ranks
+    rendezvous: str | None = None  # HOST:PORT where ranks of other machines come in; None: all ranks are here
+    local_ranks: int = 1  # how many of them are here nevertheless
     dtype: str | None = None
     quantization: str | None = None
     device: str | None = None
@@ -88,7 +94,7 @@ async def run_worker(
     try:
         return await worker.run()
     finally:
-        if isinstance(worker.engine, ProcessEngine):
+        if isinstance(worker.engine, ProcessEngine | RankedEngine):
             worker.engine.close()
         for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
             loop.remove_signal_handler(number)
@@ -100,15 +106,21 @@ def make_engine(config: WorkerConfig) -> Engine:
     if config.engine not in ("torch", "simulated"):
         raise StartError(f"engine must be torch or simulated, not {config.engine}")
     options = dict(config.engine_options or {})
+    ranks = config.tensor_parallel_size, config.pipeline_parallel_size
+    remote = Remote(address_of(config.rendezvous), config.local_ranks) if config.rendezvous else None
     apart = options.pop("process", config.engine == "torch" and on_gpu(config.device))
     if config.engine == "simulated":
         simulated = _engine_config(SimulatedConfig, config, options)
+        if max(ranks) > 1:
+            return RankedEngine("simulated", dataclasses.replace(simulated, stages=ranks[1]), *ranks, remote)
         return ProcessEngine("simulated", simulated) if apart else SimulatedEngine(simulated)
     if config.model is None:
         raise StartError("no model: pass --model with a local directory or a hub id")
     from workers.torch_engine.config import EngineConfig
 
     torch_config = _engine_config(EngineConfig, config, options)
+    if max(ranks) > 1:
+        return RankedEngine("torch", torch_config, *ranks, remote)
     if apart:
         return ProcessEngine("torch", torch_config)
     from workers.torch_engine.make import make_engine  # torch takes seconds to import
@@ -229,7 +241,7 @@ class Worker:
     async def _replace_engine(self, failure: EngineFailed) -> None:
         """An address that no kernel may touch, memory that lost a bit or a kernel that hangs spoil all that a process
         has on its device, and nothing beyond it. Where the engine shares this process, this process has to end."""
-        if not isinstance(self.engine, ProcessEngine):
+        if not isinstance(self.engine, ProcessEngine | RankedEngine):
             raise failure
         self._barren = 0 if self.device.steps else self._barren + 1
         if self._barren >= MOST_BARREN:
@@ -241,7 +253,7 @@ class Worker:
         self.device.stop()
         await asyncio.to_thread(self.engine.kill)
         self._session, self._stalled_since, self.state = None, None, "loading"
-        self.engine = ProcessEngine(self.engine.kind, self.engine.config)
+        self.engine = self.engine.again()
         self.device = Device(self.engine, self._deliver)
 
     async def _wait_out_drain(self) -> int:

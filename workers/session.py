@@ -19,6 +19,7 @@ from protocol.messages import LANDED, Capacity, Hint
 from workers.detokenizer import Vocabulary, WindowVocabulary
 from workers.engine_thread import Device, Ticket
 from workers.engines.base import Engine, Sampled
+from workers.engines.ranks import RankedEngine
 from workers.metrics import Metrics
 from workers.outputs import Batch, Outputs
 
@@ -204,6 +205,8 @@ class Session:
                 else:
                     worker.watch_progress()
                 worker.metrics.sequences.set(self.outputs.live)
+                if isinstance(worker.engine, RankedEngine):
+                    worker.metrics.ranks_did([shown.steps for shown in worker.engine.shown()])
                 pending = () if draining.done() else (draining,)
                 if pending:
                     await asyncio.wait(pending, timeout=HEARTBEAT_S)

@@ -140,8 +140,11 @@ def worker_threads(workers: int) -> int:
     return max(1, (cores - min(2, cores // 4)) // workers)
 
 
-def gpu_of(worker: int, workers: int, device: str | None, proc: Path = Path("/proc/driver/nvidia/gpus")) -> str | None:
-    """CUDA_VISIBLE_DEVICES for one of several workers, which share out the GPUs; None: leave it as it is."""
+def gpus_of(
+    worker: int, workers: int, ranks: int, device: str | None, proc: Path = Path("/proc/driver/nvidia/gpus")
+) -> str | None:
+    """CUDA_VISIBLE_DEVICES for one of several workers of so many ranks, which share out the GPUs; None: leave it as it
+    is."""
     if workers == 1 or device not in (None, "auto", "cuda"):
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -149,7 +152,8 @@ def gpu_of(worker: int, workers: int, device: str | None, proc: Path = Path("/pr
         gpus = [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
     else:
         gpus = [str(k) for k in range(len(list(proc.iterdir())))] if proc.is_dir() else []
-    return gpus[worker % len(gpus)] if gpus else None
+    worker %= max(1, len(gpus) // ranks)
+    return ",".join(gpus[worker * ranks : (worker + 1) * ranks]) or None
 
 
 def make_above(pid: int) -> int | None:
@@ -278,8 +282,9 @@ class Stack:
                 if role == "gateway":
                     own["port"] = layout.ports[index]
                 argv = [sys.executable, "-m", "headrace", role, *options.argv_of(options_of(role), {**values, **own})]
-                gpu = gpu_of(index, values["workers"], values["device"]) if role == "worker" else None
-                own_env = env if gpu is None else env | {"CUDA_VISIBLE_DEVICES": gpu}
+                workers, ranks = values["workers"], values["tensor_parallel_size"] * values["pipeline_parallel_size"]
+                gpus = gpus_of(index, workers, ranks, values["device"]) if role == "worker" else None
+                own_env = env if gpus is None else env | {"CUDA_VISIBLE_DEVICES": gpus}
                 self.supervisor.start(Program(role, name, argv, own_env))
                 self.view.stage(name, "start", 0.0)
         await self._until_ready()

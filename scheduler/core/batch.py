@@ -16,6 +16,8 @@ from scheduler.core.sequence import Sequence, State
 from scheduler.core.waiting import CACHED_TOKEN_COST
 from scheduler.core.worker import InFlightBatch, WorkerState
 
+LEAST_SHARE = 64  # prefill tokens of a step: fewer are not worth evening out between the stages of a pipeline
+
 
 def _giving_way(sequence: Sequence) -> tuple[int, float, int, str]:
     """Sort key for preemption; the largest is preempted first: lower classes, then newer arrivals."""
@@ -50,8 +52,17 @@ class BatchBuilder:
     # ----------------------------------------------------- decodes
 
     def _grow_decodes(self, worker: WorkerState) -> dict[int, bytes]:
-        """One more block for each decode whose next token begins one, by seat."""
+        """One more block for each decode whose next token begins one, by seat. Of the groups that take turns, the next
+        that has members afterwards."""
         grown: dict[int, bytes] = {}
+        for _ in worker.groups:
+            worker.take_turn()
+            self._grow(worker, grown)
+            if worker.decoding:
+                break
+        return grown
+
+    def _grow(self, worker: WorkerState, grown: dict[int, bytes]) -> None:
         for sequence in worker.decoding.needing_block():
             while sequence.state is State.RUNNING and not worker.blocks.free:
                 victim = self._victim(worker)
@@ -61,7 +72,6 @@ class BatchBuilder:
                 block = worker.blocks.take()
                 sequence.blocks.append(block)
                 grown[sequence.seat] = pack_ids((block,))
-        return grown
 
     def _make_room(self, worker: WorkerState) -> None:
         """If the head of the queue fits nowhere, preempt sequences of lower classes for it: no priority inversion.
@@ -119,6 +129,8 @@ class BatchBuilder:
         uncached = sequence.uncached
         if sequence.state is State.WAITING:
             uncached = sequence.known_tokens - placement.cached_blocks(sequence, worker) * worker.block_size
+        if worker.stages > 1:  # steps of one length, as many as there are stages, keep all of these busy
+            budget = min(budget, max(LEAST_SHARE, -(-max(uncached, worker.backlog()) // worker.stages)))
         waiting = min(self._lifecycle.queue.sequences + len(worker.assigned), worker.most_seqs - worker.running)
         return min(budget, worker.step_time.chunk(decodes, uncached, len(worker.prefilling) + waiting))
 
@@ -283,9 +295,10 @@ class BatchBuilder:
             assert ending is not None
             ending.last_step = worker.step
         worker.ends, worker.frees = [], []
+        tenants = dict(worker.decoding.tenants) if worker.stages > 1 else worker.decoding.tenants
         self._advance(worker, decodes, complete)
         self._lifecycle.counters.prompt_tokens += prefill_tokens
-        for tenant, members in worker.decoding.tenants.items():
+        for tenant, members in tenants.items():
             self._lifecycle.queue.charge(tenant, members)
         return plan
 
@@ -296,9 +309,10 @@ class BatchBuilder:
             worker.prefilling.remove(sequence)
             sequence.known += 1
             if sequence.known < sequence.target:
-                worker.decoding.join(sequence)
+                worker.join(sequence)
             else:
                 finished.append(sequence)
+        worker.turn = (worker.turn + 1) % worker.stages
         for sequence in finished:  # all its tokens are planned; the hints will report its end
             sequence.last_step = worker.step
             worker.departing[sequence] = None

@@ -167,11 +167,9 @@ class Lifecycle:
     def _take_rows(self, worker: WorkerState, sequence: Sequence) -> None:
         """Remove it from the sets that rows are planned from. Free its blocks; computed ones stay in the prefix
         cache."""
-        if sequence.seat in worker.decoding.members:
-            worker.decoding.part(sequence)
-        elif sequence in worker.departing:
+        if sequence in worker.departing:
             del worker.departing[sequence]
-        else:
+        elif not worker.part(sequence):
             worker.prefilling.remove(sequence)
         if worker.quarantined is sequence:
             worker.quarantined = None

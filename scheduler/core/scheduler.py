@@ -440,10 +440,11 @@ class Core:
     # ----------------------------------------------------- when to plan
 
     def _depth(self, worker: WorkerState) -> int:
-        """Most plans outstanding: two until their duration is known: one runs and one waits."""
+        """Most plans outstanding: two until their duration is known: one runs and one waits. Further ones run in the
+        later stages of a pipeline."""
         if worker.in_flight and not worker.in_flight[-1].expected_s:
-            return min(2, self.config.plans_ahead)
-        return self.config.plans_ahead
+            return min(2, self.config.plans_ahead) + worker.stages - 1
+        return self.config.plans_ahead + worker.stages - 1
 
     def _wants_plan(self, worker: WorkerState, now: float) -> bool:
         if worker.has_notices:

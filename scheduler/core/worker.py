@@ -1,6 +1,7 @@
 """WorkerState: one worker as the core sees it: seats, blocks, sequences, and its plans that are not hinted yet.
 
-In the steady state all of its sequences are in the decode set (decode_set.py).
+In the steady state all of its sequences are in a decode set (decode_set.py). A worker that is a pipeline of several
+stages has as many of these, which take turns: so a step needs no token of the one before it, and all stages are busy.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class WorkerState:
         seats = min(2 * capacity.max_num_seqs, MOST_SEATS)
         self.seats: list[Sequence | None] = [None] * seats
         self.free_seats = list(range(seats - 1, -1, -1))
-        self.decoding = DecodeSet(self.block_size)
+        self.stages = max(1, capacity.stages)
+        self.groups = [DecodeSet(self.block_size) for _ in range(self.stages)]  # one after another has its step
+        self.turn = 0  # group of the next plan
         self.prefilling: list[Sequence] = []
         self.departing: dict[Sequence, None] = {}  # seated, without rows to come: leaving, ending, or all planned
         self.assigned: deque[Sequence] = deque()  # sequences from the head of the queue that will start here
@@ -91,10 +94,38 @@ class WorkerState:
     @property
     def running(self) -> int:
         """Sequences that have rows to come."""
-        return len(self.decoding) + len(self.prefilling)
+        return sum(map(len, self.groups)) + len(self.prefilling)
+
+    @property
+    def decoding(self) -> DecodeSet:
+        """The decodes of the next plan."""
+        return self.groups[self.turn]
 
     def running_sequences(self) -> list[Sequence]:
-        return [*self.decoding.members.values(), *self.prefilling]
+        return [*self._decodes(), *self.prefilling]
+
+    def _decodes(self) -> list[Sequence]:
+        return [sequence for group in self.groups for sequence in group.members.values()]
+
+    def take_turn(self) -> None:
+        """It is the turn of the next group that has members, if any has."""
+        turns = [(self.turn + k) % self.stages for k in range(self.stages)]
+        self.turn = next((turn for turn in turns if self.groups[turn].members), self.turn)
+
+    def join(self, sequence: Sequence) -> None:
+        """``sequence`` decodes from here on: in the group whose plan is being made, since its token will be known when
+        that has its turn again; in the smallest where that one is much smaller, and waits once."""
+        smallest = min(self.groups, key=len)
+        uneven = len(self.decoding) >= len(smallest) + max(2, len(smallest) // 4)
+        (smallest if uneven else self.decoding).join(sequence)
+
+    def part(self, sequence: Sequence) -> bool:
+        """It does not decode any more. False if it did not."""
+        for group in self.groups:
+            if sequence.seat in group.members:
+                group.part(sequence)
+                return True
+        return False
 
     @property
     def has_notices(self) -> bool:
@@ -108,28 +139,30 @@ class WorkerState:
 
     def seated(self) -> list[Sequence]:
         """Every sequence that the worker may still report on."""
-        return [*self.decoding.members.values(), *self.prefilling, *self.departing]
+        return [*self._decodes(), *self.prefilling, *self.departing]
 
     def remaining_s(self, now: float) -> float:
-        """Expected time until the worker has executed all plans sent."""
-        if not self.in_flight:
+        """Expected time until the worker's first stage has executed all plans sent: the oldest have gone on."""
+        waiting = list(self.in_flight)[self.stages - 1 :]
+        if not waiting:
             return 0.0
-        head = self.in_flight[0]
+        head = waiting[0]
         elapsed = now - max(head.sent, self.last_hint)
-        return max(0.0, head.expected_s - elapsed) + sum(f.expected_s for f in list(self.in_flight)[1:])
+        return max(0.0, head.expected_s - elapsed) + sum(f.expected_s for f in waiting[1:])
 
     def fits(self, sequence: Sequence) -> bool:
         """Whether ``sequence`` can run here at all: its context fits, and the worker's version can read it."""
         return sequence.target <= self.limit and sequence.level <= self.level
 
     def is_empty(self) -> bool:
-        return not (self.decoding.members or self.prefilling or self.departing or self.assigned or self.quarantined)
+        return not (self.running or self.departing or self.assigned or self.quarantined)
 
     def check_integrity(self) -> None:
         seated = self.seated()
         assert len({id(s) for s in seated}) == len(seated), "a sequence is in two places"
         self.blocks.check_integrity([s.blocks for s in seated])
-        self.decoding.check_integrity()
+        for group in self.groups:
+            group.check_integrity()
         for sequence in seated:
             assert self.seats[sequence.seat] is sequence, "an orphan seat"
         held = set(self.free_seats)

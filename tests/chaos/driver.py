@@ -5,6 +5,7 @@ tokens, so that a token made twice is a token made differently. Redis stands beh
 process off. Faults are drawn from a seed; at the end the history is judged against the journals.
 
     python -m tests.chaos.driver --minutes 60 --every 20 --seed 1
+    python -m tests.chaos.driver --minutes 10 -- --tensor-parallel-size 2    # ranks are killed and frozen too
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Chaos:
     structured: float = 0.3  # share of the requests that ask for a structure
     faults: list[Fault] = field(default_factory=list)
     history: History = field(default_factory=History)
+    ranks: set[int] = field(default_factory=set)  # pids of engine processes that were seen
     server: subprocess.Popen[bytes] | None = None
     draining: list[asyncio.Task[None]] = field(default_factory=list)  # each waits for the end of a flood
 
@@ -122,6 +124,7 @@ class Chaos:
             self._stop_server()
         if code:
             self.history.blame(f"serve ended with {code}")
+        self._blame_orphans()
 
     def _model(self) -> Path:
         """Only its tokenizer and config are read: the engine is simulated."""
@@ -157,6 +160,9 @@ class Chaos:
             table[f"cut {role}"] = lambda role=role: self._cut(role)
             table[f"lose reply {role}"] = lambda role=role: self._lose_reply(role)
             table[f"term {role}"] = lambda role=role: self._kill(role, signal.SIGTERM)
+        if any(option.endswith("-parallel-size") for option in self.args):
+            table["kill rank"] = lambda: self._kill_rank()
+            table["freeze rank"] = lambda: self._freeze(self._rank())
         table["restart redis"] = self._restart_redis
         table["no memory for redis"] = self._starve_redis
         table["no disk for redis"] = self._fill_disk
@@ -170,6 +176,21 @@ class Chaos:
 
     async def _kill(self, role: str, sig: int = signal.SIGKILL) -> None:
         os.kill(self._pid(role), sig)
+
+    def _rank(self) -> int:
+        """An engine process of a worker."""
+        worker = self._pid("worker")
+        ranks = [int(pid) for task in Path(f"/proc/{worker}/task").iterdir() for pid in _children(task)]
+        self.ranks.update(ranks)
+        return self.rng.choice(sorted(ranks))
+
+    def _blame_orphans(self) -> None:
+        for rank in self.ranks:
+            if Path(f"/proc/{rank}/exe").exists():
+                self.history.blame(f"the rank with pid {rank} is left over")
+
+    async def _kill_rank(self) -> None:
+        os.kill(self._rank(), signal.SIGKILL)
 
     async def _freeze(self, pid: int) -> None:
         os.kill(pid, signal.SIGSTOP)
@@ -319,6 +340,13 @@ class Chaos:
         return "\n".join(lines + [f"VIOLATION {v}" for v in self.history.violations[:50]])
 
 
+def _children(task: Path) -> list[str]:
+    try:
+        return (task / "children").read_text().split()
+    except OSError:  # it has ended meanwhile
+        return []
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
@@ -326,10 +354,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--kinds", nargs="*", help="only these kinds of fault")
     parser.add_argument("--structured", type=float, default=0.3, help="share of the requests that keep a JSON schema")
+    parser.add_argument("serve", nargs="*", help="further options of serve, after --")
     options = parser.parse_args()
     print(f"seed {options.seed}")
     with tempfile.TemporaryDirectory(prefix="headrace-chaos-") as folder:
-        chaos = Chaos(Path(folder), options.seed, structured=options.structured)
+        chaos = Chaos(Path(folder), options.seed, tuple(options.serve), structured=options.structured)
         asyncio.run(chaos.run(options.minutes * 60, options.every, options.kinds))
     print(chaos.report())
     return 1 if chaos.history.violations else 0

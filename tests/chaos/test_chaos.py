@@ -34,3 +34,14 @@ async def test_a_rolling_restart_fails_no_request(tmp_path: Path) -> None:
     refused = {kind: count for kind, count in chaos.history.failures.items() if not kind.startswith("503")}
     assert refused == {}
     assert len(chaos.faults) == 6
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("option", ["--tensor-parallel-size", "--pipeline-parallel-size"])
+async def test_ranks_that_die_or_freeze_lose_nothing(tmp_path: Path, option: str) -> None:
+    chaos = Chaos(tmp_path, seed=13, args=(option, "2"))
+    await chaos.run(seconds=150, every=5, kinds=["kill rank", "freeze rank", "kill worker", "kill scheduler"])
+    print(chaos.report())
+    assert chaos.history.violations == []
+    assert chaos.ranks

@@ -45,6 +45,7 @@ def scheduler_metrics() -> scheduler.metrics.Metrics:
 def worker_registry() -> CollectorRegistry:
     metrics = workers.metrics.Metrics(MODEL, WORKER)
     metrics.takes("torch")
+    metrics.ranks_did([1, 1])
     return metrics.registry
 
 

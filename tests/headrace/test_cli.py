@@ -117,7 +117,7 @@ def test_what_serve_hands_on_comes_back_the_same() -> None:
     assert environ["HOME"] == "/h"
     received = parsed(["worker", *argv], environ)
     for option in options_of("worker"):
-        assert received[option.dest] == given[option.dest], option.flag
+        assert received[option.dest] == given.get(option.dest, option.default), option.flag
 
 
 def test_a_bad_variable_stops_only_who_reads_it() -> None:
@@ -219,15 +219,18 @@ def test_workers_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     for name in ("0000:01:00.0", "0000:02:00.0"):
         (tmp_path / name).mkdir()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [serve.gpu_of(k, 3, None, tmp_path) for k in range(3)] == ["0", "1", "0"]
-    assert serve.gpu_of(0, 2, None, tmp_path / "none") is None
-    assert serve.gpu_of(0, 1, None, tmp_path) is None
-    assert serve.gpu_of(0, 2, "cpu", tmp_path) is None
-    assert serve.gpu_of(1, 2, "cuda:1", tmp_path) is None
+    assert [serve.gpus_of(k, 3, 1, None, tmp_path) for k in range(3)] == ["0", "1", "0"]
+    assert serve.gpus_of(0, 2, 1, None, tmp_path / "none") is None
+    assert serve.gpus_of(0, 1, 1, None, tmp_path) is None
+    assert serve.gpus_of(0, 2, 1, "cpu", tmp_path) is None
+    assert serve.gpus_of(1, 2, 1, "cuda:1", tmp_path) is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [serve.gpu_of(k, 2, "cuda", tmp_path) for k in range(2)] == ["3", "5"]
+    assert [serve.gpus_of(k, 2, 1, "cuda", tmp_path) for k in range(2)] == ["3", "5"]
+    assert [serve.gpus_of(k, 2, 2, "cuda", tmp_path) for k in range(2)] == ["3,5", "3,5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    assert [serve.gpus_of(k, 2, 2, "cuda", tmp_path) for k in range(2)] == ["3,5", "6,7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert serve.gpu_of(0, 2, None, tmp_path) is None
+    assert serve.gpus_of(0, 2, 1, None, tmp_path) is None
 
 
 # ------------------------------------------------------------------ a mistyped line

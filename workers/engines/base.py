@@ -18,6 +18,41 @@ from protocol.messages import Capacity, Plan
 Progress = Callable[[str, float], None]  # (stage, fraction 0..1): "load", "warm-up", ...
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which of a worker's ranks an engine is: several compute one model together. By itself it is the only one.
+
+    Ranks are numbered stage by stage; those of a stage hold parts of the same layers.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    stages: int = 1
+    rendezvous: str = ""  # where the ranks meet: the path of a file that they share, or tcp://HOST:PORT, rank 0's
+    device: int = 0  # which of its machine's visible GPUs is its own
+
+    @property
+    def parts(self) -> int:
+        """Ranks of a stage."""
+        return self.ranks // self.stages
+
+    @property
+    def stage(self) -> int:
+        return self.rank // self.parts
+
+    @property
+    def part(self) -> int:
+        return self.rank % self.parts
+
+    @property
+    def samples(self) -> bool:
+        """Whether this is the one rank that draws tokens and reports: the first of the last stage."""
+        return self.rank == self.ranks - self.parts
+
+
+ALONE = Place()
+
+
 @dataclass
 class Sampled:
     """What one step drew. Arrays have one entry per row of the plan that samples, in plan order."""
@@ -42,7 +77,11 @@ class StepOutput(Protocol):
 
 class Engine(Protocol):
     overlaps: bool  # execute returns before the device is done: the next step is submitted before this one's wait
-    eos_token_ids: Sequence[int]  # known after load
+    stages: int  # steps that are computed at once, at least 1
+
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """Ids that end a sequence, known after load."""
 
     @property
     def path(self) -> str:

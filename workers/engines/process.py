@@ -22,10 +22,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -33,17 +34,37 @@ import numpy as np
 from protocol.errors import EngineFailed, HeadraceError, ModelRefused, StartError
 from protocol.messages import Capacity, Plan, encode
 from protocol.preloaded import die_with
-from workers.engines.base import Engine, Progress, Sampled, StepOutput
+from workers.engines.base import ALONE, Engine, Place, Progress, Sampled, StepOutput
 
 log = logging.getLogger("headrace.engine")
 
 BEAT_S = 0.02  # how often the child shows its beat
+SEND_S = 0.2  # the same over a network
+PING_S = 1.0  # how often a remote child hears of its worker
+SILENCE_S = 8.0  # who has not been heard of for so long is given up; a worker's silence counts the same
 END_S = 5.0  # patience with a child that is to end
 KINDS: dict[str, type[HeadraceError]] = {kind.__name__: kind for kind in (StartError, ModelRefused, EngineFailed)}
 
 _decode = msgspec.msgpack.Decoder().decode
 _decode_plan = msgspec.msgpack.Decoder(Plan).decode
 _decode_capacity = msgspec.msgpack.Decoder(Capacity).decode
+
+
+Receive = Callable[[], list[Any] | None]
+REFUSED = 3  # exit code: the worker does not want this rank
+_SHOWN = struct.Struct("<qqq")
+
+
+class Refused(Exception):
+    """The worker does not want this rank; the message says why."""
+
+
+class Shown(NamedTuple):
+    """The memory that parent and child share."""
+
+    beat: int  # Engine.beat
+    steps: int  # that are done
+    alive: int  # grows as long as the child's threads run
 
 
 class Channel:
@@ -93,18 +114,27 @@ class ProcessEngine:
     """The engine ``kind`` ("torch" or "simulated") with the fields of its configuration, in a child of this process."""
 
     overlaps = True  # the next plan is in the child before the last result is out of it
+    stages = 1
 
-    def __init__(self, kind: str, config: Any) -> None:
-        self.kind, self.config = kind, config
+    def __init__(self, kind: str, config: Any, place: Place = ALONE) -> None:
+        self.kind, self.config, self.place = kind, config, place
         self.eos_token_ids: Sequence[int] = ()
         self.path = ""
         self.tokenizer: Any = None
         self._child: subprocess.Popen[bytes] | None = None
 
     def load(self, progress: Progress) -> Capacity:
+        self.start()
+        return self.loaded(progress)
+
+    def start(self) -> None:
+        """Start the child, which ends with the thread that calls this, and have it load."""
         self._start()
-        self._channel.send("load", self.kind, dataclasses.asdict(self.config))
-        if self.kind == "torch":
+        self._send("load", self.kind, dataclasses.asdict(self.config), dataclasses.asdict(self.place))
+
+    def loaded(self, progress: Progress) -> Capacity:
+        """Wait until the child has loaded."""
+        if self.kind == "torch" and self.place.samples:
             self._load_tokenizer()
         while True:
             name, *told = self._receive()
@@ -115,17 +145,43 @@ class ProcessEngine:
                 return _decode_capacity(told[0])
 
     def execute(self, plan: Plan) -> ProcessOutput:
-        self._send("plan", encode(plan))
+        self.hand(encode(plan))
         return ProcessOutput(self)
+
+    def hand(self, packed: bytes) -> None:
+        """Have the child execute a packed plan. Of several ranks only the one that samples tells what came out."""
+        self._send("plan", packed)
 
     def reset(self) -> None:
         self._send("reset")
 
     def beat(self) -> int:
         """EngineFailed if the child has ended."""
-        if self._child is not None and self._child.poll() is not None:
-            raise EngineFailed(f"the engine's process {_how(self._child.returncode)}; its log is above")
-        return int(struct.unpack_from("<q", self._beat)[0])
+        if (code := self.code) is not None:
+            raise EngineFailed(f"the engine's process {how(code)}; its log is above")
+        return self.shown().beat
+
+    @property
+    def code(self) -> int | None:
+        """The child's exit code (minus the number of a signal), once it has ended."""
+        return None if self._child is None else self._child.poll()
+
+    @property
+    def pid(self) -> int:
+        assert self._child is not None
+        return self._child.pid
+
+    @property
+    def where(self) -> str:
+        return f"process {self.pid}"
+
+    def shown(self) -> Shown:
+        """What the child shows, whatever it is doing."""
+        return Shown(*_SHOWN.unpack_from(self._shared))
+
+    def again(self) -> ProcessEngine:
+        """Another one in the place of this, which has ended."""
+        return ProcessEngine(self.kind, self.config, self.place)
 
     def close(self) -> None:
         """End the child. Results that are still to come are lost."""
@@ -154,13 +210,19 @@ class ProcessEngine:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs, tempfile.TemporaryFile() as shared:
-            shared.truncate(8)
-            self._beat = mmap.mmap(shared.fileno(), 8)
+            shared.truncate(_SHOWN.size)
+            self._shared = mmap.mmap(shared.fileno(), _SHOWN.size)
             fds = (theirs.fileno(), shared.fileno())
             level = logging.getLogger().getEffectiveLevel()
             command = [sys.executable, "-m", "workers.engines.process", *map(str, (*fds, os.getpid(), level))]
-            self._child = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
+            self._child = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=self._environment())
         self._channel = Channel(ours)
+
+    def _environment(self) -> dict[str, str]:
+        """Ranks on one machine speak over the loopback interface, unless the user names another."""
+        alone = self.place.ranks > 1 and not self.place.rendezvous.startswith("tcp://")
+        loopback = {"GLOO_SOCKET_IFNAME": "lo"} if alone and sys.platform == "linux" else {}
+        return loopback | os.environ
 
     def _load_tokenizer(self) -> None:
         """Load the tokenizer here, in the process that makes text, while the child loads the model."""
@@ -179,28 +241,31 @@ class ProcessEngine:
 
     def _receive(self) -> list[Any]:
         """The child's next message. What it raised is raised here."""
-        message = self._channel.receive()
+        message = self._next_message()
         if message is None:
             raise self._death()
         if message[0] == "raised":
             raise KINDS[message[1]](message[2])
         return message
 
+    def _next_message(self) -> list[Any] | None:
+        return self._channel.receive()
+
     def _death(self) -> HeadraceError:
         """Why the connection is closed: the error that the child sent last, or how its process ended."""
         try:
-            while (message := self._channel.receive()) is not None:
+            while (message := self._next_message()) is not None:
                 if message[0] == "raised":
                     return KINDS[message[1]](message[2])
         except OSError:
             pass
         if (child := self._child) is None:
-            return EngineFailed("the engine was closed")
+            return EngineFailed("the engine was closed, or its link has gone")
         try:
             code = child.wait(END_S)
         except subprocess.TimeoutExpired:
             return EngineFailed("the engine's process closed its connection but did not end")
-        return EngineFailed(f"the engine's process {_how(code)}; its log is above")
+        return EngineFailed(f"the engine's process {how(code)}; its log is above")
 
     def _result(self) -> Sampled:
         _, seats, tokens, exec_us, rows, failed, dropped, mask_us, mask_wait_us = self._receive()
@@ -214,7 +279,7 @@ class ProcessEngine:
         )  # fmt: skip
 
 
-def _how(code: int) -> str:
+def how(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
@@ -231,23 +296,32 @@ class ProcessOutput:
 # ------------------------------------------------------------------ the child's side
 
 
-def serve(channel: Channel, beat: mmap.mmap) -> None:
-    """Load the engine that the first message names, then execute plans until the other side is gone."""
+def serve(channel: Channel, shared: mmap.mmap | None) -> None:
+    """Load the engine that the first message names, then execute plans until the other side is gone. ``shared``: None
+    if that is on another machine."""
     message = channel.receive()
     if message is None:
         return
-    _, kind, fields = message
+    if message[0] == "refused":
+        raise Refused(message[1])
+    _, kind, fields, place = message
     try:
-        engine = _make(kind, fields)
-        threading.Thread(target=_show_beat, args=(engine, beat), daemon=True).start()
+        engine = _make(kind, fields, Place(**place))
+        steps = Steps(reported=Place(**place).samples)
+        receive: Receive = channel.receive
+        if shared is None:
+            receive = _heard(channel)
+            threading.Thread(target=_tell, args=(engine, steps, channel), daemon=True).start()
+        else:
+            threading.Thread(target=_show, args=(engine, steps, shared), daemon=True).start()
         capacity = engine.load(lambda stage, fraction: channel.send("progress", stage, fraction))
         gc.collect()
         gc.freeze()  # a collection over the modules of a whole model is a pause that every stream feels
         channel.send("loaded", encode(capacity), list(engine.eos_token_ids), engine.path)
         running: SimpleQueue[StepOutput] = SimpleQueue()
-        sender = threading.Thread(target=_send_results, args=(channel, running), daemon=True)
+        sender = threading.Thread(target=_send_results, args=(channel, running, steps), daemon=True)
         sender.start()
-        while (message := channel.receive()) is not None:
+        while (message := receive()) is not None:
             if message[0] == "reset":
                 engine.reset()
             else:
@@ -257,7 +331,7 @@ def serve(channel: Channel, beat: mmap.mmap) -> None:
         raise
 
 
-def _make(kind: str, fields: dict[str, Any]) -> Engine:
+def _make(kind: str, fields: dict[str, Any], place: Place) -> Engine:
     if kind == "simulated":
         from workers.engines.simulated import SimulatedConfig, SimulatedEngine
 
@@ -265,13 +339,24 @@ def _make(kind: str, fields: dict[str, Any]) -> Engine:
     from workers.torch_engine.config import EngineConfig
     from workers.torch_engine.make import make_engine
 
-    return make_engine(EngineConfig(**fields))
+    return make_engine(EngineConfig(**fields), place)
 
 
-def _send_results(channel: Channel, running: SimpleQueue[StepOutput]) -> None:
+@dataclass
+class Steps:
+    """How many are done, and whether the parent is told what came out of them."""
+
+    reported: bool
+    done: int = 0
+
+
+def _send_results(channel: Channel, running: SimpleQueue[StepOutput], steps: Steps) -> None:
     try:
         while True:
             sampled = running.get().wait()
+            steps.done += 1
+            if not steps.reported:
+                continue
             rows = [
                 (int(seat), float(drawn), np.asarray(ids, np.int32).tobytes(), np.asarray(top, np.float32).tobytes())
                 for seat, (drawn, ids, top) in sampled.logprobs.items()
@@ -297,10 +382,48 @@ def _say(channel: Channel, error: BaseException) -> None:
         pass
 
 
-def _show_beat(engine: Engine, beat: mmap.mmap) -> None:
-    while True:
-        struct.pack_into("<q", beat, 0, engine.beat())
+def _show(engine: Engine, steps: Steps, shared: mmap.mmap) -> None:
+    for alive in count(1):
+        _SHOWN.pack_into(shared, 0, engine.beat(), steps.done, alive)
         time.sleep(BEAT_S)
+
+
+def _tell(engine: Engine, steps: Steps, channel: Channel) -> None:
+    for alive in count(1):
+        try:
+            channel.send("shown", engine.beat(), steps.done, alive)
+        except OSError:
+            return
+        time.sleep(SEND_S)
+
+
+def _heard(channel: Channel) -> Receive:
+    """What receives the messages of a worker on another machine. Its end or its silence is this process's, at once:
+    the thread that computes may wait for other ranks for ever."""
+    messages: SimpleQueue[list[Any]] = SimpleQueue()
+    heard = [time.monotonic()]
+
+    def listen() -> None:
+        while (message := channel.receive()) is not None:
+            heard[0] = time.monotonic()
+            if message[0] != "ping":
+                messages.put(message)
+        _end_at_once("the worker has closed the link")
+
+    def watch() -> None:
+        while time.monotonic() - heard[0] < SILENCE_S:
+            time.sleep(PING_S)
+        _end_at_once(f"nothing was heard of the worker for {SILENCE_S:.0f} s")
+
+    for target in (listen, watch):
+        threading.Thread(target=target, daemon=True).start()
+    return messages.get
+
+
+def _end_at_once(why: str) -> None:
+    log.warning("%s: this rank ends", why)
+    logging.shutdown()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:
@@ -310,7 +433,10 @@ def main() -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     code = 0
     try:
-        serve(Channel(socket.socket(fileno=link)), mmap.mmap(shared, 8))
+        serve(Channel(socket.socket(fileno=link)), mmap.mmap(shared, _SHOWN.size) if shared >= 0 else None)
+    except Refused as refused:
+        log.critical("refused: %s", refused)
+        code = REFUSED
     except HeadraceError:  # sent to the parent, which reports it
         code = 1
     except BaseException:

@@ -49,6 +49,8 @@ class SimulatedConfig:
     step_us: float = 2000.0
     token_us: float = 20.0
     row_us: float = 10.0
+    stages: int = 1  # of a pipeline, each of which takes its share of that
+    link_us: float = 0.0  # from one stage to the next, and from the last to the first
     load_s: float = 0.0
     max_model_len: int = 4096
     max_num_seqs: int = 256
@@ -76,13 +78,15 @@ class SimulatedEngine:
 
     def __init__(self, config: SimulatedConfig, clock: Callable[[], float] = time.perf_counter) -> None:
         self.config = config
+        self.stages = config.stages
         self.eos_token_ids: Sequence[int] = config.eos_token_ids
         self.path = "simulated"
         self.tokenizer: Any = None
         self._vocab_size = EOS + 1
         self._range = config.token_range or PRINTABLE
         self._clock = clock
-        self._free_at = 0.0  # when the imagined device has done all submitted steps
+        self._free_at = [0.0] * config.stages  # when each stage has done all submitted steps
+        self.busy_s = 0.0  # of each stage, so far
         self._beats = 0
         self._hangs = False
         self.masks = Masks(self._make_grammars)
@@ -102,7 +106,7 @@ class SimulatedEngine:
             model="", max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             pools=[PoolCapacity("full", config.block_size, config.num_blocks)],
-            vocab_size=self._vocab_size, engine="simulated", device="none",
+            vocab_size=self._vocab_size, engine="simulated", device="none", stages=self.stages,
         )  # fmt: skip
 
     def _load_tokenizer(self, model: str) -> None:
@@ -134,6 +138,7 @@ class SimulatedEngine:
         self._computed = np.zeros(seats, np.int64)
         self._blocks = np.zeros(seats, np.int64)
         self._keys = np.zeros(seats, np.uint64)
+        self._sampled_at = np.zeros(seats)  # when the first stage knows the id sampled last
         self._wants_logprobs: dict[int, int] = {}
         self._failing: set[int] = set()  # seats
         self._given_up: set[int] = set()
@@ -197,12 +202,26 @@ class SimulatedEngine:
             self._leave(seat)
         config = self.config
         busy = (config.step_us + config.token_us * int(counts.sum()) + config.row_us * len(seats)) * 1e-6
-        self._free_at = max(self._clock(), self._free_at) + busy
-        sampled.exec_us = round(busy * 1e6)
-        return SimulatedOutput(self, sampled, self._free_at)
+        done = self._pass_stages(seats, busy / self.stages)
+        self._sampled_at[sampling] = done + config.link_us * 1e-6 * (self.stages > 1)
+        sampled.exec_us = round(busy / self.stages * 1e6)
+        return SimulatedOutput(self, sampled, done)
+
+    def _pass_stages(self, seats: np.ndarray, busy: float) -> float:
+        """When a step that takes each stage ``busy`` seconds is done. A stage computes one step after another; the
+        first cannot begin before it knows the last id of each row."""
+        known = self._sampled_at[seats].max(initial=0.0) if self.stages > 1 else 0.0
+        at = max(self._clock(), float(known))
+        for stage, free_at in enumerate(self._free_at):
+            at = max(at, free_at) + busy
+            self._free_at[stage] = at
+            at += self.config.link_us * 1e-6
+        self.busy_s += busy
+        return self._free_at[-1]
 
     def _seat(self, new: NewSequence) -> None:
         seat = new.seat
+        self._sampled_at[seat] = 0.0
         self.masks.add(new)
         self._known[seat] = len(unpack_ids(new.token_ids))
         self._computed[seat] = new.computed

@@ -135,7 +135,8 @@ class Backend(ABC, Generic[Step]):
 
     def beat(self) -> int:
         """A counter that grows while layers are computed; read from another thread."""
-        return self.attention.calls
+        attention = getattr(self, "attention", None)  # none before a model is loaded
+        return attention.calls if attention is not None else 0
 
     def _run_model(self, ids: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor) -> torch.Tensor:
         """Logits of ``logit_rows``, by the model's own forward."""

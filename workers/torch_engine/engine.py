@@ -19,13 +19,14 @@ import torch
 from protocol.errors import ModelRefused, StartError, StructureNotSupported
 from protocol.messages import Capacity, Plan, PoolCapacity
 from protocol.structures.grammar import Grammars
-from workers.engines.base import Progress
+from workers.engines.base import ALONE, Place, Progress
 from workers.masks import Masks
 from workers.torch_engine import loader, verify
 from workers.torch_engine.backend import Backend
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.kv_pool import blocks_within
 from workers.torch_engine.memory import default_threads, kv_budget
+from workers.torch_engine.parallel.group import make_group
 from workers.torch_engine.sampler import Sampler, StepClock, TorchStepOutput
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,16 @@ _NO_ROWS = np.zeros(0, np.int64)
 class TorchEngine:
     """The Engine protocol on torch. ``tokenizer`` and ``eos_token_ids`` are there once ``load`` has returned."""
 
+    stages = 1
     tokenizer: Any
     eos_token_ids: Sequence[int] = ()
 
-    def __init__(self, config: EngineConfig, device: torch.device, backends: Sequence[Backend[Any]]) -> None:
+    def __init__(
+        self, config: EngineConfig, device: torch.device, backends: Sequence[Backend[Any]], place: Place = ALONE
+    ) -> None:
         """``backends``: those that may serve, best first; the first that gives the model's own logits does."""
         self.config = config
+        self.place = place
         self.device = device
         self.backend = backends[0]
         self.overlaps = device.type != "cpu"
@@ -58,6 +63,7 @@ class TorchEngine:
     def load(self, progress: Progress) -> Capacity:
         config = self.config
         self._take_device()
+        self.group = make_group(self.place, self.device)
         model_config = loader.load_config(config.model)
         self.max_model_len = loader.choose_max_model_len(config.max_model_len, model_config)
         self._load_checked(model_config, progress)
@@ -66,7 +72,7 @@ class TorchEngine:
 
         progress("warm-up", 0.0)
         backend = self.backend
-        self._make_pool_within(kv_budget(config.kv_cache_memory, self.device, backend.warm_up))
+        self._make_pool_within(kv_budget(config.kv_cache_memory, self.device, backend.warm_up, self.place))
         vocab_size = backend.vocab_size
         self.sampler = Sampler(
             config.max_num_seqs, vocab_size, list(self.eos_token_ids), self.device, backend.draw
@@ -85,6 +91,7 @@ class TorchEngine:
             dtype=config.quantization or str(backend.model.dtype).removeprefix("torch."),
             device=str(self.device),
             step_us=backend.step_us,
+            stages=self.place.stages,
         )
 
     def _make_grammars(self) -> Grammars:
@@ -96,7 +103,8 @@ class TorchEngine:
     def _take_device(self) -> None:
         """Settings of the thread and the process that compute."""
         if self.device.type == "cpu":
-            torch.set_num_threads(self.config.threads or default_threads())
+            threads = self.config.threads or default_threads()
+            torch.set_num_threads(max(1, threads // self.place.ranks))
         elif self.device.index is not None:
             torch.cuda.set_device(self.device)  # streams and kernels go to the current one
 
@@ -120,13 +128,14 @@ class TorchEngine:
                 raise
             if not refused:
                 log.warning("the %s failed", self.backend.name, exc_info=True)
+            self.group.least(0)
             return str(error) if refused else f"{type(error).__name__}: {error}"
-        return None
+        return None if self.group.least(1) else "another rank refused it"
 
     def _load_on(self, backend: Backend[Any], model_config: Any, progress: Progress) -> None:
         """Load the weights, put the kernels in, and check that what comes out is what the model itself says."""
         device, longest = self.device, max(self.max_model_len, verify.LENGTH)
-        model = loader.load_model(self.config, model_config, device, progress)
+        model = loader.load_model(self.config, model_config, device, progress, self.group)
         backend.take(model)
         loader.fix_rotary(model, self.max_model_len)
         progress("check", 0.0)
@@ -144,6 +153,7 @@ class TorchEngine:
         config, length, size = self.config, self.max_model_len, self.config.block_size
         per_block = self.backend.block_bytes
         tokens = blocks_within(budget, per_block, size, config.max_num_seqs * (length + size)) * size
+        tokens = self.group.least(tokens)  # a block has its part in each rank's pool
         if tokens < length:
             if config.max_model_len is not None:
                 raise StartError(
@@ -163,7 +173,7 @@ class TorchEngine:
         for seat in plan.frees:
             self._drop(seat)
         for new in plan.new:
-            if seats.add(new):
+            if seats.add(new) and self.group.samples:
                 self.sampler.add(new)
                 self.masks.add(new)
         for seat, blocks in plan.blocks:
@@ -174,7 +184,9 @@ class TorchEngine:
         return output
 
     def _run(self, plan: Plan, clock: StepClock) -> TorchStepOutput:
-        backend, sampler = self.backend, self.sampler
+        backend, sampler, group = self.backend, self.sampler, self.group
+        for seats, tokens in group.told(plan.seats):
+            backend.seats.note_sampled(seats, tokens)
         step = backend.build(plan) if plan.seats else None
         refused = backend.seats.take_refusals()
         if step is None or not len(step.seats):
@@ -183,8 +195,12 @@ class TorchEngine:
         sampling = step.sampling_seats
         if not len(sampling):
             return TorchStepOutput(_NO_ROWS, None, _NO_ROWS, clock, refused)
+        if not group.samples:
+            group.expect(sampling)
+            return TorchStepOutput(_NO_ROWS, None, _NO_ROWS, clock, refused)
         masks = self.masks.take(sampling) if self.masks else None
         drawn = sampler.sample(logits, sampling, step.sampling_positions, best, masks)
+        group.tell(drawn.tokens)
         backend.seats.note_sampled(sampling, drawn.tokens)
         output = TorchStepOutput(sampling, drawn, sampler.tops(sampling), clock, refused, masks)
         if masks is not None:

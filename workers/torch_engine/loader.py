@@ -13,10 +13,14 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from protocol.errors import ModelRefused, StartError
+from protocol.errors import HeadraceError, ModelRefused, StartError
 from workers.engines.base import Progress
 from workers.torch_engine.attention import NAME
 from workers.torch_engine.config import EngineConfig
+from workers.torch_engine.parallel.group import ALONE, Group
+from workers.torch_engine.parallel.layers import stage_of
+from workers.torch_engine.parallel.modules import join
+from workers.torch_engine.parallel.split import Parts, files_of, local_config, read_parts, shares_of
 
 # Layers whose state is not keys and values, by the names that config.layer_types gives them.
 RECURRENT_LAYERS = {"linear_attention", "mamba", "mamba2", "recurrent", "ssm", "conv", "hybrid", "short_conv"}
@@ -69,9 +73,16 @@ def causal_lm_class(config: Any) -> Any:
     return mapping.get(type(config), None)
 
 
-def choose_device(wanted: str) -> torch.device:
+def choose_device(wanted: str, index: int | None = None) -> torch.device:
+    """``wanted`` of the --device option; one of several ranks has the visible GPU ``index`` to itself."""
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if index is not None and wanted.startswith("cuda"):
+        if wanted != "cuda":
+            raise StartError(f"--device {wanted}: with several ranks say cuda, each takes one of the visible GPUs")
+        if index >= torch.cuda.device_count():
+            raise StartError(f"a rank has no GPU: {torch.cuda.device_count()} are visible, and each takes one")
+        wanted = f"cuda:{index}"
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
@@ -108,14 +119,19 @@ def choose_max_model_len(wanted: int | None, config: Any) -> int:
     return wanted or longest
 
 
-def load_model(config: EngineConfig, model_config: Any, device: torch.device, progress: Progress) -> Any:
-    """The model in eval mode on ``device``, its attention through the registered function."""
+def load_model(
+    config: EngineConfig, model_config: Any, device: torch.device, progress: Progress, group: Group = ALONE
+) -> Any:
+    """The model in eval mode on ``device``, its attention through the registered function. Of several ranks, the part
+    of the model that is this one's."""
     loaded: Any
     with _LoadingBar(progress):
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(
+            load = _load_whole if group is ALONE else _load_part
+            loaded = load(
                 config.model,
-                config=model_config,
+                model_config,
+                group,
                 dtype=choose_dtype(config.dtype, model_config, device),
                 attn_implementation=NAME,
                 use_safetensors=True,
@@ -123,7 +139,7 @@ def load_model(config: EngineConfig, model_config: Any, device: torch.device, pr
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, HeadraceError):
             raise
         except Exception as error:  # of an architecture that cannot be built so, of files that do not fit it
             raise StartError(
@@ -144,6 +160,23 @@ def load_model(config: EngineConfig, model_config: Any, device: torch.device, pr
     model = model.to(device).eval().requires_grad_(False)
     _refuse_not_finite(config.model, model)
     return model
+
+
+def _load_whole(name: str, model_config: Any, group: Group, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(name, config=model_config, **options)
+
+
+def _load_part(name: str, model_config: Any, group: Group, **options: Any) -> Any:
+    kind = causal_lm_class(model_config)
+    shares = shares_of(model_config, group.part, group.parts)
+    local = local_config(model_config, shares)
+    stage = kind if group.stages == 1 else stage_of(kind, local, group)
+    tensors = read_parts(files_of(name), Parts(kind, stage, model_config, local, shares).of)
+    model, found = stage.from_pretrained(None, config=local, state_dict=tensors, **options)
+    vocabulary = model_config.get_text_config().vocab_size
+    model.config.get_text_config().vocab_size = vocabulary  # all ids may come; the modules know their own rows
+    join(model, group, shares, vocabulary)
+    return model, found
 
 
 def _refuse_not_finite(name: str, model: torch.nn.Module) -> None:

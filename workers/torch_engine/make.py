@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
 import torch
 
 from protocol.errors import StartError
+from workers.engines.base import ALONE, Place
 from workers.native.library import KernelsUnavailable, load_kernels
 from workers.torch_engine.backend import Backend
 from workers.torch_engine.config import EngineConfig
@@ -20,13 +22,16 @@ from workers.torch_engine.plain.backend import TorchBackend
 log = logging.getLogger(__name__)
 
 
-def make_engine(config: EngineConfig) -> TorchEngine:
+def make_engine(config: EngineConfig, place: Place = ALONE) -> TorchEngine:
     """Raises StartError for a device that is not there, or a precision that it does not serve."""
-    device = choose_device(config.device)
+    device = choose_device(config.device, place.device if place.ranks > 1 else None)
     int8 = config.quantization is not None
     if int8 and device.type != "cpu":
         raise StartError("--quantization int8 is served on a CPU only: leave it out, or say --device cpu")
-    return TorchEngine(config, device, _on_cpu(config, device) if device.type == "cpu" else _on_gpu(config, device))
+    if place.stages > 1:
+        config = dataclasses.replace(config, graphs=False)  # hidden states are sent between launches
+    backends = _on_cpu(config, device) if device.type == "cpu" else _on_gpu(config, device)
+    return TorchEngine(config, device, backends, place)
 
 
 def _on_cpu(config: EngineConfig, device: torch.device) -> list[Backend[Any]]:

@@ -8,24 +8,27 @@ from pathlib import Path
 
 import torch
 
+from workers.engines.base import Place
+
 GPU_SHARE = 0.9  # of the device's memory, for weights, activations and pool together
 CPU_SHARE = 0.4  # of the memory that is free once the model is loaded
 CPU_MOST = 4 << 30  # beside other processes; more is the user's to grant
 
 
-def kv_budget(wanted: int | None, device: torch.device, warm_up: Callable[[], None]) -> int:
-    """Bytes for keys and values: ``wanted``, else a share of what is free beside one largest step.
+def kv_budget(wanted: int | None, device: torch.device, warm_up: Callable[[], None], place: Place) -> int:
+    """Bytes for keys and values of the rank at ``place``: its part of what is ``wanted`` for all, else a share of what
+    is free beside one largest step.
 
     ``warm_up`` runs such a step; it is called in any case, since first passes are slow.
     """
     if device.type == "cpu":
         warm_up()
-        return wanted if wanted is not None else min(CPU_MOST, int(free_memory() * CPU_SHARE))
+        return (wanted if wanted is not None else min(CPU_MOST, int(free_memory() * CPU_SHARE))) // place.ranks
     torch.cuda.reset_peak_memory_stats(device)
     warm_up()
     torch.cuda.synchronize(device)
     if wanted is not None:
-        return wanted
+        return wanted // place.ranks
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)

@@ -122,6 +122,14 @@ def children_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
             yield owner, name, child
 
 
+def like(ours: nn.Module, original: nn.Module) -> nn.Module:
+    """``ours`` with what the model around it may ask ``original`` for."""
+    for key, value in vars(original).items():
+        if not key.startswith("_") and isinstance(value, str | int | float):
+            setattr(ours, key, value)
+    return ours
+
+
 def norm_candidates(
     model: nn.Module,
     sample: SeededInput,

@@ -19,6 +19,7 @@ from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from workers.torch_engine.attention import NAME, PagedAttention
 from workers.torch_engine.backend import Backend
+from workers.torch_engine.parallel.layers import Absent
 
 LENGTH = 21  # tokens of the text that is compared: longer than one block, short enough to cost little
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest logit
@@ -38,7 +39,8 @@ def probe(model: Any, attention: PagedAttention[Any], device: torch.device) -> N
         raise
     except Exception as error:  # whatever it is that this architecture needs, we do not give it
         raise ModelRefused(f"{name} does not run without a cache of its own: {error}") from error
-    layers = model.config.get_text_config().num_hidden_layers
+    elsewhere = sum(isinstance(module, Absent) for module in model.modules())
+    layers = model.config.get_text_config().num_hidden_layers - elsewhere
     if len(attention.modules) < layers:
         raise ModelRefused(
             f"{name} calls the attention function in {len(attention.modules)} of its {layers} layers: "

@@ -46,6 +46,7 @@ class World:
             seqs=rng.choice((2, 4, 8)),
             tokens=rng.choice((8, 16, 64)),
             model_len=rng.choice((30, 36)),
+            stages=1 + seed % 3,
         )
         self.workers = [SimWorker(self, f"w{k}", size) for k in range(rng.randint(1, 3))]
         self.limit = min(size.max_model_len, size.pools[0].units * size.pools[0].unit_tokens)

@@ -82,7 +82,7 @@ class NativeBackend(TorchBackend):
         return found
 
     def beat(self) -> int:
-        return self.attention.calls + self.kernels.progress.value
+        return super().beat() + self.kernels.progress.value
 
 
 class NativeDraw:

@@ -31,7 +31,7 @@ from workers.torch_engine.cpu.attention import native_rule, native_step, pool_of
 from workers.torch_engine.cpu.modules import NativeMLP, NativeRMSNorm, PackedLinear, PackedProjections
 from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.kv_pool import KVPool
-from workers.torch_engine.replace import Candidate, FuseReport, replace
+from workers.torch_engine.replace import Candidate, FuseReport, like, replace
 from workers.torch_engine.shared_input import Slice
 
 _ATTENTION_NAMES = frozenset(
@@ -332,20 +332,12 @@ def _joined(originals: list[nn.Module], layers: list[nn.Module], follows: list[b
         if isinstance(first, NativeLayers) and isinstance(layer, NativeLayers):
             joined = first.joined(layer)
         if joined is not None:
-            stack[at] = _like(joined, originals[at])
-            stack.append(_like(Done(), original))
+            stack[at] = like(joined, originals[at])
+            stack.append(like(Done(), original))
         else:
-            stack.append(_like(layer, original) if isinstance(layer, NativeLayers) else layer)
+            stack.append(like(layer, original) if isinstance(layer, NativeLayers) else layer)
             at = i
     return stack
-
-
-def _like(ours: nn.Module, original: nn.Module) -> nn.Module:
-    """``ours`` with what the model around it may ask ``original`` for."""
-    for key, value in vars(original).items():
-        if not key.startswith("_") and isinstance(value, str | int | float):
-            setattr(ours, key, value)
-    return ours
 
 
 def _watch(

@@ -153,7 +153,7 @@ class CudaBackend(Backend[HostStep]):
         return logits
 
     def beat(self) -> int:
-        return self.attention.calls + self._executed
+        return super().beat() + self._executed
 
 
 def _group_experts(model: Any) -> None:

@@ -1,0 +1,76 @@
+"""Several ranks give what one process gives: generate's greedy tokens, through the real scheduler core with chunked
+prefill, prefix hits and preemption."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.models import tiny_model
+from tests.workers.core_driver import CoreDriver
+from tests.workers.torch_engine.parity import BLOCK, first_difference, make_requests, reference_of
+from workers.engines.ranks import RankedEngine
+from workers.torch_engine.config import EngineConfig
+
+
+def config_of(path, **fields):
+    return EngineConfig(
+        model=str(path), device="cpu", max_model_len=384, max_num_seqs=32, max_num_batched_tokens=64,
+        kv_cache_memory=64 << 20, block_size=BLOCK, threads=1, **fields,
+    )  # fmt: skip
+
+
+def loaded(path, parts, stages=1):
+    engine = RankedEngine("torch", config_of(path), parts, stages)
+    try:
+        engine.capacity = engine.load(lambda stage, fraction: None)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def check_parity(engine, path):
+    requests = make_requests(4, 76)
+    counters = CoreDriver(engine, engine.capacity, 13 + 76 // BLOCK * 3, budget=24).run(requests)
+    assert counters.preemptions > 0
+    assert counters.prefix_hits > 0
+    reference = reference_of(path)
+    wrong = [text for text in (first_difference(reference, request) for request in requests) if text]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    path = tiny_model(tmp_path_factory, "llama")
+    engine = loaded(path, 2)
+    yield engine, path
+    engine.close()
+
+
+def test_two_ranks_equal_generate(llama):
+    engine, path = llama
+    assert engine.path == "fused modules"
+    check_parity(engine, path)
+
+
+def test_two_stages_equal_generate(tmp_path_factory):
+    path = tiny_model(tmp_path_factory, "llama")
+    engine = loaded(path, 1, 2)
+    try:
+        assert engine.capacity.stages == 2
+        assert engine.path == "fused layers"
+        check_parity(engine, path)
+    finally:
+        engine.close()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("parts", "stages"), [(2, 1), (4, 1), (1, 2), (1, 3), (2, 2)])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_moe", "mixtral", "gpt_oss", "gemma3", "gemma2"])
+def test_ranks_equal_generate(tmp_path_factory, name, parts, stages):
+    path = tiny_model(tmp_path_factory, name)
+    engine = loaded(path, parts, stages)
+    try:
+        check_parity(engine, path)
+    finally:
+        engine.close()
