@@ -22,7 +22,7 @@ from typing import Any, Self
 from benchmarks.stack import Unavailable
 from benchmarks.workloads import workload
 from headrace.clients.workload import Request, Vocabulary
-from headrace.serve.service import worker_threads
+from headrace.serve.machine import worker_threads
 from protocol.messages import Capacity, HintRow, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from scheduler.core.events import Arrive, SendPlan, StepDone, WorkerServing

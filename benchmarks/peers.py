@@ -31,7 +31,7 @@ from benchmarks.suite import say
 from benchmarks.workloads import BODY, WORDS, workload
 from headrace.clients.bench import Result, Target, summarize
 from headrace.clients.workload import Vocabulary, Workload
-from headrace.serve.service import worker_threads
+from headrace.serve.machine import worker_threads
 
 MAX_MODEL_LEN = 2048
 KV_GIB = 2  # for every peer that lets one say

@@ -30,7 +30,7 @@ from benchmarks.workloads import BODY, WORDS, workload
 from headrace.clients.bench import Target
 from headrace.clients.workload import Vocabulary
 from headrace.serve.embedded import FAST, EmbeddedServer
-from headrace.serve.service import worker_threads
+from headrace.serve.machine import worker_threads
 
 MAX_MODEL_LEN = 4096
 KV_GIB = 4

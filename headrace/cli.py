@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from headrace import early
+from headrace.config.arguments import config_parser, models_parser
 from headrace.option_table import options_of
 from headrace.options import Unusable, add_option, state_dir
 from protocol.errors import EX_CONFIG, HeadraceError, StartError
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for value in vars(args).values():
         if isinstance(value, Unusable):
             parser.error(value.reason)
+    args.argv = given[1:]
     try:
         return int(args.run(args) or 0)
     except HeadraceError as error:
@@ -53,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ------------------------------------------------------------------ commands
 
 COMMANDS: dict[str, tuple[str, str, Callable[[argparse.Namespace], int]]] = {}
+EXTRA: dict[str, Callable[[argparse.ArgumentParser], None]] = {  # arguments that are no options of the table
+    "config": config_parser,
+    "models": models_parser,
+}
 
 
 def command(
@@ -76,15 +82,53 @@ examples:
   headrace serve --model ./llama-3.2-1b.Q8_0.gguf
   headrace serve --model Qwen/Qwen2.5-0.5B-Instruct --port 9000
   headrace serve --model ./my-model --workers 2 --schedulers 2 --redis-url redis://queue:6379/0
+  headrace serve --config headrace.toml           any number of models; SIGHUP reads the file again
 
 Ctrl-C lets running requests end, then stops; a second Ctrl-C stops at once. What was queued is kept in
 --data-dir and goes on at the next start.
 """,
 )
 def serve(args: argparse.Namespace) -> int:
+    from headrace.config.plan import given_on
     from headrace.serve.service import serve as run
 
-    return run(vars(args))
+    return run(vars(args), given_on(args.argv, os.environ) if args.config else None)
+
+
+@command(
+    "config",
+    "check a configuration file, and what a reload of it would change",
+    """
+examples:
+  headrace config check                           ./headrace.toml
+  headrace config check --config headrace.toml --diff
+
+Exit code 78 and one line with file, line and key if something is wrong.
+""",
+)
+def config(args: argparse.Namespace) -> int:
+    from headrace.config.commands import check
+
+    return check(args)
+
+
+@command(
+    "models",
+    "list, add, remove and reload the models of a serve that runs here",
+    """
+examples:
+  headrace models list
+  headrace models add small --model ./small-model --workers 2
+  headrace models remove small
+  headrace models reload                          reads the configuration file again, as SIGHUP does
+
+A removed model drains: it takes nothing new, what it has accepted ends. Clients of other models notice nothing.
+""",
+)
+def models(args: argparse.Namespace) -> int:
+    from headrace.config.commands import models as run
+
+    return run(args)
 
 
 @command(
@@ -358,6 +402,8 @@ def build_parser(environ: Mapping[str, str] = os.environ) -> argparse.ArgumentPa
                 sub.add_argument("id", nargs="*", metavar=more)
         for option in options_of(name):
             add_option(sub, option, environ)
+        if name in EXTRA:
+            EXTRA[name](sub)
         sub.set_defaults(run=run)
     return parser
 

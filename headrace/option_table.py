@@ -9,6 +9,13 @@ from __future__ import annotations
 from headrace.options import Option, boolean, count, json_object, number, port, rate, seconds, size, span, whole
 
 OPTIONS: tuple[Option, ...] = (
+    Option(
+        "--config",
+        "serve config models",
+        "a TOML file with any of these options and any number of models; options of the command line win over it "
+        "(default: none; `config` and `models` take ./headrace.toml if it is there)",
+        metavar="FILE",
+    ),
     # what is served
     Option(
         "--model",

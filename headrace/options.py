@@ -166,7 +166,14 @@ class Unusable:
     reason: str
 
 
-def add_option(parser: argparse.ArgumentParser, option: Option, environ: Mapping[str, str]) -> None:
+def add_option(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    option: Option,
+    environ: Mapping[str, str],
+    *,
+    explicit: bool = False,
+) -> None:
+    """``explicit``: one that is not given leaves nothing behind, not even its default."""
     text = f"{option.described} [{option.env}]".replace("%", "%%")
     default = option.default
     if raw := environ.get(option.env):
@@ -176,6 +183,8 @@ def add_option(parser: argparse.ArgumentParser, option: Option, environ: Mapping
             default = Unusable(f"{option.env}: {error}")
         if option.choices and raw not in option.choices:
             default = Unusable(f"{option.env}: {raw!r} is none of {', '.join(option.choices)}")
+    if explicit:
+        default = argparse.SUPPRESS
     if option.switch:
         parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, default=default, help=text)
         return

@@ -47,14 +47,27 @@ def find_server() -> str:
 
 
 def socket_path(data_dir: Path) -> Path:
-    """Where the server of ``data_dir`` listens: in the directory itself, or, if that path is too long for a socket,
-    in a directory of the user's under the temporary one, named after it."""
-    path = data_dir.resolve() / "redis.sock"
+    """Where the server of ``data_dir`` listens."""
+    return _short(data_dir.resolve() / "redis.sock", data_dir.resolve())
+
+
+def own_socket(directory: Path, name: str) -> Path:
+    """The path of a further socket of this user's that belongs to ``directory``, whose place exists."""
+    path = directory.resolve() / name
+    short = _short(path, path)
+    if short != path:
+        _own_directory(short.parent)
+    return short
+
+
+def _short(path: Path, key: Path) -> Path:
+    """``path``, or, if that is too long for a socket, one in a directory of the user's under the temporary one, named
+    after ``key``."""
     if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
         return path
     import hashlib
 
-    name = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}" / f"{name}.sock"
 
 

@@ -26,7 +26,7 @@ from headrace.option_table import options_of
 from headrace.options import argv_of
 from headrace.serve import leash
 from headrace.serve.embedded import server_url
-from headrace.serve.service import choose_ports
+from headrace.serve.machine import choose_ports
 from protocol.errors import StartError
 
 DECIDED = {"run_dir", "data_dir", "port", "redis_url"}  # options that cannot be given

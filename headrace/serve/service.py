@@ -9,31 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import re
 import signal
-import socket
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Coroutine, Mapping
 from typing import Any, TextIO, cast
 
 from rich.console import Console
 
 from headrace import options
+from headrace.config.plan import Difference, Wanted, difference, from_file
 from headrace.console import Lenient, StartView, print_block
+from headrace.model import Chosen
 from headrace.model import choose as choose_model
-from headrace.model_check import check_model
 from headrace.option_table import OPTIONS, options_of
 from headrace.serve import embedded, progress
+from headrace.serve.control import Control
 from headrace.serve.durability import check_durability
+from headrace.serve.fleet import STOP_MARGIN_S, Fleet
+from headrace.serve.layout import Layout, check_values, resolve
+from headrace.serve.machine import exclusive, make_above, status_of
 from headrace.serve.supervisor import Child, GaveUp, Program, Supervisor
 from protocol.bus import GatewayBus, LeaderBus
-from protocol.connection import check_url
-from protocol.errors import EX_CONFIG, StartError
-from protocol.keys import MODEL_NAME
+from protocol.errors import EX_CONFIG, HeadraceError, InvalidRequest, StartError
 
 # a log line as either --log-format has it
 IMPORTANT = re.compile(r'\S+ \S+ (WARNING|ERROR|CRITICAL) |\{"time": "[^"]*", "level": "(warning|error|critical)"')
@@ -42,157 +41,26 @@ POLL_S = 0.2
 MAKE_POLL_S = 0.5
 SERVER_POLL_S = 0.02
 SERVER_STOP_S = 30.0
-STOP_MARGIN_S = 15.0  # beyond --drain-timeout, before a process that does not exit is killed
 
 
-def serve(values: Mapping[str, Any]) -> int:
-    """Run until stopped; returns the exit code."""
-    layout = resolve(values)
+def serve(values: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> int:
+    """Run until stopped; returns the exit code. ``given``: what of ``values`` the command line and the environment
+    name, if there is a configuration file."""
+    wanted = from_file(values["config"], given or {}) if values["config"] else Wanted(dict(values), {})
+    layout = resolve(wanted.values, wanted.models)
     view = StartView(Console(file=cast("TextIO", Lenient(sys.stdout))))
     with exclusive(layout.run_dir), contextlib.closing(view):
-        model = choose_model(values, lambda stage, fraction: view.stage("model", stage, fraction), view.say)
-        view.say(f"model: {model}")
-        layout.values.update(model.options)
-        return asyncio.run(Stack(layout, view).run())
+        for model in layout.models:
+            chosen = choose(model.values, view)
+            view.say(f"model: {chosen}")
+            model.values.update(chosen.options)
+        layout.values.update(served_model_name=layout.models[0].name)
+        return asyncio.run(Stack(layout, wanted, view).run())
 
 
-# ------------------------------------------------------------------ what was asked for
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Options with every default and free port decided, so that a restarted process gets the same. Only the model, if
-    none was named, is decided later."""
-
-    values: dict[str, Any]
-    run_dir: Path
-    data_dir: Path | None  # None: the server is not ours
-    ports: list[int]  # one per gateway
-    metrics_ports: dict[str, int]  # scheduler-0, ..., worker-0, ...
-
-    @property
-    def url(self) -> str:
-        host = self.values["host"]
-        if host in ("", "0.0.0.0"):
-            host = "127.0.0.1"
-        elif ":" in host:
-            host = "[::1]" if host == "::" else f"[{host}]"
-        return f"http://{host}:{self.ports[0]}"
-
-
-def resolve(values: Mapping[str, Any]) -> Layout:
-    """Decide all defaults. StartError for what is known to fail before anything is started."""
-    if values["redis_url"]:
-        check_url(values["redis_url"])
-    if values["api_keys_file"] and not os.access(values["api_keys_file"], os.R_OK):
-        raise StartError(f"--api-keys-file {values['api_keys_file']}: there is no such file that may be read")
-    model, name = values["model"], values["served_model_name"]
-    if model is not None:
-        check_model(str(model), weights=values["engine"] == "torch")
-        name = name or options.served_name(str(model))
-    if name and not MODEL_NAME.fullmatch(name):
-        raise StartError(f"--served-model-name {name!r} must match [A-Za-z0-9._:/-]{{1,128}}")
-    ports = choose_ports(values["host"], values["port"], values["gateways"], "--port")
-    # a gateway's metrics are on its main port, but for one that asks for keys
-    apart = ("gateway", "scheduler", "worker") if values["api_keys_file"] else ("scheduler", "worker")
-    others = [f"{role}-{k}" for role in apart for k in range(values[f"{role}s"])]
-    metrics = choose_ports(values["metrics_host"], values["metrics_port"] or 0, len(others), "--metrics-port")
-    state = options.state_dir()
-    data_dir = Path(values["data_dir"] or state / "data").expanduser().resolve()
-    run_dir = Path(values["run_dir"] or state / f"run-{ports[0]}").expanduser().resolve()
-    threads = values["threads"] or worker_threads(values["workers"])
-    return Layout(
-        values={**values, "served_model_name": name, "threads": threads},
-        run_dir=run_dir,
-        data_dir=None if values["redis_url"] else data_dir,
-        ports=ports,
-        metrics_ports=dict(zip(others, metrics, strict=True)),
-    )
-
-
-def choose_ports(host: str, first: int, count: int, flag: str) -> list[int]:
-    """``count`` ports, first, first + 1, ..., or free ones if ``first`` is 0. StartError if one is in use."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with contextlib.ExitStack() as held:
-        ports = []
-        for index in range(count):
-            probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            wanted = first and first + index
-            try:
-                probe.bind((host, wanted))
-            except OSError as error:
-                raise StartError(
-                    f"cannot listen on {host}:{wanted} ({error.strerror}); choose another with {flag}"
-                ) from None
-            except OverflowError:
-                raise StartError(f"{flag} {wanted} is no port number") from None
-            ports.append(probe.getsockname()[1])
-        return ports
-
-
-def worker_threads(workers: int) -> int:
-    """CPU threads for each worker: its share of the cores, less some for the other processes where there are many."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted) > 0:
-        return int(wanted)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, (cores - min(2, cores // 4)) // workers)
-
-
-def gpus_of(
-    worker: int, workers: int, ranks: int, device: str | None, proc: Path = Path("/proc/driver/nvidia/gpus")
-) -> str | None:
-    """CUDA_VISIBLE_DEVICES for one of several workers of so many ranks, which share out the GPUs; None: leave it as it
-    is."""
-    if workers == 1 or device not in (None, "auto", "cuda"):
-        return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        gpus = [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
-    else:
-        gpus = [str(k) for k in range(len(list(proc.iterdir())))] if proc.is_dir() else []
-    worker %= max(1, len(gpus) // ranks)
-    return ",".join(gpus[worker * ranks : (worker + 1) * ranks]) or None
-
-
-def make_above(pid: int) -> int | None:
-    """The nearest make among the ancestors of ``pid`` (Linux; None elsewhere)."""
-    while pid > 1:
-        found = status_of(pid)
-        if found is None:
-            return None
-        pid = found[1]
-        parent = status_of(pid)
-        if parent is not None and parent[0] in ("make", "gmake"):
-            return pid
-    return None
-
-
-def status_of(pid: int, proc: Path = Path("/proc")) -> tuple[str, int] | None:
-    """(name, parent's pid) of a process that runs; None if it does not."""
-    try:
-        text = (proc / str(pid) / "stat").read_text()
-    except OSError:
-        return None
-    state, parent = text.rpartition(")")[2].split()[:2]
-    return None if state in "ZX" else (text[text.index("(") + 1 : text.rindex(")")], int(parent))
-
-
-@contextlib.contextmanager
-def exclusive(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory for this process alone. StartError if that cannot be."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / "lock").open("w")
-    except OSError as error:
-        raise StartError(f"cannot write to {run_dir} ({error.strerror}); choose another with --run-dir") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StartError(f"{run_dir} is in use by another headrace serve; choose another --run-dir") from None
-        yield
+def choose(values: Mapping[str, Any], view: StartView) -> Chosen:
+    """A model fetched and converted if need be. StartError."""
+    return choose_model(values, lambda stage, fraction: view.stage("model", stage, fraction), view.say)
 
 
 # ------------------------------------------------------------------ running
@@ -201,9 +69,13 @@ def exclusive(run_dir: Path) -> Iterator[None]:
 class Stack:
     """One run of ``serve``: start, wait, drain."""
 
-    def __init__(self, layout: Layout, view: StartView) -> None:
+    def __init__(self, layout: Layout, wanted: Wanted, view: StartView) -> None:
         self.layout = layout
+        self.wanted = wanted
         self.view = view
+        self.fleet: Fleet
+        self._reloading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
         self.interrupts = 0
         self.interrupted = asyncio.Event()
         self.supervisor: Supervisor
@@ -211,9 +83,12 @@ class Stack:
     async def run(self) -> int:
         self.supervisor = Supervisor(self.layout.run_dir, self._on_line, self.view.note)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: nohup
-                loop.add_signal_handler(number, self._interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt)
+        if self.wanted.file is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored: nohup
+            loop.add_signal_handler(signal.SIGHUP, self._interrupt)
         watching = asyncio.create_task(self._end_with_make())
         starting: asyncio.Future[Any] = asyncio.create_task(self._start())
         stop: asyncio.Future[Any] = asyncio.create_task(self.interrupted.wait())
@@ -221,7 +96,6 @@ class Stack:
             await asyncio.wait({starting, stop, self.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
-                await asyncio.wait({stop, self.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
             if self.supervisor.failed.done():
                 self.supervisor.failed.result()
             starting.cancel()
@@ -274,23 +148,28 @@ class Stack:
         await self._check_server(redis_url)
         if layout.data_dir is not None:
             await self._withdraw_other_models(redis_url)
-            await self._release_dead_lead(redis_url)
-        for role in ("scheduler", "gateway", "worker"):
-            for index in range(values[f"{role}s"]):
-                name = f"{role}-{index}"
-                own = {"name": name, "metrics_port": layout.metrics_ports.get(name)}
-                if role == "gateway":
-                    own["port"] = layout.ports[index]
-                argv = [sys.executable, "-m", "headrace", role, *options.argv_of(options_of(role), {**values, **own})]
-                workers, ranks = values["workers"], values["tensor_parallel_size"] * values["pipeline_parallel_size"]
-                gpus = gpus_of(index, workers, ranks, values["device"]) if role == "worker" else None
-                own_env = env if gpus is None else env | {"CUDA_VISIBLE_DEVICES": gpus}
-                self.supervisor.start(Program(role, name, argv, own_env))
-                self.view.stage(name, "start", 0.0)
-        await self._until_ready()
-        self.supervisor.served |= {"scheduler", "gateway", "worker"}
-        self.view.close()
-        self._print_block()
+            for model in layout.models:
+                await self._release_dead_lead(redis_url, model.name)
+        self.fleet = Fleet(self.supervisor, layout, redis_url, env, self.view.note)
+        for model in layout.models:
+            self.fleet.start(model)
+        for index in range(values["gateways"]):
+            name = f"gateway-{index}"
+            own = {"name": name, "metrics_port": layout.metrics_ports.get(name), "port": layout.ports[index]}
+            argv = [sys.executable, "-m", "headrace", "gateway"]
+            argv += options.argv_of(options_of("gateway"), {**values, **own})
+            self.supervisor.start(Program("gateway", name, argv, env))
+        for child in self.supervisor.children.values():
+            self.view.stage(child.name, "start", 0.0)
+        async with Control(layout.run_dir, self._answer):
+            await self._until_ready()
+            for model in layout.models:
+                await self.fleet.until_served(model)
+            self.supervisor.served |= self.supervisor.children.keys()
+            self.supervisor.on_failed = self.fleet.failed
+            self.view.close()
+            self._print_block()
+            await asyncio.Event().wait()  # until this task is cancelled
 
     async def _start_server(self) -> str:
         """Start the embedded server; returns its URL."""
@@ -324,7 +203,7 @@ class Stack:
         """What an earlier start in this data directory served, and nobody leads now, is no longer listed: clients that
         name no model mean the one of today."""
         for name in await GatewayBus.models(url):
-            if name == self.layout.values["served_model_name"]:
+            if name in {model.name for model in self.layout.models}:
                 continue
             bus = LeaderBus(url, name, patience=5.0)
             await bus.connect()
@@ -334,12 +213,12 @@ class Stack:
             finally:
                 await bus.close()
 
-    async def _release_dead_lead(self, url: str) -> None:
+    async def _release_dead_lead(self, url: str, name: str) -> None:
         """Let the new scheduler lead at once where one of an earlier serve, which was killed, still holds the lead.
 
         Such a scheduler died with its serve, since this one has the data's lock and no process outlives its supervisor.
         Compare-and-set and fencing make it safe all the same."""
-        bus = LeaderBus(url, self.layout.values["served_model_name"], patience=5.0)
+        bus = LeaderBus(url, name, patience=5.0)
         await bus.connect()
         try:
             seen = await bus.read_leader()
@@ -366,7 +245,79 @@ class Stack:
             lines = {"gateways": "ports " + ", ".join(map(str, self.layout.ports)), **lines}
         if self.layout.data_dir is not None:
             lines["queue"] = f"{embedded.server_url(self.layout.data_dir)}  (kept in {self.layout.data_dir})"
-        print_block(self.view.console, self.layout.url, self.layout.values["served_model_name"], lines)
+        names = [model.name for model in self.layout.models]
+        if len(names) > 1:
+            lines = {"models": ", ".join(names), **lines}
+        print_block(self.view.console, self.layout.url, names[0], lines)
+
+    # -------------------------------------------------------------- while it runs
+
+    async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """What `headrace models` and `headrace config` ask for. HeadraceError if it cannot be done."""
+        match question:
+            case {"do": "list"}:
+                return {"models": await self.fleet.listed()}
+            case {"do": "add", "name": str(name), "values": dict(values)}:
+                return await self._add(name, values)
+            case {"do": "remove", "name": str(name)}:
+                return {"left": await self.fleet.remove(name)}
+            case {"do": "diff", "file": str(file)}:
+                return {"lines": (await self._difference(file))[1].lines()}
+            case {"do": "reload"}:
+                return {"lines": await self.reload()}
+        raise InvalidRequest("this serve does not know what was asked for")
+
+    async def _add(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Start one more model: ``values`` are its options, all others are as at the start."""
+        base = {**self.wanted.values, "model": None, "workers": 1, "schedulers": 1, "threads": None}
+        own = {**base, **values, "served_model_name": name}
+        await asyncio.to_thread(check_values, own)
+        chosen = await asyncio.to_thread(choose, own, self.view)
+        model = await self.fleet.add(own, chosen.options, by_hand=True)
+        if model.state == "failed":
+            raise StartError(model.reason)
+        self.view.note(f"model {name} is served")
+        return {"model": name, "state": model.state}
+
+    def _on_hangup(self) -> None:
+        task = asyncio.create_task(self._reload_and_tell())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _reload_and_tell(self) -> None:
+        try:
+            await self.reload()
+        except HeadraceError as error:
+            self.view.note(f"not reloaded, nothing has changed: {error}")
+
+    async def reload(self) -> list[str]:
+        """Read the file again and do what it changes, line by line as told. HeadraceError: nothing has changed."""
+        if self.wanted.file is None:
+            raise StartError("this serve was started without --config: there is nothing to reload")
+        async with self._reloading:
+            new, found = await self._difference(str(self.wanted.file))
+            models, chosen = new.models, {}
+            for name in (*found.added, *found.changed):
+                chosen[name] = (await asyncio.to_thread(choose, models[name], self.view)).options
+            for line in found.lines() or ["nothing has changed"]:
+                self.view.note(f"reload: {line}")
+            fleet = self.fleet
+            work: list[Coroutine[Any, Any, Any]] = [fleet.remove(name) for name in found.removed]
+            work += [fleet.add(models[name], chosen[name]) for name in found.added]
+            work += [fleet.change(name, models[name], chosen[name]) for name in found.changed]
+            for end in await asyncio.gather(*work, return_exceptions=True):
+                if isinstance(end, BaseException):
+                    self.view.note(f"reload: {end}")
+            self.view.note("reloaded")
+            return found.lines()
+
+    async def _difference(self, file: str) -> tuple[Wanted, Difference]:
+        """What ``file`` asks for now, and how that differs from what runs."""
+        new = await asyncio.to_thread(from_file, file, self.wanted.given)
+        running = {m.name: m.asked for m in self.fleet.models.values() if m.state in ("starting", "serving")}
+        by_hand = {m.name for m in self.fleet.models.values() if m.by_hand} - new.models.keys()
+        now = Wanted(self.wanted.values, {k: v for k, v in running.items() if k not in by_hand})
+        return new, difference(now, new)
 
     # -------------------------------------------------------------- end
 

@@ -83,7 +83,8 @@ class Supervisor:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.children: dict[str, Child] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.served: set[str] = set()  # roles that have done their work once, so that their start can succeed
+        self.served: set[str] = set()  # names of children that have done their work once, so their start can succeed
+        self.on_failed: Callable[[Child, Exception], bool] = lambda child, error: False  # True: the others go on
         self._on_line = on_line
         self._on_notice = on_notice
         self._write_processes()
@@ -96,6 +97,12 @@ class Supervisor:
         child = self.children[program.name] = Child(program)
         child.task = asyncio.create_task(self._keep(child), name=f"keep {program.name}")
         return child
+
+    def forget(self, name: str) -> None:
+        """Drop a child that has ended."""
+        self.children.pop(name, None)
+        self.served.discard(name)
+        self._write_processes()
 
     def role(self, role: str) -> list[Child]:
         return [c for c in self.children.values() if c.program.role == role]
@@ -148,7 +155,7 @@ class Supervisor:
             pass
         except Exception as error:
             child.stopping = True
-            if not self.failed.done():
+            if not self.on_failed(child, error) and not self.failed.done():
                 self.failed.set_exception(error)
 
     async def _run(self, child: Child) -> None:
@@ -190,7 +197,7 @@ class Supervisor:
         code = child.process.returncode
         if code == EX_CONFIG:
             raise StartError(_last_words(child) or f"{child.name} cannot start; see {self.logs / child.name}.log")
-        if code is not None and code > 0 and child.program.role not in self.served and not child.was_up:
+        if code is not None and code > 0 and child.name not in self.served and not child.was_up:
             end = (code, _sentence(self._last_said(child)))
             if end == child.last_end:
                 raise GaveUp(

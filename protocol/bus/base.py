@@ -107,6 +107,11 @@ class RequestReads(Base):
         epoch, owner, beat, wire = await self._link.command("HMGET", self.keys.leader, "epoch", "owner", "beat", "wire")
         return LeaderRecord(int(epoch or 0), (owner or b"").decode(), int(beat or 0), int(wire or 0))
 
+    async def unfinished(self) -> int:
+        """Requests that have not ended: in `live` from accept or admission on, before that pushes in `jobs`."""
+        live, jobs = await self._link.pipeline([("HLEN", self.keys.live), ("XLEN", self.keys.jobs)])
+        return max(int(live), int(jobs))
+
     async def list_workers(self) -> list[WorkerRecord]:
         wids = sorted(wid.decode() for wid in await self._link.command("SMEMBERS", self.keys.workers))
         replies = await self._link.pipeline([("HGETALL", self.keys.worker(wid)) for wid in wids], tolerant=True)

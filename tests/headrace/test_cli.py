@@ -15,7 +15,7 @@ import pytest
 from headrace import cli
 from headrace.option_table import OPTIONS, options_of
 from headrace.options import argv_of, child_environment, served_name
-from headrace.serve import service as serve
+from headrace.serve import layout, machine
 from protocol.errors import EX_CONFIG, StartError
 
 COMMANDS = sorted(cli.COMMANDS)
@@ -140,8 +140,8 @@ def test_the_command_line_itself_loads_no_service() -> None:
 # ------------------------------------------------------------------ what serve decides before it starts anything
 
 
-def wanted(*args: str) -> serve.Layout:
-    return serve.resolve(parsed(["serve", *args]))
+def wanted(*args: str) -> layout.Layout:
+    return layout.resolve(parsed(["serve", *args]))
 
 
 def model_dir(tmp_path: Path) -> Path:
@@ -149,12 +149,12 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 def test_defaults_are_decided_once(tmp_path: Path) -> None:
-    layout = wanted("--model", str(model_dir(tmp_path)), "--port", "0", "--gateways", "2", "--workers", "2")
-    assert layout.values["served_model_name"] == "my-model"
-    assert len(set(layout.ports)) == 2
-    assert all(layout.ports)
-    assert set(layout.metrics_ports) == {"scheduler-0", "worker-0", "worker-1"}
-    assert layout.data_dir is not None
+    decided = wanted("--model", str(model_dir(tmp_path)), "--port", "0", "--gateways", "2", "--workers", "2")
+    assert decided.values["served_model_name"] == "my-model"
+    assert len(set(decided.ports)) == 2
+    assert all(decided.ports)
+    assert set(decided.metrics_ports) == {"scheduler-0", "worker-0", "worker-1"}
+    assert decided.data_dir is not None
     assert wanted("--model", "a/b", "--redis-url", "redis://x", "--port", "0").data_dir is None
 
 
@@ -186,9 +186,9 @@ def test_served_names() -> None:
 
 
 def test_a_second_serve_in_the_same_place_is_refused(tmp_path: Path) -> None:
-    with serve.exclusive(tmp_path), pytest.raises(StartError, match="in use by another"), serve.exclusive(tmp_path):
+    with machine.exclusive(tmp_path), pytest.raises(StartError, match="in use by another"), machine.exclusive(tmp_path):
         pass
-    with serve.exclusive(tmp_path):
+    with machine.exclusive(tmp_path):
         pass
 
 
@@ -209,28 +209,28 @@ def test_addresses(tmp_path: Path) -> None:
 def test_threads_leave_room_where_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, workers, threads in ((1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 3), (16, 1, 14), (16, 2, 7), (2, 8, 1)):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        monkeypatch.setattr(serve.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
-        assert serve.worker_threads(workers) == threads
+        monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert machine.worker_threads(workers) == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert serve.worker_threads(1) == 5
+    assert machine.worker_threads(1) == 5
 
 
 def test_workers_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("0000:01:00.0", "0000:02:00.0"):
         (tmp_path / name).mkdir()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [serve.gpus_of(k, 3, 1, None, tmp_path) for k in range(3)] == ["0", "1", "0"]
-    assert serve.gpus_of(0, 2, 1, None, tmp_path / "none") is None
-    assert serve.gpus_of(0, 1, 1, None, tmp_path) is None
-    assert serve.gpus_of(0, 2, 1, "cpu", tmp_path) is None
-    assert serve.gpus_of(1, 2, 1, "cuda:1", tmp_path) is None
+    assert [machine.gpus_of(k, 3, 1, None, tmp_path) for k in range(3)] == ["0", "1", "0"]
+    assert machine.gpus_of(0, 2, 1, None, tmp_path / "none") is None
+    assert machine.gpus_of(0, 1, 1, None, tmp_path) is None
+    assert machine.gpus_of(0, 2, 1, "cpu", tmp_path) is None
+    assert machine.gpus_of(1, 2, 1, "cuda:1", tmp_path) is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [serve.gpus_of(k, 2, 1, "cuda", tmp_path) for k in range(2)] == ["3", "5"]
-    assert [serve.gpus_of(k, 2, 2, "cuda", tmp_path) for k in range(2)] == ["3,5", "3,5"]
+    assert [machine.gpus_of(k, 2, 1, "cuda", tmp_path) for k in range(2)] == ["3", "5"]
+    assert [machine.gpus_of(k, 2, 2, "cuda", tmp_path) for k in range(2)] == ["3,5", "3,5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
-    assert [serve.gpus_of(k, 2, 2, "cuda", tmp_path) for k in range(2)] == ["3,5", "6,7"]
+    assert [machine.gpus_of(k, 2, 2, "cuda", tmp_path) for k in range(2)] == ["3,5", "6,7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert serve.gpus_of(0, 2, 1, None, tmp_path) is None
+    assert machine.gpus_of(0, 2, 1, None, tmp_path) is None
 
 
 # ------------------------------------------------------------------ a mistyped line

@@ -81,7 +81,7 @@ async def test_the_same_end_twice_before_it_served_ends_the_start(
     with pytest.raises(GaveUp, match=r"w-0 ended with exit code 1 twice for the same reason: ERROR w: no such device"):
         await asyncio.wait_for(kept.failed, WAIT_S)
     served = Supervisor(tmp_path)
-    served.served.add("worker")
+    served.served.add("w-0")
     served.start(program(words))
     with pytest.raises(GaveUp, match="died 5 times"):
         await asyncio.wait_for(served.failed, WAIT_S)

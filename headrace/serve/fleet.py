@@ -1,0 +1,238 @@
+"""The models of one ``serve``: started, scaled, restarted and removed while the others go on.
+
+Each has schedulers and workers of its own under the one supervisor. A model that is removed drains: it leaves the
+registry, so that gateways take nothing new for it; what it had accepted ends; then its processes leave. If a process of
+one model cannot be kept alive while others serve, that model alone has failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from headrace import options
+from headrace.option_table import options_of
+from headrace.serve.layout import ROLES, Deployment, Layout, deployment, unique_prefixes
+from headrace.serve.machine import choose_ports, gpus_of
+from headrace.serve.supervisor import Child, Program, Supervisor
+from protocol.bus import GatewayBus, LeaderBus
+from protocol.errors import HeadraceError, InvalidRequest, ServiceError
+
+POLL_S = 0.2
+REGISTRY_S = 3.5  # by then every gateway has seen that a model left the registry
+STOP_MARGIN_S = 15.0  # beyond --drain-timeout, before a process that does not exit is killed
+
+
+class Fleet:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        layout: Layout,
+        redis_url: str,
+        env: Mapping[str, str],
+        note: Callable[[str], None],
+    ) -> None:
+        self.supervisor = supervisor
+        self.layout = layout
+        self.redis_url = redis_url
+        self.env = env
+        self.note = note
+        self.models: dict[str, Deployment] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._gpu_turn = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -------------------------------------------------------------- start
+
+    def start(self, model: Deployment) -> None:
+        """Start a model's processes. They are kept alive from now on."""
+        self.models[model.name] = model
+        model.state, model.reason = "starting", ""
+        for role in ROLES:
+            for name in model.processes(role):
+                self._start_process(model, role, name)
+
+    def _start_process(self, model: Deployment, role: str, name: str) -> None:
+        own = {"name": f"{role}-{name.rpartition('-')[2]}", "metrics_port": self._metrics_port(name)}
+        argv = [sys.executable, "-m", "headrace", role, *options.argv_of(options_of(role), {**model.values, **own})]
+        env = dict(self.env)
+        if role == "worker":
+            workers = sum(m.values["workers"] for m in self.models.values())
+            ranks = model.values["tensor_parallel_size"] * model.values["pipeline_parallel_size"]
+            gpus = gpus_of(self._gpu_turn, max(workers, self._gpu_turn + 1), ranks, model.values["device"])
+            self._gpu_turn += 1
+            env |= {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+        self.supervisor.start(Program(role, name, argv, env))
+
+    def _metrics_port(self, name: str) -> int:
+        """Decided at the start, or for what is added later the next free port behind those."""
+        ports = self.layout.metrics_ports
+        if name not in ports:
+            host, first = self.layout.values["metrics_host"], self.layout.values["metrics_port"]
+            ports[name] = choose_ports(host, first and max(ports.values(), default=first) + 1, 1, "--metrics-port")[0]
+        return ports[name]
+
+    async def until_served(self, model: Deployment) -> None:
+        """Returns when a worker of the model serves, or when it has failed or is removed."""
+        bus = GatewayBus(self.redis_url, model.name, patience=None)
+        first: dict[str, tuple[int, int]] = {}  # records of workers that died in an earlier run say "serving" as well
+        try:
+            while model.state == "starting":
+                workers = await bus.list_workers()
+                first = {w.wid: first.get(w.wid, (w.gen, w.beat)) for w in workers}
+                if any(w.state == "serving" and first[w.wid] != (w.gen, w.beat) for w in workers):
+                    model.state = "serving"
+                    self.supervisor.served |= {name for role in ROLES for name in model.processes(role)}
+                    return
+                await asyncio.sleep(POLL_S)
+        finally:
+            await bus.close()
+
+    async def add(self, values: Mapping[str, Any], chosen: Mapping[str, str], *, by_hand: bool = False) -> Deployment:
+        """Start one more model and wait until it serves or has failed. ``chosen``: what its checkpoint is.
+        InvalidRequest for a name that is there already."""
+        name = str(values["served_model_name"])
+        if name in self.models and self.models[name].state != "failed":
+            raise InvalidRequest(f"{name} is served already", param="model")
+        self.models.pop(name, None)
+        first = prefix = unique_prefixes([name])[0]
+        taken = [model.prefix for model in self.models.values()]
+        while prefix in taken:
+            prefix = f"{first}{len(taken)}-"
+            taken.append("")
+        model = deployment(values, prefix, self.workers + values["workers"])
+        model.values.update(chosen)
+        model.by_hand = by_hand
+        self.start(model)
+        await self.until_served(model)
+        return model
+
+    @property
+    def workers(self) -> int:
+        return sum(model.values["workers"] for model in self.models.values())
+
+    # -------------------------------------------------------------- change and end
+
+    async def remove(self, name: str) -> int:
+        """Drain a model and stop its processes. Returns how many of its requests have not ended: they stay in the
+        store. InvalidRequest if there is no such model."""
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            model = self.models.get(name)
+            if model is None:
+                raise InvalidRequest(f"{name} is not served here", param="model")
+            failed = model.state == "failed"
+            model.state = "draining"
+            await self._withdraw(name)
+            left = 0 if failed else await self._until_ended(name, model.values["drain_timeout"])
+            await self._stop(model)
+            await self._withdraw(name)  # a scheduler that took over meanwhile has entered it again
+            self.models.pop(name, None)
+            return left
+
+    async def change(self, name: str, values: Mapping[str, Any], chosen: Mapping[str, str]) -> None:
+        """Let a model run with other options. Numbers of processes change in place. Any other option restarts its
+        processes, while its requests wait in the queue; another checkpoint begins when the old one has drained."""
+        model = self.models[name]
+        if values["model"] != model.asked["model"]:
+            await self.remove(name)
+            await self.add(values, chosen)
+            return
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            new = deployment(values, model.prefix, self.workers - model.values["workers"] + values["workers"])
+            new.values.update(chosen)
+            counts = {f"{role}s" for role in ROLES}
+            if all(model.asked[key] == new.asked[key] for key in new.asked if key not in counts):
+                await self._scale(model, new)
+            else:
+                await self._stop(model)
+                self.start(new)
+        await self.until_served(new)
+
+    async def _scale(self, model: Deployment, new: Deployment) -> None:
+        new.state = model.state
+        self.models[model.name] = new
+        for role in ROLES:
+            before, after = model.processes(role), new.processes(role)
+            for name in [n for n in after if n not in before]:
+                self._start_process(new, role, name)
+            await self._stop_processes([n for n in before if n not in after], new.values["drain_timeout"])
+
+    async def _stop(self, model: Deployment) -> None:
+        """Workers first, which let running requests end or hand them back; then the schedulers."""
+        for role in reversed(ROLES):
+            await self._stop_processes(model.processes(role), model.values["drain_timeout"])
+
+    async def _stop_processes(self, names: list[str], drain_s: float) -> None:
+        children = [self.supervisor.children[name] for name in names if name in self.supervisor.children]
+        await self.supervisor.stop(*children, timeout=drain_s + STOP_MARGIN_S)
+        for name in names:
+            self.supervisor.forget(name)
+
+    async def _withdraw(self, name: str) -> None:
+        bus = LeaderBus(self.redis_url, name, patience=5.0)
+        try:
+            await bus.withdraw_card()
+        finally:
+            await bus.close()
+
+    async def _until_ended(self, name: str, patience_s: float) -> int:
+        """Wait until nothing that the model accepted is unfinished, for ``patience_s`` at most; how much is left."""
+        await asyncio.sleep(min(REGISTRY_S, patience_s))
+        bus = GatewayBus(self.redis_url, name, patience=5.0)
+        deadline = asyncio.get_running_loop().time() + patience_s
+        try:
+            while True:
+                left = await bus.unfinished()
+                if not left or asyncio.get_running_loop().time() > deadline:
+                    return left
+                await asyncio.sleep(POLL_S)
+        finally:
+            await bus.close()
+
+    # -------------------------------------------------------------- state
+
+    def failed(self, child: Child, error: Exception) -> bool:
+        """A child that is not started again. True: its model alone has failed, the others go on."""
+        model = next((m for m in self.models.values() if child.name in m.processes(child.program.role)), None)
+        others = [m for m in self.models.values() if m is not model and m.state == "serving"]
+        if model is None or not others:
+            return False
+        if model.state != "failed":
+            model.state, model.reason = "failed", str(error)
+            self.note(f"model {model.name} has failed, the others go on: {error}")
+            task = asyncio.create_task(self._give_up(model))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return True
+
+    async def _give_up(self, model: Deployment) -> None:
+        try:
+            await self._stop(model)
+            await self._withdraw(model.name)
+        except HeadraceError as error:
+            self.note(f"model {model.name}: {error}")
+
+    async def listed(self) -> list[dict[str, Any]]:
+        """Each model as a person wants to see it."""
+        rows = []
+        for model in list(self.models.values()):
+            bus = GatewayBus(self.redis_url, model.name, patience=2.0)
+            try:
+                unfinished: int | None = await bus.unfinished()
+            except ServiceError:
+                unfinished = None
+            finally:
+                await bus.close()
+            rows.append(
+                {
+                    "model": model.name,
+                    "state": model.state,
+                    "workers": model.values["workers"],
+                    "requests": unfinished,
+                    "path": model.values["model"],
+                    "reason": model.reason,
+                }
+            )
+        return rows

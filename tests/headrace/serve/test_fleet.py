@@ -1,0 +1,152 @@
+"""Several models in one serve: added, scaled, changed and removed while a client of another one streams on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stack import START_S, Stack
+
+SLOW = "{step_us = 20000}"
+
+
+def text_of(model_dir: Path, **models: str) -> str:
+    head = f"[defaults]\nmodel = '{model_dir}'\nengine = 'simulated'\nengine-options = {SLOW}\n"
+    return head + "".join(f"[models.{name}]\n{keys}\n" for name, keys in models.items())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    path = tmp_path_factory.mktemp("fleet") / "headrace.toml"
+    path.write_text(text_of(model_dir, alpha="", beta=""))
+    return path
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, place: Path) -> Iterator[Stack]:
+    with Stack(tmp_path_factory.mktemp("stack"), "--config", str(place)) as running:
+        until(lambda: "Headrace is ready." in running.output(), running)
+        yield running
+
+
+def until(condition: Callable[[], Any], stack: Stack) -> Any:
+    deadline = time.monotonic() + START_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, stack.output()
+        time.sleep(0.1)
+    return found
+
+
+def ask(stack: Stack, model: str, tokens: int, stream: bool = False) -> Any:
+    body = {"model": model, "prompt": "go on", "max_tokens": tokens, "ignore_eos": True, "seed": 1, "stream": stream}
+    headers = {"Content-Type": "application/json"}
+    return urllib.request.urlopen(
+        urllib.request.Request(stack.url + "/v1/completions", json.dumps(body).encode(), headers), timeout=120
+    )
+
+
+def headrace(stack: Stack, *args: str) -> subprocess.CompletedProcess[str]:
+    place = ("--run-dir", str(stack.run_dir / "run"))
+    return subprocess.run(
+        [sys.executable, "-m", "headrace", *args, *place], capture_output=True, text=True, timeout=START_S
+    )
+
+
+class Reader:
+    """A client that streams until the end, in a thread."""
+
+    def __init__(self, stack: Stack, model: str, tokens: int) -> None:
+        self.events: list[bytes] = []
+        self.reply = ask(stack, model, tokens, stream=True)
+        self.thread = threading.Thread(target=self._read)
+        self.thread.start()
+
+    def _read(self) -> None:
+        for line in self.reply:
+            if line.startswith(b"data: "):
+                self.events.append(line)
+
+    def ended(self) -> list[bytes]:
+        self.thread.join(120)
+        assert not self.thread.is_alive()
+        return self.events
+
+
+def test_both_are_served_under_one_door(fleet: Stack) -> None:
+    assert fleet.models() == ["alpha", "beta"]
+    assert set(fleet.pids("worker")) == {"worker-alpha-0", "worker-beta-0"}
+    for model in ("alpha", "beta"):
+        with ask(fleet, model, 4) as reply:
+            assert json.loads(reply.read())["model"] == model
+
+
+def test_a_model_comes_and_goes_while_clients_of_another_stream(fleet: Stack, model_dir: Path) -> None:
+    watching = Reader(fleet, "alpha", 900)
+    others = fleet.pids("worker")["worker-alpha-0"], fleet.pids("scheduler")["scheduler-alpha-0"]
+    added = headrace(fleet, "models", "add", "gamma", "--model", str(model_dir))
+    assert added.returncode == 0, added.stderr
+    assert "gamma is served" in added.stdout
+    until(lambda: "gamma" in fleet.models(), fleet)
+    again = headrace(fleet, "models", "add", "gamma", "--model", str(model_dir))
+    assert (again.returncode, "gamma is served already" in again.stderr) == (78, True)
+    last = Reader(fleet, "gamma", 300)  # some six seconds: it ends while the model drains
+    removed = headrace(fleet, "models", "remove", "gamma")
+    assert removed.returncode == 0, removed.stderr
+    assert b'"finish_reason":"length"' in last.ended()[-2]
+    until(lambda: fleet.models() == ["alpha", "beta"], fleet)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        ask(fleet, "gamma", 1)
+    assert "worker-gamma-0" not in fleet.pids("worker")
+    assert b'"finish_reason":"length"' in watching.ended()[-2]
+    assert others == (fleet.pids("worker")["worker-alpha-0"], fleet.pids("scheduler")["scheduler-alpha-0"])
+    assert headrace(fleet, "models", "remove", "gamma").returncode == 78
+
+
+def test_a_reload_is_all_or_nothing(fleet: Stack, place: Path, model_dir: Path) -> None:
+    assert fleet.process is not None
+    before = fleet.processes()
+    place.write_text(text_of(model_dir, alpha="workers = 2", beta="", delta="") + "[models.epsilon]\nworkers = 'x'\n")
+    os.kill(fleet.process.pid, signal.SIGHUP)
+    until(lambda: "models.epsilon.workers: 'x' is no whole number" in fleet.output(), fleet)
+    assert "nothing has changed" in fleet.output()
+    assert fleet.processes() == before
+
+    place.write_text(text_of(model_dir, alpha="workers = 2", delta="", beta="max-num-seqs = 8"))
+    diff = headrace(fleet, "models", "list")
+    assert diff.returncode == 0
+    told = headrace(fleet, "models", "reload")
+    assert told.stdout.splitlines() == ["delta: added", "alpha: scaled (workers)", "beta: restarted (max-num-seqs)"]
+    assert set(fleet.pids("worker")) == {"worker-alpha-0", "worker-alpha-1", "worker-beta-0", "worker-delta-0"}
+    kept = {p["name"]: p["pid"] for p in before}
+    assert fleet.pids("worker")["worker-alpha-0"] == kept["worker-alpha-0"]
+    assert fleet.pids("worker")["worker-beta-0"] != kept["worker-beta-0"]
+    with ask(fleet, "beta", 2) as reply:
+        assert reply.status == 200
+    rows = headrace(fleet, "models", "list").stdout.splitlines()
+    assert [row.split()[:3] for row in rows[1:]] == [
+        ["alpha", "serving", "2"], ["beta", "serving", "1"], ["delta", "serving", "1"],
+    ]  # fmt: skip
+
+
+def test_a_model_that_fails_is_alone_in_it(fleet: Stack, model_dir: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{}")
+    added = headrace(fleet, "models", "add", "broken", "--model", str(broken))
+    assert added.returncode == 78
+    until(lambda: "model broken has failed, the others go on" in fleet.output(), fleet)
+    with ask(fleet, "alpha", 2) as reply:
+        assert reply.status == 200
