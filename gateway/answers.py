@@ -22,12 +22,15 @@ from gateway.metrics import ACTIVE, DURATION, E2E, OUTPUT_TOKENS, PROMPT_TOKENS,
 from gateway.models import Model
 from gateway.openai.render import Chunks, EventId, Tally, whole_answer
 from gateway.openai.view import View
+from gateway.routing.money import Money
+from gateway.routing.router import Step
 from gateway.sse import EventReader, ReaderStalled
 from gateway.streams import Collector, Follower
 from gateway.tracing import AnswerTrace
 from protocol.errors import (
     HeadraceError,
     NotFound,
+    Overloaded,
     RequestError,
     ServiceError,
     StreamDiverged,
@@ -59,6 +62,8 @@ class Ask:
     idempotency: str | None = None
     trace: AnswerTrace = field(default_factory=lambda: AnswerTrace(None, "", None))
     fresh_rid: str = field(default_factory=new_rid)  # of a new request, unless an idempotency key names an older one
+    step: Step | None = None  # how the request came to this model; None: it was begun before
+    last: bool = True  # no other candidate would be asked instead
     arrived: float = field(default_factory=time.monotonic)
     # set later
     rid: str = ""
@@ -71,7 +76,8 @@ class Ask:
     @property
     def headers(self) -> dict[str, str]:
         said = self.follower.tally.cache if self.follower is not None else ""
-        return {"X-Request-Id": self.rid, **self.rates, **({"X-Headrace-Cache": said} if said else {})}
+        cached = {"X-Headrace-Cache": said} if said else {}
+        return {"X-Request-Id": self.rid, **self.rates, **cached, **(self.step.header if self.step is not None else {})}
 
 
 class Draining(Unavailable):
@@ -81,9 +87,10 @@ class Draining(Unavailable):
 class Answers:
     """Answers requests of every model. ``name`` is this process's reply channel."""
 
-    def __init__(self, name: str, limits: Limits, stall_s: float) -> None:
+    def __init__(self, name: str, limits: Limits, stall_s: float, money: Money) -> None:
         self.name = name
         self.limits = limits
+        self.money = money
         self.stall_s = stall_s
         self.draining = False
         self.open: set[Ask] = set()
@@ -170,7 +177,7 @@ class Answers:
                 rid=rid,
                 idempotency=ask.idempotency,
                 reply_to=self.name,
-                limits=self.limits,
+                limits=(ask.step.limits if ask.step is not None else None) or self.limits,
                 tenant_limits=ask.caller.limits,
                 prompt_tokens=_prompt_tokens(ask.job),
                 fingerprint=_fingerprint(ask) if ask.idempotency else None,
@@ -321,6 +328,8 @@ class Answers:
             return answer
         except (RequestError, ServiceError) as error:
             ask.status = error.status
+            if isinstance(error, Overloaded) and not ask.rid and not ask.last:
+                raise  # nothing was accepted: another candidate may take it
             return error_answer(error, ask.headers if ask.rid else None)
         except (asyncio.CancelledError, ConnectionError):
             ask.status = 499  # the client closed its connection
@@ -344,6 +353,11 @@ class Answers:
         OUTPUT_TOKENS.labels(model).inc(tally.completion_tokens - tally.replayed_tokens)
         first = getattr(ask.follower, "first_token_s", None)
         ask.trace.end(ask.job, ask.rid, ask.status, ask.caller.tenant, first)
+        if ask.step is not None:
+            if first is not None:
+                self.money.saw_first_token(model, first)
+            tokens = tally.prompt_tokens or 0, tally.completion_tokens
+            self.money.count(model, ask.caller.tenant, ask.step.asked, ask.step.rule, *tokens)
         if request_log.isEnabledFor(logging.INFO):
             line = {
                 "event": "request",
@@ -352,6 +366,8 @@ class Answers:
                 "model": model,
                 "tenant": ask.caller.tenant,
                 "kind": ask.view.kind,
+                "asked": ask.step.asked if ask.step is not None else "",
+                "rule": ask.step.rule if ask.step is not None else "",
                 "stream": ask.stream,
                 "status": ask.status,
                 "prompt_tokens": tally.prompt_tokens or 0,

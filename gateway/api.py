@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -19,13 +21,18 @@ from gateway.openai import bodies
 from gateway.openai.render import EventId, whole_answer
 from gateway.openai.view import View, rid_of
 from gateway.openapi import PAGE_HEADERS, Documents
+from gateway.routing.router import Router, Step
+from gateway.routing.rules import asked
+from gateway.routing.upstream import UpstreamDown, Upstreams, check_hops
 from gateway.tracing import AnswerTrace
-from protocol.errors import Expired, InvalidRequest, NotFound
+from protocol.errors import Expired, InvalidRequest, NotFound, Overloaded
 from protocol.keys import NAME
 from protocol.messages import ID_BYTES, Job, ModelCard
 from protocol.records import RequestRecord
 from protocol.telemetry.traces import Traces
 from protocol.version import release
+
+log = logging.getLogger("headrace.gateway")
 
 MAX_GRACE_S = 86400.0
 MAX_DETOKENIZE = 1 << 17  # ids in one request
@@ -67,6 +74,8 @@ class Api:
     def __init__(
         self,
         models: Models,
+        router: Router,
+        upstreams: Upstreams,
         answers: Answers,
         *,
         guarded: bool,
@@ -75,6 +84,8 @@ class Api:
         traces: Traces | None = None,
     ) -> None:
         self.models = models
+        self.router = router
+        self.upstreams = upstreams
         self.answers = answers
         self.guarded = guarded  # by API keys
         self.resume_grace = resume_grace
@@ -111,30 +122,79 @@ class Api:
     # -------------------------------------------------------------- generating
 
     async def completions(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
-        body = decode_body(await read_body(request, self.body_timeout), bodies.completion_decoder)
-        model = await self.models.the_one(bodies.model_name(body))
-        job = bodies.completion_job(body, model.card, caller.tenant, int(time.time()))
-        return await self._answer(request, model, caller, job, bool(body.stream), bool(body.background))
+        raw = await read_body(request, self.body_timeout)
+        body = decode_body(raw, bodies.completion_decoder)
+
+        def job(model: Model) -> Job:
+            return bodies.completion_job(body, model.card, caller.tenant, int(time.time()))
+
+        return await self._routed(request, caller, body, raw, job)
 
     async def chat_completions(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
-        body = decode_body(await read_body(request, self.body_timeout), bodies.chat_decoder)
-        model = await self.models.the_one(bodies.model_name(body))
-        job = bodies.chat_job(body, model.card, caller.tenant, int(time.time()))
-        return await self._answer(request, model, caller, job, bool(body.stream), bool(body.background))
+        raw = await read_body(request, self.body_timeout)
+        body = decode_body(raw, bodies.chat_decoder)
+
+        def job(model: Model) -> Job:
+            return bodies.chat_job(body, model.card, caller.tenant, int(time.time()))
+
+        return await self._routed(request, caller, body, raw, job)
 
     async def generate(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
         """{prompt, max_tokens, temperature} -> {response}: the simplest endpoint."""
         body = decode_body(await read_body(request, self.body_timeout), _generate)
-        model = await self.models.the_one(body.model)
-        asked = bodies.CompletionBody(prompt=body.prompt, max_tokens=body.max_tokens, temperature=body.temperature)
+        whole = bodies.CompletionBody(
+            model=body.model, prompt=body.prompt, max_tokens=body.max_tokens, temperature=body.temperature
+        )
         if not isinstance(body.prompt, str):
             raise InvalidRequest("prompt is required", param="prompt")
-        job = bodies.completion_job(asked, model.card, caller.tenant, int(time.time()))
-        job.view = {**(job.view or {}), "kind": "generate"}
-        return await self._answer(request, model, caller, job, stream=False, detached=False)
+
+        def job(model: Model) -> Job:
+            made = bodies.completion_job(whole, model.card, caller.tenant, int(time.time()))
+            made.view = {**(made.view or {}), "kind": "generate"}
+            return made
+
+        return await self._routed(request, caller, whole, None, job)
+
+    async def _routed(
+        self,
+        request: web.BaseRequest,
+        caller: Caller,
+        body: bodies.GenerationBody,
+        raw: bytes | None,
+        job: Callable[[Model], Job],
+    ) -> web.StreamResponse:
+        """The answer of the first candidate that takes the request. ``raw`` is the body for upstreams; None, or a
+        request that is to outlive its client: none of them is asked, since they keep nothing."""
+        check_hops(request, self.models.routing.service)
+        key, detached = _idempotency_key(request), bool(body.background) or _detached(request)
+        kept = detached or raw is None or key is not None
+        steps = await self.router.steps(bodies.model_name(body), lambda: asked(body, caller.tenant, kept), caller, key)
+        kind = "chat" if isinstance(body, bodies.ChatBody) else "completion"
+        for place, step in enumerate(steps):
+            last = place == len(steps) - 1
+            try:
+                if step.model is not None:
+                    made = job(step.model)
+                    return await self._answer(
+                        request, step.model, caller, made, bool(body.stream), detached, step, last
+                    )
+                return await self.upstreams.answer(step, request, caller, kind, raw or b"")
+            except (Overloaded, UpstreamDown) as error:
+                if last:
+                    raise
+                log.info("%s does not take a request (%s), the next candidate is asked", step.name, error.wire_code)
+        raise AssertionError("the last candidate answers or raises")
 
     async def _answer(
-        self, request: web.BaseRequest, model: Model, caller: Caller, job: Job, stream: bool, detached: bool
+        self,
+        request: web.BaseRequest,
+        model: Model,
+        caller: Caller,
+        job: Job,
+        stream: bool,
+        detached: bool,
+        step: Step | None = None,
+        last: bool = True,
     ) -> web.StreamResponse:
         life: dict[str, Any] = {"fingerprint": _system_fingerprint(model.card)}
         if detached or _detached(request):
@@ -152,6 +212,8 @@ class Api:
             numbered=_resumes(request),
             idempotency=_idempotency_key(request),
             trace=AnswerTrace(self.traces, f"POST {request.path.rstrip('/')}", request.headers.get("traceparent")),
+            step=step or Step(model.name, model),
+            last=last,
         )
         return await self.answers.answer(ask, request)
 
@@ -217,16 +279,23 @@ class Api:
 
     async def list_models(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
         cards = await self.models.listed()
-        return json_answer({"object": "list", "data": [_model_object(card) for card in cards]})
+        allows = self.models.routing.allows
+        shown = [_model_object(card) for card in cards if allows(card.model, caller.tenant)]
+        shown += [_name_object(name) for name in self.router.visible(caller.tenant)]
+        return json_answer({"object": "list", "data": shown})
 
     async def show_model(self, request: web.BaseRequest, caller: Caller, name: str) -> web.StreamResponse:
+        if name in self.router.visible(caller.tenant):
+            return json_answer(_name_object(name))
+        if not self.models.routing.allows(name, caller.tenant):
+            raise NotFound("this model is not served here", param="model", code="model_not_found")
         return json_answer(_model_object((await self.models.get(name)).card))
 
     async def tokenize(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
         body = decode_body(await read_body(request, self.body_timeout), _tokenize)
         if body.prompt is None:
             raise InvalidRequest("prompt is required", param="prompt")
-        model = await self.models.the_one(body.model)
+        model = await self.router.own(body.model, caller)
         count, ids = await model.tokenize(body.prompt, body.add_special_tokens)
         return json_answer({"count": count, "max_model_len": model.card.max_model_len, "tokens": ids})
 
@@ -236,7 +305,7 @@ class Api:
             raise InvalidRequest("tokens is required", param="tokens")
         if len(body.tokens) > MAX_DETOKENIZE:
             raise InvalidRequest(f"tokens takes at most {MAX_DETOKENIZE} ids", param="tokens")
-        model = await self.models.the_one(body.model)
+        model = await self.router.own(body.model, caller)
         if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < model.card.vocab_size):
             raise InvalidRequest(f"a token id must lie in [0, {model.card.vocab_size - 1}]", param="tokens")
         return json_answer({"prompt": await model.detokenize(body.tokens)})
@@ -313,6 +382,11 @@ def _model_object(card: ModelCard) -> dict[str, Any]:
         "context_length": card.max_model_len,  # the same by the name that other clients read
         **({"generation_config": card.sampling} if card.sampling else {}),
     }
+
+
+def _name_object(name: str) -> dict[str, Any]:
+    """An alias, a route or an upstream: what it stands for may change at any time."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "headrace"}
 
 
 def _resumes(request: web.BaseRequest) -> bool:

@@ -21,6 +21,9 @@ from gateway.edge import Server, error_answer
 from gateway.headers import Origins, arrived, parse_origins, tell
 from gateway.metrics import CONTENT_TYPE, exposition
 from gateway.models import Models
+from gateway.routing.money import Money
+from gateway.routing.router import Router
+from gateway.routing.upstream import Upstreams
 from protocol.errors import HeadraceError, NotFound, StartError
 from protocol.records import Limits
 from protocol.telemetry.traces import traces
@@ -73,11 +76,15 @@ class Gateway:
         self.name = f"{config.name}-{secrets.token_hex(6)}"[-64:]
         self.keys = KeyRing(config.api_keys_file)
         self.models = Models(config.redis_url, self.name)
-        self.answers = Answers(self.name, config.limits, config.stall_timeout)
+        self.money = Money(self.models)
+        self.answers = Answers(self.name, config.limits, config.stall_timeout, self.money)
+        self.upstreams = Upstreams(self.money)
         self.traces = traces("gateway")
         self._apart = self.keys.required or config.metrics_port is not None
         api = Api(
             self.models,
+            Router(self.models, self.money, config.limits),
+            self.upstreams,
             self.answers,
             guarded=self.keys.required,
             resume_grace=config.resume_grace,
@@ -110,6 +117,8 @@ class Gateway:
         for runner in self._runners:
             await runner.cleanup()
         await self.answers.close()
+        await self.upstreams.close()
+        await self.money.close()
         await self.models.close()
         if self.traces is not None:
             await self.traces.close()
@@ -121,7 +130,7 @@ class Gateway:
         for site in self._sites:
             await site.stop()
         deadline = asyncio.get_running_loop().time() + self.config.drain_timeout
-        while self.answers.open and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 (many may end it)
+        while (self.answers.open or self.upstreams.open) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 (many may end it)
             await asyncio.sleep(0.05)
         self.answers.break_off()
 

@@ -75,6 +75,15 @@ ERRORS = Counter(
     "headrace_gateway_errors", "Error answers of any route, by HTTP status and error code.", ["status", "code"],
     registry=REGISTRY,
 )  # fmt: skip
+ROUTED = Counter(
+    "headrace_routed_requests", "Answers, by what was asked for and the rule that chose.",
+    ["model", "tenant", "asked", "rule"], registry=REGISTRY,
+)  # fmt: skip
+ROUTED_TOKENS = Counter(
+    "headrace_routed_tokens", "Tokens of answers.", ["model", "tenant", "rule", "kind"], registry=REGISTRY
+)
+COST = Counter("headrace_cost", "Money of answers, where prices are set.", ["model", "tenant", "rule"],
+               registry=REGISTRY)  # fmt: skip
 READY_WORKERS = Gauge("headrace_ready_workers", "Workers that serve now, as seen here.", ["model"], registry=REGISTRY)
 Info("headrace_build", "The release that runs.", registry=REGISTRY).info({"version": release(), "role": "gateway"})
 DROPPED = Counter("headrace_readers_dropped", "Readers that stalled for too long.", registry=REGISTRY)

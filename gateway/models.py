@@ -20,6 +20,8 @@ from protocol.bus import GatewayBus
 from protocol.errors import HeadraceError, InvalidRequest, NotFound, ServiceError, StartError, Unavailable
 from protocol.messages import Job, ModelCard
 from protocol.records import RequestRecord
+from protocol.routing.store import RoutingStore, decode
+from protocol.routing.table import Routing
 
 log = logging.getLogger("headrace.gateway")
 
@@ -40,6 +42,7 @@ class Model:
         self.outlet = Outlet(self.bus, name)
         self.accepting = asyncio.Semaphore(ACCEPTS_AT_ONCE)
         self.workers = 0  # serving now
+        self.waiting_requests, self.waiting_tokens, self.rate = 0, 0, 0.0  # as the leader told it last
         self._beat: tuple[int, int] | None = None
         self._first_beats: dict[str, tuple[int, int]] = {}  # of each worker, when it was first seen: (gen, beat)
         self._moved: float | None = None  # when the leader's beat was last seen to change
@@ -75,11 +78,18 @@ class Model:
     def ready(self) -> bool:
         return self.workers > 0 and self.led
 
-    async def look(self) -> None:
-        """Read which workers serve and whether the leader's beat changes."""
+    @property
+    def load(self) -> float:
+        """Waiting requests for each worker."""
+        return self.waiting_requests / max(1, self.workers)
+
+    async def look(self, depth: bool = False) -> None:
+        """Read which workers serve and whether the leader's beat changes; with ``depth`` also what waits."""
         try:
             leader = await self.bus.read_leader()
             workers = await self.bus.list_workers()
+            if depth:
+                self.waiting_requests, self.waiting_tokens, self.rate = await self.bus.read_depth()
         except HeadraceError:
             self.workers = 0
             seen(self.name, 0)
@@ -130,12 +140,15 @@ class Models:
         self.url = url
         self.name = name
         self.cards: dict[str, ModelCard] = {}
+        self.routing = Routing()
         self.reachable = False
         self._open: dict[str, Model] = {}
         self._opening: dict[str, asyncio.Lock] = {}
         self._refreshing = asyncio.Lock()
         self._read_at = float("-inf")
         self._tasks: list[asyncio.Task[None]] = []
+        self._store = RoutingStore(url, PATIENCE_S)
+        self._routing_raw: bytes | None = None
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._refresh_often()), asyncio.create_task(self._look_often())]
@@ -146,6 +159,7 @@ class Models:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for model in self._open.values():
             await model.close()
+        await self._store.close()
 
     async def get(self, name: str) -> Model:
         """The model, opened. NotFound (model_not_found), or Unavailable."""
@@ -179,15 +193,20 @@ class Models:
 
     async def find_request(self, rid: str) -> tuple[Model, RequestRecord] | None:
         """The request of this id, of whichever model."""
-        await self.refresh(REFRESH_S)
-        for name in list(self.cards):
-            model = await self.get(name)
+        for model in await self.opened():
             record = await model.bus.read_request(rid)
             if record is not None:
                 return model, record
         if not self.reachable:  # a gateway that has just started may not know any model yet
             raise Unavailable("the queue cannot be reached")
         return None
+
+    async def opened(self) -> list[Model]:
+        """All models, those that have just left the registry too: they see their requests through."""
+        await self.refresh(REFRESH_S)
+        return [await self.get(name) for name in list(self.cards)] + [
+            model for name, model in self._open.items() if name not in self.cards
+        ]
 
     async def refresh(self, older_than_s: float = 0.0) -> None:
         """Read the registry unless it was read within ``older_than_s``. While Redis is unreachable the last cards
@@ -200,11 +219,28 @@ class Models:
                 self.reachable = True
             except ServiceError:
                 self.reachable = False
+            else:
+                await self._read_routing()
             self._read_at = time.monotonic()
+
+    async def _read_routing(self) -> None:
+        """The table of routes. One that cannot be read leaves the last one in force."""
+        try:
+            raw = await self._store.read()
+            if raw != self._routing_raw:
+                self._routing_raw = raw
+                self.routing = decode(raw)
+        except (ServiceError, StartError) as error:
+            log.error("the table of routes cannot be read, the last one stays: %s", error)
+
+    def up(self, model: Model) -> bool:
+        """Whether a request is answered: by a worker that serves, or by one that is started for it."""
+        terms = self.routing.models.get(model.name)
+        return model.ready or (model.led and terms is not None and terms.sleeps)
 
     def readiness(self) -> dict[str, dict[str, Any]]:
         return {
-            name: {"ready": model.ready, "workers": model.workers, "scheduler": model.led}
+            name: {"ready": self.up(model), "workers": model.workers, "scheduler": model.led}
             for name, model in sorted(self._open.items())
             if name in self.cards
         }
@@ -233,7 +269,7 @@ class Models:
                 gone(name)
             for name in list(self.cards):
                 try:
-                    await (await self.get(name)).look()
+                    await (await self.get(name)).look(depth=bool(self.routing.routes))
                 except HeadraceError:
                     continue
                 except Exception:

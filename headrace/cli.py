@@ -102,6 +102,7 @@ def serve(args: argparse.Namespace) -> int:
 examples:
   headrace config check                           ./headrace.toml
   headrace config check --config headrace.toml --diff
+  headrace config apply --config headrace.toml --redis-url redis://queue:6379/0
 
 Exit code 78 and one line with file, line and key if something is wrong.
 """,
@@ -120,6 +121,7 @@ examples:
   headrace models list
   headrace models add small --model ./small-model --workers 2
   headrace models remove small
+  headrace models alias prod v2=9 v1=1            one request of ten goes to v1, over all gateways
   headrace models reload                          reads the configuration file again, as SIGHUP does
 
 A removed model drains: it takes nothing new, what it has accepted ends. Clients of other models notice nothing.

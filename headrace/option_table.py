@@ -41,7 +41,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--port", "serve gateway doctor", "port of the HTTP API; 0 picks a free one", port, 8000),
     Option(
         "--redis-url",
-        "serve gateway scheduler worker submit top doctor requests dead",
+        "serve gateway scheduler worker submit top doctor requests dead config",
         "Redis or Valkey, as redis://[user:password@]host:port/db, rediss://..., unix:///path, or "
         "redis+cluster://host:port,host:port "
         "(default: serve starts an embedded one; the others find that, else redis://127.0.0.1:6379/0)",
@@ -89,6 +89,14 @@ OPTIONS: tuple[Option, ...] = (
     Option("--rank", "worker", "be this rank of the worker at --rendezvous, and nothing else", count, metavar="K"),
     Option("--schedulers", "serve", "scheduler processes; one leads, the others stand by", count, 1, metavar="N"),
     Option("--gateways", "serve", "gateway processes, on PORT, PORT+1, ...", count, 1, metavar="N"),
+    Option(
+        "--keep-alive",
+        "serve",
+        "a model that nobody has asked anything for so long gives its memory back; the next request waits in the queue "
+        "until a worker has loaded it again (default: it stays)",
+        seconds,
+        metavar="SECONDS",
+    ),
     # the engine
     Option(
         "--engine",

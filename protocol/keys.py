@@ -14,6 +14,7 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 REGISTRY = "headrace:models"  # hash: served model name -> ModelCard
+ROUTING = "{headrace:models}:routing"  # string: the table of aliases, routes, ...; in the slot of the registry
 GROUP = "scheduler"  # the one consumer group of the inbox
 
 
@@ -62,6 +63,10 @@ class Keys:
     def limits(self, tenant: str) -> str:
         """Hash: the tenant's limits and what is left of them."""
         return f"{self.prefix}t:{tenant}"
+
+    def used(self, day: int) -> str:
+        """Hash: tokens that tenants have used on this day (of Unix time), `in:<tenant>` and `out:<tenant>`."""
+        return f"{self.prefix}used:{day}"
 
     def worker(self, wid: str) -> str:
         return f"{self.prefix}w:{wid}"

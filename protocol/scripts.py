@@ -9,7 +9,7 @@ from importlib.resources import files
 
 NAMES = (
     "accept", "admit", "attach", "cancel", "commit", "depth", "finish", "heartbeat", "join", "keep_answer", "lead",
-    "plan", "recount", "register", "reject", "release", "renew_lead", "retire", "shed", "trim",
+    "plan", "recount", "register", "reject", "release", "renew_lead", "retire", "shed", "spend", "trim",
 )  # fmt: skip
 INCLUDES: dict[str, tuple[str, ...]] = {
     "accept": ("_channels", "_tenants"),

@@ -7,9 +7,15 @@ A key is an option of ``headrace serve`` without its dashes in front, in the tab
     [auth]      api-keys-file
     [metrics]   port, host                --metrics-port, --metrics-host
     [defaults]                            options of models, for all of them
-    [models."NAME"]                       one served model: its options, workers = N, schedulers = N
+    [models."NAME"]                       one served model: its options, workers = N, schedulers = N; and its terms:
+                                          price = {input, output}, tenants, max-waiting-requests, aliases
+    [aliases]                             prod = "v2", or {v2 = 90, v1 = 10}
+    [routes.NAME] [[routes.NAME.rules]]   virtual models
+    [upstreams.NAME]                      servers that are not ours
+    [tenants.NAME]                        budgets
 
-Values are checked by the same functions as those of the command line, so ``"2GiB"`` and ``"10m"`` are understood.
+protocol/routing/table.py has the keys of the last five. Values are checked by the same functions as those of the
+command line, so ``"2GiB"`` and ``"10m"`` are understood.
 """
 
 from __future__ import annotations
@@ -17,11 +23,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from headrace.config.toml_lines import Path as Keys
 from headrace.config.toml_lines import key_lines, line_of, shown
@@ -29,15 +38,22 @@ from headrace.option_table import options_of
 from headrace.options import Option
 from protocol.errors import StartError
 from protocol.keys import MODEL_NAME
+from protocol.routing.table import Route, Routing, Tenant, Terms, Upstream, faults
 
 MOST_MODELS = 256
 MOST_BYTES = 1 << 20
+
+T = TypeVar("T")
+ROUTING_TABLES = ("aliases", "routes", "upstreams", "tenants")
+TERMS = {"price", "tenants", "max-waiting-requests", "max-waiting-tokens", "aliases"}  # a model's, beside its options
+_PATH = re.compile(r" - at `(?:key in )?\$([^`]*)`")
+_STEP = re.compile(r"\[(\d+)\]|\.?([A-Za-z0-9_-]+)")
 
 _SERVE = {option.dest: option for option in options_of("serve")}
 _OWN_TABLE = {"api_keys_file": ("auth", "api-keys-file"), "metrics_port": ("metrics", "port"),
               "metrics_host": ("metrics", "host"), "gateways": ("gateway", "gateways")}  # fmt: skip
 _NOT_IN_FILE = {"config", "served_model_name"}
-_MODELS_TOO = {"workers", "schedulers", "model", "cache_dir"}
+_MODELS_TOO = {"workers", "schedulers", "model", "cache_dir", "keep_alive"}
 
 
 class ConfigError(StartError):
@@ -70,6 +86,7 @@ class Config:
     file: Path
     values: dict[str, Any] = field(default_factory=dict)  # what is no model's own
     models: dict[str, dict[str, Any]] = field(default_factory=dict)  # served name -> its options, with the defaults
+    routing: Routing = field(default_factory=Routing)
 
 
 def read(path: str | Path) -> Config:
@@ -103,6 +120,7 @@ class _Reader:
         tables = {name: self._table((name,), document.pop(name, {})) for name in ("gateway", "auth", "metrics")}
         defaults = self._options(("defaults",), self._table(("defaults",), document.pop("defaults", {})), "models")
         models = self._table(("models",), document.pop("models", {}))
+        routing = {name: self._table((name,), document.pop(name, {})) for name in ROUTING_TABLES}
         values = defaults | self._options((), document, "", "gateway", "auth", "metrics", "defaults", "models")
         for name, table in tables.items():
             values |= self._options((name,), table, name)
@@ -110,13 +128,53 @@ class _Reader:
             raise ConfigError(f'{self.path}: no model: a table [models."NAME"] is needed for each')
         if len(models) > MOST_MODELS:
             raise self.fault(("models",), f"at most {MOST_MODELS} models")
-        return Config(self.path, values, {name: self._model(name, models[name], defaults) for name in models})
+        own = {name: self._model(name, models[name], defaults) for name in models}
+        return Config(self.path, values, own, self._routing(routing, models))
 
     def _model(self, name: str, given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
         keys = ("models", name)
         if not MODEL_NAME.fullmatch(name):
             raise self.fault(keys, "a served name must match [A-Za-z0-9._:/-]{1,128}")
-        return {**defaults, **self._options(keys, self._table(keys, given), "models")}
+        table = {key: value for key, value in self._table(keys, given).items() if key not in TERMS}
+        return {**defaults, **self._options(keys, table, "models", *TERMS)}
+
+    def _routing(self, tables: Mapping[str, Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> Routing:
+        """The table that gateways route by, checked."""
+        aliases: dict[str, Any] = {}
+        for name, model in models.items():
+            for alias in self._converted(("models", name, "aliases"), model.get("aliases", []), list[str]):
+                aliases.setdefault(alias, {})[name] = 1
+        for name, targets in tables["aliases"].items():
+            weights = {targets: 1} if isinstance(targets, str) else targets
+            aliases[name] = self._converted(("aliases", name), weights, dict[str, int])
+        terms = {}
+        for name, model in models.items():
+            own = {key: model[key] for key in TERMS & model.keys() - {"aliases"}}
+            terms[name] = self._converted(("models", name), own, Terms)
+        routing = Routing(
+            aliases=aliases,
+            models={name: one for name, one in terms.items() if one != Terms()},
+            routes={k: self._converted(("routes", k), v, Route) for k, v in tables["routes"].items()},
+            upstreams={k: self._converted(("upstreams", k), v, Upstream) for k, v in tables["upstreams"].items()},
+            tenants={k: self._converted(("tenants", k), v, Tenant) for k, v in tables["tenants"].items()},
+        )
+        for keys, reason in faults(routing, models):
+            raise self.fault(keys, reason)
+        return routing
+
+    def _converted(self, keys: Keys, value: Any, kind: type[T]) -> T:
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            text = str(error)
+            path = _PATH.search(text)
+            inner = _STEP.findall(path.group(1)) if path else []
+            reason = _PATH.sub("", text)
+            if unknown := re.search(r"unknown field `([^`]*)`", reason):
+                inner.append(("", unknown.group(1)))
+                reason = "there is no such key"
+            steps = tuple(int(index) if index else key for index, key in inner if index or key)
+            raise self.fault((*keys, *steps), reason[:1].lower() + reason[1:]) from None
 
     # -------------------------------------------------------------- parts
 

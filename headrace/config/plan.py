@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from headrace.config.file import MODEL_OPTIONS, Config, ConfigError, read, table_of
 from headrace.option_table import options_of
 from headrace.options import add_option
 from headrace.serve.layout import check_values
 from protocol.errors import StartError
+from protocol.routing.table import Routing
 
 SCALED = {"workers", "schedulers"}  # may change without a restart of the processes that stay
 
@@ -28,6 +31,7 @@ class Wanted:
     models: dict[str, dict[str, Any]]  # served name -> options
     file: Path | None = None
     given: dict[str, Any] = field(default_factory=dict)  # by command line and environment
+    routing: Routing | None = None  # None: no file says anything of it
 
 
 def given_on(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def from_file(path: str | Path, given: Mapping[str, Any]) -> Wanted:
     values = {**defaults, **config.values, **given}
     models = {name: {**values, **own, **given, "served_model_name": name} for name, own in config.models.items()}
     _check(config, values, models)
-    return Wanted(values, models, config.file, dict(given))
+    return Wanted(values, models, config.file, dict(given), config.routing)
 
 
 def _check(config: Config, values: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> None:
@@ -64,6 +68,18 @@ def _check(config: Config, values: Mapping[str, Any], models: Mapping[str, Mappi
             raise ConfigError(f'{config.file}: [models."{name}"]: {error}') from None
 
 
+def routed(now: Routing, stated: Routing) -> Routing:
+    """The table that follows when a file states ``stated`` while ``now`` is in force. An alias that was moved by hand
+    stays where it is until the file states something else of it than before."""
+    aliases = {name: targets for name, targets in now.aliases.items() if name in stated.aliases}
+    for name, targets in stated.aliases.items():
+        if now.stated.get(name) != targets:
+            aliases[name] = targets
+    by_hand = now.aliases.keys() - now.stated.keys() - stated.aliases.keys()
+    aliases |= {name: now.aliases[name] for name in by_hand}
+    return replace(stated, aliases=aliases, stated=stated.aliases, service=now.service)
+
+
 # ------------------------------------------------------------------ differences
 
 
@@ -74,6 +90,7 @@ class Difference:
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     changed: dict[str, list[str]] = field(default_factory=dict)  # model -> keys
+    routing: list[str] = field(default_factory=list)  # what of the table of routes: "aliases.prod", ...
     restart: list[str] = field(default_factory=list)  # keys that only a new start of serve reads
 
     def lines(self) -> list[str]:
@@ -82,6 +99,7 @@ class Difference:
         for name, keys in self.changed.items():
             how = "scaled" if set(keys) <= SCALED else "restarted"
             told.append(f"{name}: {how} ({', '.join(keys)})")
+        told += [f"{name}: changed" for name in self.routing]
         return told + [f"{key}: needs a restart of serve" for key in self.restart]
 
 
@@ -102,5 +120,15 @@ def difference(now: Wanted, new: Wanted) -> Difference:
         added=sorted(new.models.keys() - now.models.keys()),
         removed=sorted(now.models.keys() - new.models.keys()),
         changed=changed,
+        routing=_routing_difference(now.routing or Routing(), new.routing or Routing()),
         restart=sorted(restart),
     )
+
+
+def _routing_difference(now: Routing, new: Routing) -> list[str]:
+    found = []
+    for kind in ("aliases", "models", "routes", "upstreams", "tenants"):
+        before, after = getattr(now, kind), getattr(new, kind)
+        shown = "terms" if kind == "models" else kind
+        found += [f"{shown}.{name}" for name in sorted(before.keys() | after) if before.get(name) != after.get(name)]
+    return found

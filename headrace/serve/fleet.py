@@ -8,8 +8,9 @@ one model cannot be kept alive while others serve, that model alone has failed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from headrace import options
@@ -21,7 +22,9 @@ from protocol.bus import GatewayBus, LeaderBus
 from protocol.errors import HeadraceError, InvalidRequest, ServiceError
 
 POLL_S = 0.2
+IDLE_POLL_S = 0.5  # how often models with --keep-alive are looked at
 REGISTRY_S = 3.5  # by then every gateway has seen that a model left the registry
+IDLING = ("serving", "asleep")  # states of models that are well
 STOP_MARGIN_S = 15.0  # beyond --drain-timeout, before a process that does not exit is killed
 
 
@@ -41,7 +44,7 @@ class Fleet:
         self.note = note
         self.models: dict[str, Deployment] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        self._gpu_turn = 0
+        self._turns: dict[str, int] = {}  # worker -> its turn when GPUs were shared out; it keeps its GPU
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -------------------------------------------------------------- start
@@ -60,9 +63,9 @@ class Fleet:
         env = dict(self.env)
         if role == "worker":
             workers = sum(m.values["workers"] for m in self.models.values())
+            turn = self._turns.setdefault(name, len(self._turns))
             ranks = model.values["tensor_parallel_size"] * model.values["pipeline_parallel_size"]
-            gpus = gpus_of(self._gpu_turn, max(workers, self._gpu_turn + 1), ranks, model.values["device"])
-            self._gpu_turn += 1
+            gpus = gpus_of(turn, max(workers, turn + 1), ranks, model.values["device"])
             env |= {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
         self.supervisor.start(Program(role, name, argv, env))
 
@@ -113,6 +116,58 @@ class Fleet:
     def workers(self) -> int:
         return sum(model.values["workers"] for model in self.models.values())
 
+    # -------------------------------------------------------------- memory
+
+    async def watch_idle(self) -> None:
+        """Let models sleep that nobody has asked anything for their keep_alive, and wake those that have work."""
+        busy: dict[str, float] = {}  # when each was last seen with work
+        while True:
+            for model in [m for m in self.models.values() if m.values.get("keep_alive") and m.state in IDLING]:
+                now = asyncio.get_running_loop().time()
+                try:
+                    unfinished = await self._unfinished(model.name)
+                except ServiceError:
+                    unfinished = 1  # nothing is known: nothing changes
+                if unfinished or model.state == "serving":
+                    busy.setdefault(model.name, now)
+                if unfinished:
+                    busy[model.name] = now
+                    if model.state == "asleep":
+                        await self._wake(model)
+                elif model.state == "serving" and now - busy[model.name] > model.values["keep_alive"]:
+                    await self._sleep(model)
+                    busy.pop(model.name)
+            await asyncio.sleep(IDLE_POLL_S)
+
+    async def _sleep(self, model: Deployment) -> None:
+        """Stop the workers: memory and device are free. The schedulers stay, so requests are taken and wait."""
+        async with self._locks.setdefault(model.name, asyncio.Lock()):
+            if model.state == "serving":
+                model.state = "asleep"
+                await self._stop_processes(model.processes("worker"), model.values["drain_timeout"])
+                self.note(f"model {model.name} was idle and has given its memory back")
+
+    async def _wake(self, model: Deployment) -> None:
+        async with self._locks.setdefault(model.name, asyncio.Lock()):
+            if model.state == "asleep":
+                model.state = "starting"
+                self.note(f"model {model.name} is loaded again")
+                for name in model.processes("worker"):
+                    self._start_process(model, "worker", name)
+                self._spawn(self.until_served(model))
+
+    async def _unfinished(self, name: str) -> int:
+        bus = GatewayBus(self.redis_url, name, patience=2.0)
+        try:
+            return await bus.unfinished()
+        finally:
+            await bus.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     # -------------------------------------------------------------- change and end
 
     async def remove(self, name: str) -> int:
@@ -122,10 +177,10 @@ class Fleet:
             model = self.models.get(name)
             if model is None:
                 raise InvalidRequest(f"{name} is not served here", param="model")
-            failed = model.state == "failed"
+            idle = model.state in ("failed", "asleep")
             model.state = "draining"
             await self._withdraw(name)
-            left = 0 if failed else await self._until_ended(name, model.values["drain_timeout"])
+            left = 0 if idle else await self._until_ended(name, model.values["drain_timeout"])
             await self._stop(model)
             await self._withdraw(name)  # a scheduler that took over meanwhile has entered it again
             self.models.pop(name, None)
@@ -180,31 +235,25 @@ class Fleet:
     async def _until_ended(self, name: str, patience_s: float) -> int:
         """Wait until nothing that the model accepted is unfinished, for ``patience_s`` at most; how much is left."""
         await asyncio.sleep(min(REGISTRY_S, patience_s))
-        bus = GatewayBus(self.redis_url, name, patience=5.0)
         deadline = asyncio.get_running_loop().time() + patience_s
-        try:
-            while True:
-                left = await bus.unfinished()
-                if not left or asyncio.get_running_loop().time() > deadline:
-                    return left
-                await asyncio.sleep(POLL_S)
-        finally:
-            await bus.close()
+        while True:
+            left = await self._unfinished(name)
+            if not left or asyncio.get_running_loop().time() > deadline:
+                return left
+            await asyncio.sleep(POLL_S)
 
     # -------------------------------------------------------------- state
 
     def failed(self, child: Child, error: Exception) -> bool:
         """A child that is not started again. True: its model alone has failed, the others go on."""
         model = next((m for m in self.models.values() if child.name in m.processes(child.program.role)), None)
-        others = [m for m in self.models.values() if m is not model and m.state == "serving"]
+        others = [m for m in self.models.values() if m is not model and m.state in IDLING]
         if model is None or not others:
             return False
         if model.state != "failed":
             model.state, model.reason = "failed", str(error)
             self.note(f"model {model.name} has failed, the others go on: {error}")
-            task = asyncio.create_task(self._give_up(model))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self._give_up(model))
         return True
 
     async def _give_up(self, model: Deployment) -> None:
@@ -218,13 +267,9 @@ class Fleet:
         """Each model as a person wants to see it."""
         rows = []
         for model in list(self.models.values()):
-            bus = GatewayBus(self.redis_url, model.name, patience=2.0)
-            try:
-                unfinished: int | None = await bus.unfinished()
-            except ServiceError:
-                unfinished = None
-            finally:
-                await bus.close()
+            unfinished: int | None = None
+            with contextlib.suppress(ServiceError):
+                unfinished = await self._unfinished(model.name)
             rows.append(
                 {
                     "model": model.name,

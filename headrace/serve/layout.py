@@ -26,7 +26,7 @@ class Deployment:
     asked: dict[str, Any]  # its options as they were given
     values: dict[str, Any]  # the same with all that serve decides
     prefix: str = ""
-    state: str = "starting"  # serving, draining, failed
+    state: str = "starting"  # serving, asleep (it has no worker while nobody asks for it), draining, failed
     reason: str = ""  # why it failed
     by_hand: bool = False  # added by `headrace models add`: no file names it
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import re
 import signal
 import sys
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TextIO, cast
 
+import msgspec
 from rich.console import Console
 
 from headrace import options
-from headrace.config.plan import Difference, Wanted, difference, from_file
+from headrace.config.plan import Difference, Wanted, difference, from_file, routed
 from headrace.console import Lenient, StartView, print_block
 from headrace.model import Chosen
 from headrace.model import choose as choose_model
@@ -28,11 +30,13 @@ from headrace.serve import embedded, progress
 from headrace.serve.control import Control
 from headrace.serve.durability import check_durability
 from headrace.serve.fleet import STOP_MARGIN_S, Fleet
-from headrace.serve.layout import Layout, check_values, resolve
+from headrace.serve.layout import Deployment, Layout, check_values, resolve
 from headrace.serve.machine import exclusive, make_above, status_of
 from headrace.serve.supervisor import Child, GaveUp, Program, Supervisor
 from protocol.bus import GatewayBus, LeaderBus
 from protocol.errors import EX_CONFIG, HeadraceError, InvalidRequest, StartError
+from protocol.routing.store import RoutingStore, decode
+from protocol.routing.table import Routing, Terms, faults
 
 # a log line as either --log-format has it
 IMPORTANT = re.compile(r'\S+ \S+ (WARNING|ERROR|CRITICAL) |\{"time": "[^"]*", "level": "(warning|error|critical)"')
@@ -75,6 +79,7 @@ class Stack:
         self.view = view
         self.fleet: Fleet
         self._reloading = asyncio.Lock()
+        self._started = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self.interrupts = 0
         self.interrupted = asyncio.Event()
@@ -150,6 +155,7 @@ class Stack:
             await self._withdraw_other_models(redis_url)
             for model in layout.models:
                 await self._release_dead_lead(redis_url, model.name)
+        await self._apply_routing(redis_url, layout.models)
         self.fleet = Fleet(self.supervisor, layout, redis_url, env, self.view.note)
         for model in layout.models:
             self.fleet.start(model)
@@ -167,9 +173,10 @@ class Stack:
                 await self.fleet.until_served(model)
             self.supervisor.served |= self.supervisor.children.keys()
             self.supervisor.on_failed = self.fleet.failed
+            self._started.set()
             self.view.close()
             self._print_block()
-            await asyncio.Event().wait()  # until this task is cancelled
+            await self.fleet.watch_idle()  # until this task is cancelled
 
     async def _start_server(self) -> str:
         """Start the embedded server; returns its URL."""
@@ -227,6 +234,24 @@ class Stack:
         finally:
             await bus.close()
 
+    async def _apply_routing(self, url: str, models: Iterable[Deployment]) -> None:
+        """Write the file's table of routes, with the models that may sleep. What an earlier start wrote into our own
+        server goes, if there is neither."""
+        stated = self.wanted.routing or Routing()
+        terms = dict(stated.models)
+        for model in models:
+            if model.values["keep_alive"]:
+                terms[model.name] = msgspec.structs.replace(terms.get(model.name, Terms()), sleeps=True)
+        stated = msgspec.structs.replace(stated, models=terms)
+        store = RoutingStore(url)
+        try:
+            if self.wanted.file is not None or terms:
+                await store.change(lambda now: routed(now, stated))
+            elif self.layout.data_dir is not None:
+                await store.clear()
+        finally:
+            await store.close()
+
     async def _until_ready(self) -> None:
         import aiohttp
 
@@ -263,6 +288,8 @@ class Stack:
                 return {"left": await self.fleet.remove(name)}
             case {"do": "diff", "file": str(file)}:
                 return {"lines": (await self._difference(file))[1].lines()}
+            case {"do": "alias", "name": str(name), "targets": dict(targets)}:
+                return {"aliases": await self._alias(name, targets)}
             case {"do": "reload"}:
                 return {"lines": await self.reload()}
         raise InvalidRequest("this serve does not know what was asked for")
@@ -274,10 +301,28 @@ class Stack:
         await asyncio.to_thread(check_values, own)
         chosen = await asyncio.to_thread(choose, own, self.view)
         model = await self.fleet.add(own, chosen.options, by_hand=True)
+        if own["keep_alive"]:
+            await self._apply_routing(self.fleet.redis_url, self.fleet.models.values())
         if model.state == "failed":
             raise StartError(model.reason)
         self.view.note(f"model {name} is served")
         return {"model": name, "state": model.state}
+
+    async def _alias(self, name: str, targets: dict[str, int]) -> dict[str, dict[str, int]]:
+        """Move an alias, for all gateways at once; without targets it goes. All aliases, if ``name`` is empty."""
+        store = RoutingStore(self.fleet.redis_url)
+
+        def moved(now: Routing) -> Routing:
+            aliases = {k: v for k, v in now.aliases.items() if k != name} | ({name: targets} if targets else {})
+            table = msgspec.structs.replace(now, aliases=aliases)
+            for keys, reason in faults(table, self.fleet.models):
+                raise InvalidRequest(f"{'.'.join(map(str, keys))}: {reason}")
+            return table
+
+        try:
+            return (decode(await store.read()) if not name else await store.change(moved)).aliases
+        finally:
+            await store.close()
 
     def _on_hangup(self) -> None:
         task = asyncio.create_task(self._reload_and_tell())
@@ -285,6 +330,7 @@ class Stack:
         task.add_done_callback(self._tasks.discard)
 
     async def _reload_and_tell(self) -> None:
+        await self._started.wait()
         try:
             await self.reload()
         except HeadraceError as error:
@@ -302,21 +348,25 @@ class Stack:
             for line in found.lines() or ["nothing has changed"]:
                 self.view.note(f"reload: {line}")
             fleet = self.fleet
+            self.wanted = dataclasses.replace(self.wanted, routing=new.routing)
             work: list[Coroutine[Any, Any, Any]] = [fleet.remove(name) for name in found.removed]
             work += [fleet.add(models[name], chosen[name]) for name in found.added]
             work += [fleet.change(name, models[name], chosen[name]) for name in found.changed]
+            await self._apply_routing(fleet.redis_url, fleet.models.values())  # before the first change is seen
             for end in await asyncio.gather(*work, return_exceptions=True):
                 if isinstance(end, BaseException):
                     self.view.note(f"reload: {end}")
+            await self._apply_routing(fleet.redis_url, fleet.models.values())
             self.view.note("reloaded")
             return found.lines()
 
     async def _difference(self, file: str) -> tuple[Wanted, Difference]:
         """What ``file`` asks for now, and how that differs from what runs."""
         new = await asyncio.to_thread(from_file, file, self.wanted.given)
-        running = {m.name: m.asked for m in self.fleet.models.values() if m.state in ("starting", "serving")}
+        running = {m.name: m.asked for m in self.fleet.models.values() if m.state not in ("draining", "failed")}
         by_hand = {m.name for m in self.fleet.models.values() if m.by_hand} - new.models.keys()
-        now = Wanted(self.wanted.values, {k: v for k, v in running.items() if k not in by_hand})
+        models = {name: own for name, own in running.items() if name not in by_hand}
+        now = Wanted(self.wanted.values, models, routing=self.wanted.routing)
         return new, difference(now, new)
 
     # -------------------------------------------------------------- end

@@ -128,6 +128,22 @@ class GatewayBus(RequestReads, ProducerBus):
             await link.close()
         return {name.decode(): _card_decoder.decode(card) for name, card in found.items()}
 
+    async def read_depth(self) -> tuple[int, int, float]:
+        """What waits, as the leader told it last: requests, prompt tokens, and the tokens per second that come."""
+        requests, tokens, rate = await self._link.command("HMGET", self.keys.depth, "requests", "tokens", "rate")
+        return int(requests or 0), int(tokens or 0), float(rate or 0.0)
+
+    async def used_tokens(self, day: int) -> dict[str, tuple[int, int]]:
+        """Tenant -> prompt and output tokens of its requests that ended on this day."""
+        used: dict[str, tuple[int, int]] = {}
+        for field, value in records.fields_of(await self._link.command("HGETALL", self.keys.used(day))).items():
+            kind, _, tenant = field.decode().partition(":")
+            if kind == "at":
+                continue
+            prompt, output = used.get(tenant, (0, 0))
+            used[tenant] = (prompt + int(value), output) if kind == "in" else (prompt, output + int(value))
+        return used
+
     async def read_tokenizer(self) -> bytes | None:
         raw: bytes | None = await self._link.command("GET", self.keys.tokenizer)
         return raw

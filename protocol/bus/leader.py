@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -38,6 +38,9 @@ PAGE = 1000  # ids in one look at what is pending
 STRANDED_MS = 60_000  # an entry read this long ago and not handed out has been lost on its way
 
 
+USED_STAYS_MS = 3 * 86_400_000  # how long the count of a day stays
+
+
 class LeaderBus(RequestReads):
     """The calls of a scheduler, standing by or leading."""
 
@@ -55,6 +58,7 @@ class LeaderBus(RequestReads):
         "renew_lead",
         "retire",
         "shed",
+        "spend",
         "trim",
     )
 
@@ -80,6 +84,13 @@ class LeaderBus(RequestReads):
     async def write_depth(self, epoch: int, depth: dict[str, int | float]) -> None:
         """Replace `depth`. Fields: requests, tokens, requests:<tenant>, tokens:<tenant>, rate (tokens per second)."""
         await self._run("depth", epoch, *(part for field in depth.items() for part in field))
+
+    async def count_used(self, epoch: int, number: int, day: int, used: Mapping[str, tuple[int, int]]) -> None:
+        """Add prompt and output tokens of requests that have ended to what their tenants have used on ``day`` (of Unix
+        time). ``number`` grows with each call of an epoch."""
+        counts = [(f"{k}:{t}", n) for t, both in used.items() for k, n in zip(("in", "out"), both, strict=True)]
+        key = self.keys.used(day).removeprefix(self.keys.prefix)
+        await self._run("spend", epoch, number, key, USED_STAYS_MS, *(part for count in counts for part in count))
 
     async def publish_card(self, card: ModelCard, tokenizer_json: bytes | None) -> None:
         """Enter the model into the registry. Out of memory: the old entry stays."""

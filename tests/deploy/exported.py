@@ -25,6 +25,9 @@ def gateway_registry() -> CollectorRegistry:
         histogram.observe(MODEL, 0.1)
     for counter in (door.PROMPT_TOKENS, door.OUTPUT_TOKENS):
         counter.labels(MODEL).inc()
+    door.ROUTED.labels(MODEL, "default", "auto", "rule-1").inc()
+    door.ROUTED_TOKENS.labels(MODEL, "default", "rule-1", "prompt").inc()
+    door.COST.labels(MODEL, "default", "rule-1").inc()
     error_answer(NotFound("this model is not served here", code="model_not_found"))
     return door.REGISTRY
 

@@ -97,12 +97,10 @@ class Backend:
     async def __aenter__(self) -> Backend:
         self.bus = Bus(self.url, self.model)
         await self.bus.connect()
-        await self.bus.publish_card(
-            ModelCard(
-                model=self.model, created=1700000000, max_model_len=MAX_LEN, vocab_size=VOCAB, format=self.format
-            ),
-            byte_tokenizer().encode(),
+        self.card = ModelCard(
+            model=self.model, created=1700000000, max_model_len=MAX_LEN, vocab_size=VOCAB, format=self.format
         )
+        await self.bus.publish_card(self.card, byte_tokenizer().encode())
         epoch = await self.bus.lead("backend", await self.bus.read_leader())
         assert epoch is not None
         self.epoch = epoch

@@ -14,7 +14,7 @@ TEXT = (ROOT / "docs" / "operations.md").read_text()
 def test_its_options_exist() -> None:
     named = set(re.findall(r"`(?:[^`]* )?(--[a-z-]+)", TEXT))
     assert len(named) > 10
-    assert named <= {option.flag for option in OPTIONS} | {"--help", "--profile"}
+    assert named <= {option.flag for option in OPTIONS} | {"--help", "--profile", "--diff"}
 
 
 def test_its_metrics_exist() -> None:

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from headrace import cli
 from headrace.config.file import OPTIONS_OF_TABLE, ConfigError, read
-from headrace.config.plan import difference, from_file, given_on
+from headrace.config.plan import difference, from_file, given_on, routed
 from headrace.config.toml_lines import key_lines, line_of
 from headrace.option_table import options_of
 from headrace.options import Option
 from protocol.errors import EX_CONFIG, StartError
+from protocol.keys import ROUTING
+from protocol.routing.store import decode
+from protocol.routing.table import Routing
 
 ROOT = Path(__file__).parents[3]
 SAMPLES = {"port": 9000, "count": 3, "seconds": "90s", "size": "2GiB", "boolean": True, "number": 0.5,
@@ -66,6 +70,14 @@ def test_every_option_of_serve_can_stand_in_the_file(tmp_path: Path) -> None:
         ('[models.a]\nmodel = """\n[models.b]\n"""\n\nworker = 1\n', r":6: models.a.worker: .*did you mean workers\?"),
         ('[models."two words"]\n', r':1: models."two words": a served name must match'),
         ('[defaults]\nport = 1\n' + SHORT, r":2: defaults.port: it belongs in \[gateway\]"),
+        (SHORT + 'price = {inputs = 1}\n', r":3: models.a.price.inputs: there is no such key"),
+        (SHORT + 'price = {input = "x"}\n', r":3: models.a.price.input: expected `float`, got `str`"),
+        (SHORT + "[aliases]\nprod = 'b'\n", r":4: aliases.prod: nothing has the name b"),
+        (SHORT + "[aliases]\np = 'q'\nq = {p = 1}\n", r":4: aliases.p: it leads back to itself: p -> q -> p"),
+        (SHORT + "[[routes.r.rules]]\nmodels = ['a']\nword = ['x']\n", r":5: routes.r.rules\[1\].word: there is no"),
+        (SHORT + "[[routes.r.rules]]\nmodels = ['a']\nhours = '9'\n", r":5: routes.r.rules\[1\].hours: write it as"),
+        (SHORT + "[upstreams.u]\nurl = 'x'\n", r":4: upstreams.u.url: an http or https address"),
+        (SHORT + "[tenants.t]\nbudget = -1\n", r":4: tenants.t.budget: it is less than 0"),
         ("models = 3\n", r":1: models: a table is expected"),
         ("[gateway]\n", r"no model: a table"),
         ("[models.a\n", r"line 1"),
@@ -116,9 +128,32 @@ def test_a_difference_says_what_a_reload_does(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_an_alias_that_was_moved_stays_until_the_file_says_something_else() -> None:
+    def stating(**aliases: dict[str, int]) -> Routing:
+        return Routing(aliases=aliases)
+
+    first = routed(Routing(service="s"), stating(prod={"v1": 1}, old={"v1": 1}))
+    assert (first.aliases, first.service) == ({"prod": {"v1": 1}, "old": {"v1": 1}}, "s")
+    moved = replace(first, aliases={**first.aliases, "prod": {"v2": 1}, "hand": {"v2": 1}})
+    again = routed(moved, stating(prod={"v1": 1}))
+    assert again.aliases == {"prod": {"v2": 1}, "hand": {"v2": 1}}
+    assert routed(again, stating(prod={"v3": 1})).aliases == {"prod": {"v3": 1}, "hand": {"v2": 1}}
+
+
 def test_the_example_is_fine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["config", "check", "--config", str(ROOT / "deploy" / "headrace.toml")]) == 0
-    assert "fine: SmolLM2-135M-Instruct, Qwen2.5-0.5B-Instruct" in capsys.readouterr().out
+    assert "fine: small, large-v2, large-v1" in capsys.readouterr().out
     broken = written(tmp_path, SHORT + "workers = 'two'\n")
     assert cli.main(["config", "check", "--config", str(broken)]) == EX_CONFIG
     assert f"{broken}:3: models.a.workers: 'two' is no whole number" in capsys.readouterr().err
+
+
+def test_a_table_is_applied_to_gateways_that_no_serve_has_started(
+    redis_url: str, raw: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, SHORT + "[aliases]\nprod = 'a'\n")
+    assert cli.main(["config", "apply", "--config", str(path), "--redis-url", redis_url]) == 0
+    assert "1 aliases, 0 routes" in capsys.readouterr().out
+    stored = decode(raw.get(ROUTING))
+    assert (stored.aliases, len(stored.service)) == ({"prod": {"a": 1}}, 16)
+    assert cli.main(["config", "apply", "--config", str(path)]) == EX_CONFIG

@@ -49,8 +49,8 @@ def until(condition: Callable[[], Any], stack: Stack) -> Any:
     return found
 
 
-def ask(stack: Stack, model: str, tokens: int, stream: bool = False) -> Any:
-    body = {"model": model, "prompt": "go on", "max_tokens": tokens, "ignore_eos": True, "seed": 1, "stream": stream}
+def ask(stack: Stack, model: str, tokens: int, stream: bool = False, prompt: str = "go on") -> Any:
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "seed": 1, "stream": stream}
     headers = {"Content-Type": "application/json"}
     return urllib.request.urlopen(
         urllib.request.Request(stack.url + "/v1/completions", json.dumps(body).encode(), headers), timeout=120
@@ -123,17 +123,19 @@ def test_a_reload_is_all_or_nothing(fleet: Stack, place: Path, model_dir: Path) 
     assert "nothing has changed" in fleet.output()
     assert fleet.processes() == before
 
-    place.write_text(text_of(model_dir, alpha="workers = 2", delta="", beta="max-num-seqs = 8"))
-    diff = headrace(fleet, "models", "list")
-    assert diff.returncode == 0
-    told = headrace(fleet, "models", "reload")
-    assert told.stdout.splitlines() == ["delta: added", "alpha: scaled (workers)", "beta: restarted (max-num-seqs)"]
+    rules = "[[routes.auto.rules]]\nwords = ['SQL']\nmodels = ['beta']\n[[routes.auto.rules]]\nmodels = ['delta']\n"
+    place.write_text(text_of(model_dir, alpha="workers = 2", delta="", beta="max-num-seqs = 8") + rules)
+    told = headrace(fleet, "models", "reload").stdout.splitlines()
+    assert told[:3] == ["delta: added", "alpha: scaled (workers)", "beta: restarted (max-num-seqs)"]
+    assert told[3:] == ["routes.auto: changed"]
     assert set(fleet.pids("worker")) == {"worker-alpha-0", "worker-alpha-1", "worker-beta-0", "worker-delta-0"}
     kept = {p["name"]: p["pid"] for p in before}
     assert fleet.pids("worker")["worker-alpha-0"] == kept["worker-alpha-0"]
     assert fleet.pids("worker")["worker-beta-0"] != kept["worker-beta-0"]
-    with ask(fleet, "beta", 2) as reply:
-        assert reply.status == 200
+    until(lambda: "auto" in fleet.models(), fleet)
+    for prompt, model in (("go on", "delta"), ("some SQL", "beta")):
+        with ask(fleet, "auto", 2, prompt=prompt) as reply:
+            assert json.loads(reply.read())["model"] == model
     rows = headrace(fleet, "models", "list").stdout.splitlines()
     assert [row.split()[:3] for row in rows[1:]] == [
         ["alpha", "serving", "2"], ["beta", "serving", "1"], ["delta", "serving", "1"],
@@ -150,3 +152,27 @@ def test_a_model_that_fails_is_alone_in_it(fleet: Stack, model_dir: Path, tmp_pa
     until(lambda: "model broken has failed, the others go on" in fleet.output(), fleet)
     with ask(fleet, "alpha", 2) as reply:
         assert reply.status == 200
+
+
+def test_an_idle_model_gives_its_memory_back_and_is_loaded_again_when_asked(fleet: Stack, model_dir: Path) -> None:
+    added = headrace(fleet, "models", "add", "nap", "--model", str(model_dir), "--keep-alive", "500ms")
+    assert added.returncode == 0, added.stderr
+    until(lambda: "model nap was idle and has given its memory back" in fleet.output(), fleet)
+    until(lambda: "worker-nap-0" not in fleet.pids("worker"), fleet)
+    assert "scheduler-nap-0" in fleet.pids("scheduler")
+    with ask(fleet, "nap", 4) as reply:
+        assert json.loads(reply.read())["usage"]["completion_tokens"] == 4
+    assert "model nap is loaded again" in fleet.output()
+    assert headrace(fleet, "models", "remove", "nap").returncode == 0
+
+
+def test_an_alias_moves_for_who_asks_next(fleet: Stack) -> None:
+    assert "prod -> alpha 1" in headrace(fleet, "models", "alias", "prod", "alpha").stdout
+    until(lambda: "prod" in fleet.models(), fleet)
+    with ask(fleet, "prod", 2) as reply:
+        assert json.loads(reply.read())["model"] == "alpha"
+        assert reply.headers["X-Headrace-Route"] == "model=alpha; asked=prod; why=alias"
+    refused = headrace(fleet, "models", "alias", "prod", "gone")
+    assert (refused.returncode, "nothing has the name gone" in refused.stderr) == (78, True)
+    assert headrace(fleet, "models", "alias", "prod").returncode == 0
+    until(lambda: "prod" not in fleet.models(), fleet)

@@ -1,0 +1,222 @@
+"""Names that mean several models, over real HTTP: aliases, rules, fallbacks, rights, budgets and upstreams."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.routing.store import RoutingStore, day_of
+from protocol.routing.table import Price, Route, Routing, Rule, Tenant, Terms, Upstream
+from tests.gateway.backend import Backend
+from tests.gateway.front import Front, eventually, payload, split_events
+
+BIG, SMALL = "org/big", "org/small"
+Open = Callable[..., Awaitable[Front]]
+
+
+@pytest.fixture
+async def two(redis_url: str, raw: Any) -> AsyncIterator[dict[str, Backend]]:
+    async with Backend(redis_url, BIG) as big, Backend(redis_url, SMALL) as small:
+        yield {BIG: big, SMALL: small}
+
+
+async def state(redis_url: str, table: Routing, *fronts: Front) -> None:
+    """Put a table in force, for these gateways."""
+    store = RoutingStore(redis_url)
+    made = await store.change(lambda now: table)
+    await store.close()
+    for front in fronts:
+        await front.gateway.models.refresh()
+        assert front.gateway.models.routing == made
+
+
+async def ready(front: Front, *names: str) -> None:
+    await eventually(lambda: all(front.gateway.models.readiness().get(n, {}).get("ready") for n in names))
+
+
+async def ask(front: Front, model: str, **body: Any) -> tuple[int, Any, Any]:
+    messages = [{"role": "user", "content": body.pop("content", "hi")}]
+    headers = body.pop("headers", {})
+    return await front.post(
+        "/v1/chat/completions", {"model": model, "messages": messages, "max_tokens": 3, **body}, headers=headers
+    )
+
+
+async def test_an_alias_moves_for_all_gateways_and_a_repeat_stays_where_it_began(
+    redis_url: str, two: dict[str, Backend], open_gateway: Open
+) -> None:
+    fronts = [await open_gateway(), await open_gateway()]
+    await state(redis_url, Routing(aliases={"prod": {SMALL: 1}}), *fronts)
+    key = {"Idempotency-Key": "k1"}
+    status, first, headers = await ask(fronts[0], "prod", headers=key)
+    assert (status, first["model"]) == (200, SMALL)
+    assert headers["X-Headrace-Route"] == f"model={SMALL}; asked=prod; why=alias"
+    await state(redis_url, Routing(aliases={"prod": {BIG: 1}}), *fronts)
+    for front in fronts:
+        _, answer, _ = await ask(front, "prod")
+        assert answer["model"] == BIG
+        _, again, told = await ask(front, "prod", headers=key)
+        assert (again["id"], again["model"]) == (first["id"], SMALL)
+        assert "why=accepted before" in told["X-Headrace-Route"]
+    _, listed, _ = await fronts[0].ask("GET", "/v1/models")
+    assert [model["id"] for model in listed["data"]] == [BIG, SMALL, "prod"]
+    assert (await fronts[0].ask("GET", "/v1/models/prod"))[0] == 200
+    assert (await fronts[0].post("/tokenize", {"model": "prod", "prompt": "abc"}))[1]["count"] == 3
+
+
+async def test_rules_choose_and_the_header_says_which(
+    redis_url: str, two: dict[str, Backend], open_gateway: Open
+) -> None:
+    front = await open_gateway()
+    rules = [
+        Rule(models=[BIG], name="code", words=["SQL"]),
+        Rule(models=[BIG], name="long", min_prompt_tokens=20),
+        Rule(models=[BIG, SMALL], name="rest", choose="cheapest"),
+    ]
+    terms = {BIG: Terms(price=Price(input=5, output=10)), SMALL: Terms(price=Price(input=1, output=2))}
+    await state(redis_url, Routing(routes={"auto": Route(rules=rules)}, models=terms), front)
+    await ready(front, BIG, SMALL)
+    for content, model, rule, why in (
+        ("write SQL", BIG, "code", "first"), ("x" * 20, BIG, "long", "first"), ("x" * 19, SMALL, "rest", "cheapest"),
+    ):  # fmt: skip
+        status, answer, headers = await ask(front, "auto", content=content)
+        assert (status, answer["model"]) == (200, model)
+        assert headers["X-Headrace-Route"] == f"model={model}; asked=auto; rule={rule}; why={why}"
+    text = (await front.ask("GET", "/metrics"))[1].decode()
+    assert f'headrace_routed_requests_total{{asked="auto",model="{SMALL}",rule="rest",tenant="default"}} 1.0' in text
+    tokens = 19, 3
+    cost = (tokens[0] * 1 + tokens[1] * 2) / 1e6
+    assert f'headrace_cost_total{{model="{SMALL}",rule="rest",tenant="default"}} {cost}' in text
+
+
+async def test_a_candidate_that_is_full_or_down_is_passed_over(
+    redis_url: str, two: dict[str, Backend], open_gateway: Open
+) -> None:
+    front = await open_gateway()
+    rule = Rule(models=[SMALL], fallbacks=[BIG], max_waiting=10)
+    table = Routing(routes={"auto": Route(rules=[rule])}, models={SMALL: Terms(max_waiting_requests=2)})
+    await state(redis_url, table, front)
+    await ready(front, BIG, SMALL)
+    small = two[SMALL]
+    await small.bus.write_depth(small.epoch, {"requests": 2, "tokens": 5, "rate": 1.0})
+    status, answer, headers = await ask(front, "auto")  # refused by accept: the next one is asked
+    assert (status, answer["model"], headers["X-Headrace-Route"]) == (
+        200, BIG, f"model={BIG}; asked=auto; rule=rule-1; why=fallback",
+    )  # fmt: skip
+    assert (await ask(front, SMALL))[0] == 429  # by its own name it is itself
+    await small.bus.write_depth(small.epoch, {"requests": 11, "tokens": 5, "rate": 1.0})
+    await eventually(lambda: front.gateway.models._open[SMALL].waiting_requests == 11)
+    assert "why=fallback (org/small passed over)" in (await ask(front, "auto"))[2]["X-Headrace-Route"]
+    small.worker_lives = False
+    await small.bus.heartbeat("w0", small.gen, state="draining")
+    await eventually(lambda: not front.gateway.models._open[SMALL].ready)
+    assert (await ask(front, "auto"))[1]["model"] == BIG
+
+
+async def test_rights_and_budgets(redis_url: str, two: dict[str, Backend], open_gateway: Open, tmp_path: Path) -> None:
+    keys = [{"sha256": hashlib.sha256(name.encode()).hexdigest(), "tenant": name} for name in ("gold", "plain")]
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    front = await open_gateway(api_keys_file=str(tmp_path / "keys.json"))
+    gold, plain = ({"Authorization": f"Bearer {name}"} for name in ("gold", "plain"))
+    terms = {BIG: Terms(tenants=["gold"], price=Price(output=1e6)), SMALL: Terms(price=Price(output=0.0))}
+    table = Routing(
+        aliases={"best": {BIG: 1}},
+        models=terms,
+        tenants={"gold": Tenant(budget=5.0), "plain": Tenant(budget=0.0, over_budget=SMALL)},
+    )
+    await state(redis_url, table, front)
+    assert (await ask(front, BIG, headers=gold))[0] == 200
+    await two[SMALL].bus.withdraw_card()
+    await front.gateway.models.refresh()
+    for headers, expected in ((gold, 402), (plain, 404)):  # without a name the only model is meant: the same terms hold
+        await state(redis_url, Routing(models=terms, tenants={"gold": Tenant(budget=0.0)}), front)
+        status, _, _ = await front.post("/v1/completions", {"prompt": "hi"}, headers=headers)
+        assert status == expected
+    await two[SMALL].bus.publish_card(two[SMALL].card, None)
+    await front.gateway.models.refresh()
+    for name in (BIG, "best"):
+        await state(redis_url, Routing(aliases=table.aliases, models=terms), front)
+        status, body, _ = await ask(front, name, headers=plain)
+        assert (status, body["error"]["code"]) == (404, "model_not_found")
+    _, listed, _ = await front.ask("GET", "/v1/models", headers=plain)
+    assert [model["id"] for model in listed["data"]] == [SMALL, "best"]
+
+    await state(redis_url, table, front)
+    status, answer, headers = await ask(front, "best", headers=plain)  # what it may not use is not needed
+    assert (status, answer["model"]) == (200, SMALL)
+    assert headers["X-Headrace-Route"] == f"model={SMALL}; asked={SMALL}; why=over budget"
+    day = day_of(time.time())
+    for number, (spent, expected) in enumerate(((4, 200), (1, 402)), 1):  # a million a million output tokens: one each
+        await two[BIG].bus.count_used(two[BIG].epoch, number, day, {"gold": (0, spent)})
+        front.gateway.money._read_at = float("-inf")
+        status, body, _ = await ask(front, BIG, headers=gold)
+        assert status == expected, body
+    assert (body["error"]["type"], body["error"]["code"]) == ("insufficient_quota", "budget_exhausted")
+
+
+# ------------------------------------------------------------------ upstreams
+
+
+@pytest.fixture
+async def far(redis_url: str, raw: Any, open_gateway: Open) -> AsyncIterator[tuple[Front, Backend]]:
+    """Another service over a database of its own: what OpenAI-compatible servers are."""
+    url = f"{redis_url}?db=1" if redis_url.startswith("unix") else f"{redis_url.rpartition('/')[0]}/1"
+    async with Backend(url, "far/model") as backend:
+        yield await open_gateway(redis_url=url), backend
+
+
+async def test_an_upstream_is_streamed_through_and_its_tokens_are_counted(
+    redis_url: str, two: dict[str, Backend], far: tuple[Front, Backend], open_gateway: Open, raw: Any
+) -> None:
+    front = await open_gateway()
+    cloud = Upstream(url=far[0].url + "/v1", model="far/model", price=Price(input=1e6, output=1e6))
+    rule = Rule(models=["cloud"], name="out", fallbacks=[SMALL])
+    await state(redis_url, Routing(routes={"auto": Route(rules=[rule])}, upstreams={"cloud": cloud}), front)
+    status, answer, headers = await ask(front, "auto")
+    assert (status, answer["model"], answer["usage"]["completion_tokens"]) == (200, "cloud", 3)
+    assert headers["X-Headrace-Route"] == "model=cloud; asked=auto; rule=out; why=first"
+    url = front.url + "/v1/chat/completions"
+    body = {"model": "auto", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream": True}
+    async with front.session.post(url, json=body) as reply:
+        events = split_events(await reply.read())
+    assert events[-1] == b"data: [DONE]\n\n"
+    chunks = [payload(event) for event in events[:-1]]
+    assert all(chunk["choices"] and chunk["model"] == "cloud" and "usage" not in chunk for chunk in chunks)
+    whole = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert whole == answer["choices"][0]["message"]["content"]
+    async with front.session.post(url, json=body | {"stream_options": {"include_usage": True}}) as reply:
+        assert payload(split_events(await reply.read())[-2])["usage"]["completion_tokens"] == 3
+    used = await front.gateway.money._store.used_upstream(day_of(time.time()))
+    assert used == {("default", "cloud"): (6, 9)}
+    status, body, _ = await ask(front, "auto", background=True)  # needs a journal: ours
+    assert (status, body.get("model")) == (200, SMALL), body
+    status, body, _ = await ask(front, "cloud", temperature=9)
+    assert (status, body["error"]["code"]) == (400, "upstream_refused")
+
+
+async def test_an_upstream_that_is_down_or_leads_back_is_not_the_end(
+    redis_url: str, two: dict[str, Backend], open_gateway: Open
+) -> None:
+    front = await open_gateway()
+    table = Routing(
+        routes={"auto": Route(rules=[Rule(models=["gone"], fallbacks=[SMALL])]),
+                "round": Route(rules=[Rule(models=["mirror"])])},
+        upstreams={"gone": Upstream(url="http://127.0.0.1:9/v1"),
+                   "mirror": Upstream(url=front.url + "/v1", model="round")},
+    )  # fmt: skip
+    await state(redis_url, table, front)
+    await ready(front, SMALL)
+    status, answer, headers = await ask(front, "auto")
+    assert (status, answer["model"]) == (200, SMALL)
+    assert "why=fallback" in headers["X-Headrace-Route"]
+    status, body, _ = await ask(front, "gone")
+    assert (status, body["error"]["code"]) == (503, "upstream_unavailable")
+    status, body, _ = await asyncio.wait_for(ask(front, "round"), 30)
+    assert (status, body["error"]["code"]) == (503, "upstream_unavailable")  # its 508 is told as what it is to us
