@@ -14,8 +14,11 @@ local function end_running(tenant, rid)
   if redis.call('EXISTS', set) == 0 then redis.call('SREM', P .. 'tenants', tenant) end
 end
 
--- A request that joined another (join.lua) goes on by itself: the scheduler takes it up.
-local function set_free(rid, record)
+-- A request that joined another (join.lua) goes on by itself: the scheduler takes it up. What its journal has was made
+-- by the other's model.
+local function set_free(rid, record, maker)
+  local fingerprint = redis.call('HGET', P .. 'r:' .. maker, 'fingerprint')
+  if fingerprint then redis.call('HSET', record, 'fingerprint', fingerprint) end
   redis.call('HDEL', record, 'joins')
   redis.call('XADD', P .. 'events', '*', 'k', 'j', 'r', rid)
 end
@@ -38,7 +41,7 @@ local function hand_flight_over(rid, flight, followers)
   if heir then
     redis.call('HSET', P .. 'r:' .. heir, 'flight', flight, 'followers', table.concat(rest, ' '))
     redis.call('HSET', P .. 'flights', flight, heir)
-    set_free(heir, P .. 'r:' .. heir)
+    set_free(heir, P .. 'r:' .. heir, rid)
   elseif redis.call('HGET', P .. 'flights', flight) == rid then
     redis.call('HDEL', P .. 'flights', flight)
   end
@@ -93,7 +96,7 @@ local function feed_one(i, rid)
   local record, journal = P .. 'r:' .. rid, P .. 'j:' .. rid .. ':' .. choice
   local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'joins', 'id')
   if not v[1] or v[3] or v[4] ~= ARGV[i] then return end
-  if v[2] or redis.call('STRLEN', journal) ~= cursor then return set_free(rid, record) end
+  if v[2] or redis.call('STRLEN', journal) ~= cursor then return set_free(rid, record, ARGV[i]) end
   redis.call('APPEND', journal, frames)
   local head = '\149' .. cmsgpack.pack(rid) .. string.sub(ARGV[i + 6], 2 + #cmsgpack.pack(ARGV[i]))
   local tail = (v[5] and v[5] ~= '') and cmsgpack.pack(v[5]) or '\192'

@@ -46,7 +46,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "lockstep": (
         "_rows",
-        "if v[2] or redis.call('STRLEN', journal) ~= cursor then return set_free(rid, record) end",
+        "if v[2] or redis.call('STRLEN', journal) ~= cursor then return set_free(rid, record, ARGV[i]) end",
         "",
     ),
     "placement": ("_rows", "if not ours then return 's' end", ""),
