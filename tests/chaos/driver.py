@@ -208,7 +208,7 @@ class Chaos:
     async def _flood(self) -> None:
         """Texts of a megabyte for a while; what was pushed is refused in the time after, beside the next faults."""
         await self.flood.run()
-        self.draining.append(asyncio.create_task(self.flood.drained(JUDGED_WITHIN_S / 2)))
+        self.draining.append(asyncio.create_task(self.flood.drained(JUDGED_WITHIN_S * 2 / 3)))
 
     async def _restart_redis(self) -> None:
         assert self.server is not None

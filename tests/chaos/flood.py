@@ -20,7 +20,7 @@ from protocol.errors import Unavailable
 from tests.bus import Bus
 from tests.chaos.history import History
 
-TEXT_BYTES = 1_000_000
+TEXT = "x    " * 200_000  # a megabyte
 CODE = "context_length_exceeded"
 RESULTS = "flood"
 LATE = (408, 429, 500, 502, 503, 504)  # what a gateway may answer while something is down
@@ -87,7 +87,7 @@ class Flood:
             await asyncio.gather(*(self._ask(session, number, until) for number in range(self.at_once // 2)))
 
     async def _ask(self, session: aiohttp.ClientSession, number: int, until: float) -> None:
-        body = json.dumps({"model": self.model, "prompt": f"{number:<16}" + "x " * (TEXT_BYTES // 2), "max_tokens": 1})
+        body = json.dumps({"model": self.model, "prompt": f"{number:<16}" + TEXT, "max_tokens": 1})
         headers = {"Content-Type": "application/json"}
         turn = number
         while time.monotonic() < until:
@@ -109,7 +109,7 @@ class Flood:
     async def _push(self, until: float) -> None:
         while self.waiting < self.at_once // 2 and time.monotonic() < until:
             name = f"flood-{secrets.token_hex(8)}"
-            job = {"v": 1, "id": name, "tenant": "flooder", "prompt": name + " x" * (TEXT_BYTES // 2),
+            job = {"v": 1, "id": name, "tenant": "flooder", "prompt": name + TEXT,
                    "sampling": {"max_tokens": 1}, "results": RESULTS}  # fmt: skip
             try:
                 await self.bus.push(json.dumps(job).encode())
