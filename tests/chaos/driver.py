@@ -71,6 +71,7 @@ class Chaos:
     args: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     structured: float = 0.3  # share of the requests that ask for a structure
+    texts: int = 64  # on their way at once in a flood
     faults: list[Fault] = field(default_factory=list)
     history: History = field(default_factory=History)
     ranks: set[int] = field(default_factory=set)  # pids of engine processes that were seen
@@ -98,7 +99,7 @@ class Chaos:
             await bus.connect()
             urls = [f"http://127.0.0.1:{self.stack.port + i}" for i in range(2)]
             self.load = Load(urls, MODEL, self.history, random.Random(self.seed + 1), bus, structured=self.structured)
-            self.flood = Flood(urls, MODEL, bus, self.history)
+            self.flood = Flood(urls, MODEL, bus, self.history, at_once=self.texts)
             loading = asyncio.create_task(self.load.run(streams=8, detached=2, wholes=2, producers=2))
             watching = asyncio.create_task(self._watch_epoch(bus))
             if rolling:
@@ -208,7 +209,7 @@ class Chaos:
     async def _flood(self) -> None:
         """Texts of a megabyte for a while; what was pushed is refused in the time after, beside the next faults."""
         await self.flood.run()
-        self.draining.append(asyncio.create_task(self.flood.drained(JUDGED_WITHIN_S * 2 / 3)))
+        self.draining.append(asyncio.create_task(self.flood.drained()))
 
     async def _restart_redis(self) -> None:
         assert self.server is not None
@@ -354,11 +355,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--kinds", nargs="*", help="only these kinds of fault")
     parser.add_argument("--structured", type=float, default=0.3, help="share of the requests that keep a JSON schema")
+    parser.add_argument("--texts", type=int, default=64, help="texts of a megabyte in a flood (default: %(default)s)")
     parser.add_argument("serve", nargs="*", help="further options of serve, after --")
     options = parser.parse_args()
     print(f"seed {options.seed}")
     with tempfile.TemporaryDirectory(prefix="headrace-chaos-") as folder:
-        chaos = Chaos(Path(folder), options.seed, tuple(options.serve), structured=options.structured)
+        chaos = Chaos(
+            Path(folder), options.seed, tuple(options.serve), structured=options.structured, texts=options.texts
+        )
         asyncio.run(chaos.run(options.minutes * 60, options.every, options.kinds))
     print(chaos.report())
     return 1 if chaos.history.violations else 0
