@@ -77,7 +77,8 @@ class Ask:
     def headers(self) -> dict[str, str]:
         said = self.follower.tally.cache if self.follower is not None else ""
         cached = {"X-Headrace-Cache": said} if said else {}
-        return {"X-Request-Id": self.rid, **self.rates, **cached, **(self.step.header if self.step is not None else {})}
+        rid = {"X-Request-Id": self.rid} if self.rid else {}
+        return {**rid, **self.rates, **cached, **(self.step.header if self.step is not None else {})}
 
 
 class Draining(Unavailable):
@@ -162,7 +163,7 @@ class Answers:
         ask.rid = accepted.rid
         ask.trace.accepted(began)
         log.debug("request %s is %s", accepted.rid, "joined" if accepted.joined else "accepted")
-        ask.rates = rate_headers(ask.caller.limits, accepted)
+        ask.rates = rate_headers(ask.caller.limits, accepted.left)
         follower.accepted = True
         if accepted.joined:
             ask.model.outlet.remove(follower)
@@ -256,6 +257,8 @@ class Answers:
         )
         if ask.view.kind == "generate":
             body = {"response": body["choices"][0]["text"]}
+        elif ask.view.kind == "tokens":
+            body = await _tokens(ask, body["choices"][0]["prompt_token_ids"])
         ask.status = 200
         return json_answer(body, headers=ask.headers)
 
@@ -328,9 +331,11 @@ class Answers:
             return answer
         except (RequestError, ServiceError) as error:
             ask.status = error.status
-            if isinstance(error, Overloaded) and not ask.rid and not ask.last:
-                raise  # nothing was accepted: another candidate may take it
-            return error_answer(error, ask.headers if ask.rid else None)
+            if isinstance(error, Overloaded):
+                if not ask.rid and not ask.last:
+                    raise  # nothing was accepted: another candidate may take it
+                ask.rates = rate_headers(ask.caller.limits, error.left) or ask.rates
+            return error_answer(error, ask.headers)
         except (asyncio.CancelledError, ConnectionError):
             ask.status = 499  # the client closed its connection
             raise
@@ -411,6 +416,14 @@ def _refusal(follower: Follower, ask: Ask) -> web.StreamResponse | None:
     if failure is None or (ask.stream and follower.tally.completion_tokens):
         return None
     return json_answer(failure, http_status(failure["error"]["code"]), ask.headers)
+
+
+async def _tokens(ask: Ask, ids: list[int]) -> dict[str, Any]:
+    """The answer to a request for the ids of its prompt."""
+    body: dict[str, Any] = {"count": len(ids), "max_model_len": ask.model.card.max_model_len, "tokens": ids}
+    if ask.view.strings:
+        body["token_strs"] = await ask.model.token_strings(ids)
+    return body
 
 
 async def _replay(chunks: Chunks, shown: EventId, ask: Ask) -> None:

@@ -17,7 +17,7 @@ from gateway.auth import Caller
 from gateway.edge import Routes, decode_body, json_answer, read_body
 from gateway.metrics import CONTENT_TYPE, exposition
 from gateway.models import Model, Models
-from gateway.openai import bodies
+from gateway.openai import bodies, tokens
 from gateway.openai.render import EventId, whole_answer
 from gateway.openai.view import View, rid_of
 from gateway.openapi import PAGE_HEADERS, Documents
@@ -25,7 +25,7 @@ from gateway.routing.router import Router, Step
 from gateway.routing.rules import asked
 from gateway.routing.upstream import UpstreamDown, Upstreams, check_hops
 from gateway.tracing import AnswerTrace
-from protocol.errors import Expired, InvalidRequest, NotFound, Overloaded
+from protocol.errors import Expired, InvalidRequest, NotFound, Overloaded, Unavailable
 from protocol.keys import NAME
 from protocol.messages import ID_BYTES, Job, ModelCard
 from protocol.records import RequestRecord
@@ -45,29 +45,16 @@ class GenerateBody(msgspec.Struct, forbid_unknown_fields=True):
     model: str | None = None
 
 
-class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
-    prompt: str | None = None
-    model: str | None = None
-    add_special_tokens: bool = True
-
-
-class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
-    tokens: list[int] | None = None
-    model: str | None = None
-
-
 BODIES: dict[str, type] = {
     "/v1/completions": bodies.CompletionBody,
     "/completions": bodies.CompletionBody,
     "/v1/chat/completions": bodies.ChatBody,
     "/chat/completions": bodies.ChatBody,
     "/generate": GenerateBody,
-    "/tokenize": TokenizeBody,
-    "/detokenize": DetokenizeBody,
+    "/tokenize": tokens.TokenizeBody,
+    "/detokenize": tokens.DetokenizeBody,
 }
 _generate = msgspec.json.Decoder(GenerateBody)
-_tokenize = msgspec.json.Decoder(TokenizeBody)
-_detokenize = msgspec.json.Decoder(DetokenizeBody)
 
 
 class Api:
@@ -109,6 +96,7 @@ class Api:
         routes.add("POST", "/generate", self.generate)
         routes.add("POST", "/tokenize", self.tokenize)
         routes.add("POST", "/detokenize", self.detokenize)
+        routes.add("GET", "/tokenizer_info", self.tokenizer_info)
         routes.add("GET", "/health", self.health)
         routes.add("GET", "/ready", self.ready)
         routes.add("GET", "/version", self.version)
@@ -292,15 +280,21 @@ class Api:
         return json_answer(_model_object((await self.models.get(name)).card))
 
     async def tokenize(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
-        body = decode_body(await read_body(request, self.body_timeout), _tokenize)
-        if body.prompt is None:
-            raise InvalidRequest("prompt is required", param="prompt")
+        """The ids of a text, or of a chat as /v1/chat/completions would begin it."""
+        body = decode_body(await read_body(request, self.body_timeout), tokens.tokenize_decoder)
+        tokens.check_tokenize(body)
         model = await self.router.own(body.model, caller)
-        count, ids = await model.tokenize(body.prompt, body.add_special_tokens)
-        return json_answer({"count": count, "max_model_len": model.card.max_model_len, "tokens": ids})
+        if body.prompt is None:
+            job = tokens.tokens_job(body, model.card, caller.tenant, int(time.time()))
+            return await self._answer(request, model, caller, job, stream=False, detached=False)
+        count, ids = await model.tokenize(body.prompt, body.add_special_tokens is not False)
+        answer = {"count": count, "max_model_len": model.card.max_model_len, "tokens": ids}
+        if body.return_token_strs:
+            answer["token_strs"] = await model.token_strings(msgspec.json.decode(ids, type=list[int]))
+        return json_answer(answer)
 
     async def detokenize(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
-        body = decode_body(await read_body(request, self.body_timeout), _detokenize)
+        body = decode_body(await read_body(request, self.body_timeout), tokens.detokenize_decoder)
         if body.tokens is None:
             raise InvalidRequest("tokens is required", param="tokens")
         if len(body.tokens) > MAX_DETOKENIZE:
@@ -309,6 +303,14 @@ class Api:
         if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < model.card.vocab_size):
             raise InvalidRequest(f"a token id must lie in [0, {model.card.vocab_size - 1}]", param="tokens")
         return json_answer({"prompt": await model.detokenize(body.tokens)})
+
+    async def tokenizer_info(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        """What the model's tokenizer_config.json says, its chat template too. ?model= where several are served."""
+        model = await self.router.own(request.query.get("model"), caller)
+        raw = await model.bus.read_tokenizer_info()
+        if raw is None:
+            raise Unavailable("the tokenizer of this model is not known here yet")
+        return json_answer(raw)
 
     # -------------------------------------------------------------- the service itself
 

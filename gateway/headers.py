@@ -10,9 +10,9 @@ from typing import Any
 
 from aiohttp import web
 
-from protocol.errors import RequestError, StartError
+from protocol.errors import RatesLeft, RequestError, StartError
 from protocol.messages import new_rid
-from protocol.records import Accepted, TenantLimits
+from protocol.records import TenantLimits
 
 _new_key: Any = getattr(web, "RequestKey", lambda name, _: name)  # aiohttp before 3.14 keys a request by strings
 ARRIVED = _new_key("headrace.arrived", float)
@@ -75,12 +75,12 @@ class Origins:
         return web.Response(status=204, headers=headers)
 
 
-def rate_headers(limits: TenantLimits, accepted: Accepted) -> dict[str, str]:
+def rate_headers(limits: TenantLimits, told: RatesLeft) -> dict[str, str]:
     """What is left of the caller's limits per minute, and in how many seconds all of it is back. OpenAI's names."""
     headers = {}
     for of, size, left in (
-        ("requests", limits.requests_per_minute, accepted.requests_left),
-        ("tokens", limits.tokens_per_minute, accepted.tokens_left),
+        ("requests", limits.requests_per_minute, told.requests),
+        ("tokens", limits.tokens_per_minute, told.tokens),
     ):
         if size is not None and left is not None:
             headers[f"x-ratelimit-limit-{of}"] = str(size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -121,6 +122,10 @@ class Model:
     async def tokenize(self, text: str, special: bool) -> tuple[int, msgspec.Raw]:
         """How many ids, and the ids as a JSON array."""
         return await (await self.tokenizer()).encode(text, special)
+
+    async def token_strings(self, ids: Sequence[int]) -> msgspec.Raw:
+        """A JSON array: each token as the vocabulary has it."""
+        return await (await self.tokenizer()).strings(ids)
 
     async def detokenize(self, ids: list[int], skip_special: bool = False) -> str:
         return await (await self.tokenizer()).decode(ids, skip_special)

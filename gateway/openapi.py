@@ -26,6 +26,15 @@ ERROR = {
         }
     },
 }
+# Fields that a body cannot do without, by the name of its struct; of several lists, one is enough. The structs leave
+# them open, so that what is missing is refused by a sentence of its own.
+NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "ChatBody": (("messages",),),
+    "CompletionBody": (("prompt",),),
+    "DetokenizeBody": (("tokens",),),
+    "GenerateBody": (("prompt",),),
+    "TokenizeBody": (("prompt",), ("messages",)),
+}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Headrace API</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
@@ -44,6 +53,8 @@ def description(routes: Routes, bodies: dict[str, type], version: str) -> dict[s
     _, schemas = msgspec.json.schema_components(
         sorted(set(bodies.values()), key=lambda body: body.__name__), ref_template="#/components/schemas/{name}"
     )
+    for name, lists in NEEDED.items():
+        _need(schemas[name], lists)
     paths: dict[str, dict[str, Any]] = {}
     for path, methods in sorted({**routes.exact, **routes.prefixes}.items()):
         shown = path + "{id}" if path.endswith("/") else path
@@ -57,6 +68,19 @@ def description(routes: Routes, bodies: dict[str, type], version: str) -> dict[s
         "paths": paths,
         "components": {"schemas": {**schemas, "Error": ERROR}},
     }
+
+
+def _need(schema: dict[str, Any], lists: tuple[tuple[str, ...], ...]) -> None:
+    """Say in ``schema`` that the fields of one of ``lists`` are there, and not null."""
+    if len(lists) == 1:
+        schema["required"] = list(lists[0])
+        for name in lists[0]:
+            field = schema["properties"][name]
+            del field["default"]
+            field["anyOf"] = [kind for kind in field["anyOf"] if kind != {"type": "null"}]
+        return
+    given = {"not": {"type": "null"}}
+    schema["anyOf"] = [{"required": list(names), "properties": dict.fromkeys(names, given)} for names in lists]
 
 
 def _operation(method: str, path: str, told: str | None, body: type | None) -> dict[str, Any]:

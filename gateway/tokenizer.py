@@ -7,6 +7,7 @@ import asyncio
 import heapq
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -85,6 +86,12 @@ class TokenizerProcess:
         packed = pack_ids(ids)
         (text,) = await self._ask(("decode", packed, skip_special), len(packed))
         return str(text)
+
+    async def strings(self, ids: Sequence[int]) -> msgspec.Raw:
+        """A JSON array of texts: each token as the vocabulary has it."""
+        packed = pack_ids(ids)
+        (texts,) = await self._ask(("strings", packed, False), len(packed))
+        return msgspec.Raw(texts)
 
     async def _ask(self, question: Message, size: int) -> list[Any]:
         await self._turns.take(size)

@@ -31,14 +31,18 @@ def load(arguments: Message, tell: Tell) -> Answer:
 
 
 def answer(tokenizer: Tokenizer, question: Message) -> Message:
-    """``("encode", text, add special tokens)`` -> ``("ids", count, JSON array)``; ``("decode", int32 bytes, skip
-    special tokens)`` -> ``("text", text)``; or ``("refused", message)``."""
+    """``("encode", text, add special tokens)`` -> ``("ids", count, JSON array)``;
+    ``("decode", int32 bytes, skip special tokens)`` -> ``("text", text)``;
+    ``("strings", int32 bytes, False)`` -> ``("strings", JSON array)``; or ``("refused", message)``."""
     what, given, flag = question
     try:
         if what == "encode":
             (encoded,) = tokenizer.encode_batch_fast([given], add_special_tokens=flag)
             ids = encoded.ids
             told: Message = ("ids", len(ids), msgspec.json.encode(ids))
+        elif what == "strings":
+            texts = [tokenizer.id_to_token(token_id) or "" for token_id in unpack_ids(given)]
+            told = ("strings", msgspec.json.encode(texts))
         else:
             told = ("text", tokenizer.decode(list(unpack_ids(given)), skip_special_tokens=flag))
     except MemoryError:

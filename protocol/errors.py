@@ -29,7 +29,7 @@ Messages name the field and the limit and never echo a prompt, a token or a key.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 EX_CONFIG = 78  # sysexits.h: exit code of a process that failed with StartError; it is not started again
 
@@ -113,8 +113,22 @@ class ServiceError(HeadraceError):
         self.wire_code = type(self).code
 
 
+class RatesLeft(NamedTuple):
+    """What is left of a tenant's limits per minute; None: it has no such limit."""
+
+    requests: float | None = None
+    tokens: float | None = None
+
+
+NO_RATES = RatesLeft()
+
+
 class Overloaded(ServiceError):
     status, code, type = 429, "overloaded", "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after: float | None = None, left: RatesLeft = NO_RATES) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.left = left
 
 
 class EngineFailed(ServiceError):

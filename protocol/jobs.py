@@ -60,6 +60,8 @@ def decode_job(payload: bytes) -> Job:
         raise InvalidRequest("unknown parameter: format", param="format")  # for gateways alone
     if job.default_max_tokens is not None:
         raise InvalidRequest("unknown parameter: default_max_tokens", param="default_max_tokens")
+    if job.tokenize:
+        raise InvalidRequest("unknown parameter: tokenize", param="tokenize")  # the same
     if job.sampling.content is not None:
         raise InvalidRequest("unknown parameter: content", param="content")  # for schedulers alone
     check_job(job)
@@ -117,6 +119,10 @@ def check_job(job: Job, *, vocab_size: int | None = None) -> None:
         normal_messages(job.messages)
     else:
         _check_prompt(job.prompt, vocab_size)
+    if job.suffix is not None:
+        if not all(isinstance(prompt, str) for prompt in job.prompts()) or job.messages is not None:
+            raise InvalidRequest("suffix needs a prompt that is a text", param="suffix")
+        check_text(job.suffix, "suffix")
     if job.choices > MAX_REQUEST_CHOICES:
         raise InvalidRequest(f"prompts times n must not exceed {MAX_REQUEST_CHOICES}", param="n")
     if job.chat_template_kwargs is not None:

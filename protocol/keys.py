@@ -42,6 +42,7 @@ class Keys:
         self.dead = prefix + "dead"  # stream: dead letters
         self.tenants = prefix + "tenants"  # set: tenants that have unfinished requests
         self.tokenizer = prefix + "tokenizer"  # string: tokenizer.json, for /tokenize
+        self.tokenizer_info = prefix + "tokenizer_info"  # string: JSON, for /tokenizer_info
 
     def answer(self, key: str) -> str:
         """Hash: the journals of one cached answer."""

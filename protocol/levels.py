@@ -14,7 +14,7 @@ from protocol.sampling import SamplingParams
 
 LEVEL = 3
 # What each adds: 1 structure, tools, formats of calls and thoughts, more than four stops; 2 default length;
-# 3 traceparent, cache of answers
+# 3 traceparent, cache of answers, suffix, tokenize
 STOPS_BEFORE = 4
 
 
@@ -26,7 +26,7 @@ def sampling_level(params: SamplingParams) -> int:
 
 def job_level(job: Job) -> int:
     """The least level of a scheduler that can read ``job``."""
-    if job.trace is not None or job.cache is not None:
+    if job.trace is not None or job.cache is not None or job.suffix is not None or job.tokenize:
         return 3
     if job.default_max_tokens is not None:
         return 2
@@ -34,11 +34,11 @@ def job_level(job: Job) -> int:
 
 
 def plainer(job: Job) -> Job:
-    """``job`` for an older scheduler: without the newest of what can be done without: its place in a trace and its wish
-    about a cache that is not there, a default length, or what only tells readers how to show an answer that needs no
-    telling."""
-    if job.trace is not None or job.cache is not None:
-        return msgspec.structs.replace(job, trace=None, cache=None)
+    """``job`` for an older scheduler: without the newest of what can be done without: its place in a trace, its wish
+    about a cache that is not there and ``tokenize`` (which saves the one token that such a job asks for), a default
+    length, or what only tells readers how to show an answer that needs no telling."""
+    if job.trace is not None or job.cache is not None or job.tokenize:
+        return msgspec.structs.replace(job, trace=None, cache=None, tokenize=False)
     if job.default_max_tokens is not None:
         return msgspec.structs.replace(job, default_max_tokens=None)
     return job if job.tools is not None else msgspec.structs.replace(job, format=None)

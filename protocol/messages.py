@@ -115,6 +115,8 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     cache: Literal["on", "refresh", "off"] | None = (
         None  # of answers: on: with a seed too; refresh: kept, not looked up
     )
+    suffix: str | None = None  # the text that follows what is to be generated (fill in the middle)
+    tokenize: bool = False  # ends at admission: only the prompt's ids are asked for
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list, one per prompt; [] for a chat."""
@@ -283,7 +285,10 @@ class Admitted(Struct, array_like=True):
 class Terminal(Struct, kw_only=True, omit_defaults=True):
     """The entry of a results stream (field ``result``): one per choice, a map.
 
-    ``text`` and ``completion_tokens`` are there, empty or not, wherever the request ran at all.
+    ``text`` and ``completion_tokens`` are there, empty or not, wherever the request ran at all. ``text`` is all that
+    was generated. Where the model's format of calls and thoughts is read (a chat with tools, or a model that thinks),
+    ``content``, ``reasoning_content`` and ``tool_calls`` tell what it holds, as over HTTP, and ``finish_reason`` may
+    be "tool_calls".
     """
 
     v: int = 1
@@ -296,6 +301,9 @@ class Terminal(Struct, kw_only=True, omit_defaults=True):
     completion_tokens: int | None = None
     cached_tokens: int = 0
     error: dict[str, Any] | None = None  # code, message, param
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None  # OpenAI's
 
 
 _frame_decoder = msgspec.msgpack.Decoder(Frame)

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from protocol.errors import StoreFailed
+from protocol.errors import NO_RATES, RatesLeft, StoreFailed
 from protocol.messages import Capacity, Hint, Job, Terminal, unpack_ids
 
 Reply = Any  # a decoded Redis reply: bytes, int, None, or a list of these
@@ -29,8 +29,7 @@ class Accepted:
     rid: str
     joined: bool  # an idempotency key named a request that exists already
     attached: int = 0  # the attach count to pass to a later cancel
-    requests_left: float | None = None  # of the tenant's this minute; None: it has no such limit
-    tokens_left: float | None = None
+    left: RatesLeft = NO_RATES
 
 
 @dataclass

@@ -22,11 +22,12 @@ INT64_MAX = 2**63 - 1
 
 class Content(msgspec.Struct, frozen=True, omit_defaults=True):
     """What tells plain content from thoughts and calls, in an answer that may hold either: stop strings are looked for
-    in content alone."""
+    in content alone, and a result tells the three apart."""
 
     format: FormatSpec
     functions: list[str]  # their calls are looked for
     thinking: bool  # the prompt has opened a thought
+    schemas: list[Any] = []  # of their arguments, where a result is asked for
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -56,7 +57,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     logprobs: int | None = None
     allowed_token_ids: list[int] | None = None  # no other id is drawn
     structure: Structure | None = None  # what the text must look like
-    content: Content | None = None  # where stop strings are looked for; not for requests to set
+    content: Content | None = None  # how an answer is read by the worker; not for requests to set
 
     @property
     def greedy(self) -> bool:

@@ -133,7 +133,7 @@ class Intake:
             return
         made = time.monotonic()
         seed, pinned = _seed(record.job), record.job.format
-        key = self._answers.key(record.job, record.tenant, prepared.prompts)
+        key = None if record.job.tokenize else self._answers.key(record.job, record.tenant, prepared.prompts)
         answer = await self._answers.find(record.job, key)
         verdict, _ = await self._bus.admit(
             self._epoch, entry.entry_id, rid=rid, prompts=prepared.prompts, seed=seed, producer_id=record.job.id,
@@ -143,7 +143,9 @@ class Intake:
         if verdict == "new":
             record.prompts, record.seed = prepared.prompts, seed
             self._traces.admitted(rid, record.job, record.tenant, record.created_ms, began, made)
-            if key is None or not await self._settled(record, key, answer):
+            if record.job.tokenize:
+                await self._bus.finish(self._epoch, [terminal_row(record, 0, b"", "stop")])
+            elif key is None or not await self._settled(record, key, answer):
                 self._admit(arrive(record, self._clock))
         elif verdict == "cancelled":
             marked = await self._bus.read_request(rid)

@@ -147,7 +147,8 @@ class Term:
             log.info("put %d entries of running requests right", changed)
 
     async def _publish_card(self) -> None:
-        await self._bus.publish_card(self._tokenizers.card(self._model), self._tokenizers.tokenizer_json)
+        known = self._tokenizers
+        await self._bus.publish_card(known.card(self._model), known.tokenizer_json, known.tokenizer_info)
 
     async def _recover(self, rid: str, *, unfed: bool = False) -> None:
         """Give the core a request that was admitted before, from its record and journals. Others are skipped; so are

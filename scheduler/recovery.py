@@ -14,6 +14,7 @@ import msgspec
 
 from protocol.bus import LeaderBus
 from protocol.errors import StoreFailed
+from protocol.formats.message import ParsedMessage, functions_of, parsed_message
 from protocol.formats.rules import sampling_of
 from protocol.messages import ID_BYTES, CommitRow, Frame, Terminal, decode_frames, encode, unpack_ids
 from protocol.records import RequestRecord
@@ -116,7 +117,11 @@ def terminal_row(
 def _terminal(
     record: RequestRecord, choice: int, frames: list[Frame], held: str, reason: str, error: dict[str, str | None] | None
 ) -> Terminal:
-    prompts = record.prompts
+    prompts, job, message = record.prompts, record.job, ParsedMessage()
+    if job.format is not None and prompts:
+        shown = [*((frame.token, frame.text) for frame in frames), (None, held)]
+        functions = functions_of(job.tools)
+        message = parsed_message(record.rid, choice, job.format, functions, record.thinking, shown)
     return Terminal(
         rid=record.rid,
         id=record.job.id,
@@ -127,4 +132,5 @@ def _terminal(
         completion_tokens=sum(f.token is not None for f in frames),
         cached_tokens=(frames[0].extra or {}).get("cached", 0) if frames else 0,
         error=error,
+        **message.fields,
     )

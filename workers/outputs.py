@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from protocol.formats.message import ParsedMessage, parsed_message
 from protocol.formats.parser import Parser
 from protocol.messages import (
     LANDED,
@@ -73,7 +74,7 @@ class Output:
 
     __slots__ = (
         "awaited", "count", "cursor", "dropped", "end_ids", "eos", "min_tokens", "new", "parser", "plain", "row",
-        "seat", "steady_until", "stops", "stream", "tail", "text",
+        "seat", "shown", "steady_until", "stops", "stream", "tail",
     )  # fmt: skip
 
     def __init__(self, new: NewSequence, vocabulary: Vocabulary | WindowVocabulary, eos: frozenset[int]) -> None:
@@ -97,8 +98,9 @@ class Output:
         self.awaited = structure.after if structure is not None else []  # ids that content begins after
         self.tail: list[int] = []  # the last ids while they are awaited
         self.stream: TextStream = vocabulary.stream(ids[: new.prompt_len], sampling.skip_special_tokens)
-        self.text: list[str] | None = [] if new.wants_result else None  # all of it, for the terminal entry
-        self.plain = self.stops is None and self.text is None and sampling.logprobs is None
+        # tokens and their texts, for the terminal entry
+        self.shown: list[tuple[int | None, str]] | None = [] if new.wants_result else None
+        self.plain = self.stops is None and self.shown is None and sampling.logprobs is None
         self.steady_until = sampling.max_tokens if sampling.max_tokens is not None else 2**63
         self.row: OutputRow | None = None  # gathers frames for the next commit
         self.dropped = False  # journal closed or no longer ours: nothing more of it is committed
@@ -120,8 +122,8 @@ class Output:
             text, found = self.stops.feed(text)
         elif self.stops is not None and self.stops.held:  # no stop string runs into a thought or a call
             text, self.stops.held = self.stops.held + text, ""
-        if self.text is not None and text:
-            self.text.append(text)
+        if self.shown is not None:
+            self.shown.append((token, text))
         return text, found
 
     def _in_content(self, parser: Parser, token: int, text: str) -> bool:
@@ -286,8 +288,8 @@ class Outputs:
 
     def _flush(self, output: Output) -> str:
         held = output.held
-        if output.text is not None:
-            output.text.append(held)
+        if output.shown is not None:
+            output.shown.append((None, held))
         return held
 
     def _end(self, output: Output, reason: str) -> None:
@@ -315,14 +317,8 @@ class Outputs:
         row = output.row
         assert row is not None
         row.finish = finish
-        if output.text is not None:
-            row.result = encode(
-                Terminal(
-                    rid=output.new.rid, id=output.new.id, choice=output.new.choice, finish_reason=finish,
-                    text="".join(output.text), prompt_tokens=output.new.prompt_len, completion_tokens=output.count,
-                    cached_tokens=output.new.cached_tokens, error=error,
-                )
-            )  # fmt: skip
+        if output.shown is not None:
+            row.result = encode(_terminal(output, output.shown, finish, error))
         self._empty(output)
 
     def _empty(self, output: Output) -> None:
@@ -341,6 +337,22 @@ class Outputs:
             "tok": token_bytes(token),
             "top": [[i, token_bytes(i), value] for i, value in top],
         }
+
+
+def _terminal(
+    output: Output, shown: list[tuple[int | None, str]], finish: str, error: dict[str, Any] | None
+) -> Terminal:
+    """The entry of the results stream: the text, and what its format tells of it."""
+    new, read = output.new, output.new.sampling.content
+    message = ParsedMessage()
+    if read is not None:
+        functions = dict(zip(read.functions, read.schemas or [None] * len(read.functions), strict=True))
+        message = parsed_message(new.rid, new.choice, read.format, functions, read.thinking, shown)
+    return Terminal(
+        rid=new.rid, id=new.id, choice=new.choice, finish_reason=message.finish(finish) or finish,
+        text="".join(text for _, text in shown), prompt_tokens=new.prompt_len, completion_tokens=output.count,
+        cached_tokens=new.cached_tokens, error=error, **message.fields,
+    )  # fmt: skip
 
 
 def _cached(output: Output) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class CompletionBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
-    suffix: Any = None
+    suffix: str | None = None  # what follows the text that is asked for
 
 
 class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
@@ -141,7 +141,6 @@ NO_OP: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True, False),  # text has none of its own between them
-    "suffix": ("",),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -170,13 +169,19 @@ def completion_job(body: CompletionBody, card: ModelCard, tenant: str, created: 
     prompt = _prompt(body.prompt, card)
     if body.add_special_tokens is False and not isinstance(prompt[0], int | list):
         raise _unsupported("add_special_tokens", ": send ids")
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise InvalidRequest("best_of is supported only where it equals n", param="best_of")
+    if body.best_of is not None and body.best_of != (n := body.n or 1):
+        if body.best_of < n:
+            raise InvalidRequest("best_of must not be below n", param="best_of")
+        raise _unsupported("best_of above n", ": every choice that is made is an answer", param="best_of")
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported", param="logprobs")
     sampling = _sampling(body, card, DEFAULT_MAX_TOKENS, body.logprobs, structure_of(body))
     job = _job(body, sampling, tenant)
     job.prompt = prompt
+    if body.suffix:
+        if not all(isinstance(one, str) for one in job.prompts()):
+            raise InvalidRequest("suffix needs a prompt that is a text", param="suffix")
+        job.suffix = body.suffix
     _check_size(job, card)
     job.view = View(
         kind="completion",
@@ -243,8 +248,8 @@ def _refuse_unsupported(body: GenerationBody) -> None:
         raise InvalidRequest("stream_options needs stream", param="stream_options")
 
 
-def _unsupported(name: str, instead: str = "") -> InvalidRequest:
-    return InvalidRequest(f"{name} is not supported{instead}", param=name, code="unsupported_parameter")
+def _unsupported(name: str, instead: str = "", param: str | None = None) -> InvalidRequest:
+    return InvalidRequest(f"{name} is not supported{instead}", param=param or name, code="unsupported_parameter")
 
 
 def _sampling(

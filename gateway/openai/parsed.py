@@ -6,19 +6,14 @@ can be taken up after any of them.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from gateway.edge import encode_json
 from gateway.openai.view import View
 from protocol.formats.events import Event
+from protocol.formats.message import call_id, functions_of, message_of
 from protocol.formats.parser import Parser
 from protocol.messages import Frame, Job
-
-
-def call_id(rid: str, choice: int, number: int) -> str:
-    """The id of a call: the same from whoever shows it."""
-    return "call_" + hashlib.blake2b(f"{rid} {choice} {number}".encode(), digest_size=12).hexdigest()
 
 
 class ParsedAnswer:
@@ -28,9 +23,7 @@ class ParsedAnswer:
         assert job.format is not None
         self.rid = rid
         self.shows_thoughts = view.thoughts
-        functions = {}
-        if view.calls:
-            functions = {one["function"]["name"]: one["function"].get("parameters") for one in job.tools or ()}
+        functions = functions_of(job.tools) if view.calls else {}
         self.parsers = [
             Parser(job.format, functions, thinking=thinking, eager=view.calls == "eager", single=view.single)
             for _ in range(choices)
@@ -74,25 +67,12 @@ class ParsedAnswer:
 
     def message(self, choice: int, frames: list[Frame]) -> dict[str, Any]:
         """The whole message of ``choice``."""
-        content: list[str] = []
-        reasoning: list[str] = []
-        calls: list[dict[str, Any]] = []
-        for frame in frames:
-            for event in self.events(choice, frame):
-                if event.kind == "content":
-                    content.append(event.text)
-                elif event.kind == "reasoning":
-                    reasoning.append(event.text)
-                elif event.kind == "call":
-                    function = {"name": event.text, "arguments": ""}
-                    made = call_id(self.rid, choice, event.number)
-                    calls.append({"id": made, "type": "function", "function": function})
-                elif event.kind == "arguments":
-                    calls[event.number]["function"]["arguments"] += event.text
-        text = "".join(content)
+        events = [event for frame in frames for event in self.events(choice, frame)]
+        found = message_of(self.rid, choice, events)
+        text, calls = found.content, found.calls
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
-        if reasoning and self.shows_thoughts:
-            message["reasoning_content"] = message["reasoning"] = "".join(reasoning)
+        if found.reasoning and self.shows_thoughts:
+            message["reasoning_content"] = message["reasoning"] = found.reasoning
         if calls:
             message["tool_calls"] = calls
         return message

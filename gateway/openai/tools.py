@@ -81,6 +81,16 @@ def tool_use(
     )
 
 
+def tools_in_use(
+    tools: list[dict[str, Any]] | None, choice: Any, card: ModelCard, structure: Structure | None = None
+) -> ToolUse:
+    """``tool_use`` for tools as maps. InvalidRequest names the field."""
+    try:
+        return tool_use(msgspec.convert(tools, list[Tool] | None), choice, None, card, structure)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"tools: {error}", param="tools") from None
+
+
 def _ruled(
     spec: FormatSpec, functions: list[dict[str, Any]], required: bool, single: bool, structure: Structure | None
 ) -> Structure | None:

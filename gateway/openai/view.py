@@ -11,7 +11,7 @@ from protocol.records import RequestRecord
 
 
 class View(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    kind: Literal["completion", "chat", "generate"] = "completion"
+    kind: Literal["completion", "chat", "generate", "tokens"] = "completion"
     created: int = 0  # Unix seconds, at the first gateway
     usage: bool = False  # a stream ends with a usage chunk
     usage_so_far: bool = False  # every chunk tells it
@@ -19,6 +19,7 @@ class View(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     echo: bool = False  # the prompt comes before its completion
     logprobs: int | None = None  # None: not shown
     ids: bool = False  # token ids are shown
+    strings: bool = False  # and their tokens, as the vocabulary has them
     grace_s: float = 0.0  # how long the request continues without a reader
     detached: bool = False  # it continues without one until it ends
     calls: Literal["", "whole", "eager"] = ""  # calls of the job's tools are looked for, shown whole or as they come
@@ -43,6 +44,7 @@ class View(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
             created=record.created_ms // 1000,
             logprobs=job.sampling.logprobs,
             detached=True,
+            calls="whole" if job.format is not None and job.tools else "",
         )
 
     def public_id(self, rid: str) -> str:

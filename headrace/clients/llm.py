@@ -82,19 +82,34 @@ class LLM:
         return self._run([{"prompt": _prompt(p)} for p in many], sampling_params, sampling)
 
     def chat(
-        self, messages: Messages | Sequence[Messages], sampling_params: Sampling = None, **sampling: Any
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: Sampling = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        tool_choice: Any = None,
+        **sampling: Any,
     ) -> list[Result]:
-        """The next message of each conversation. A conversation is a list of messages as OpenAI's; one or several."""
+        """The next message of each conversation. A conversation is a list of messages as OpenAI's; one or several.
+        ``tools`` and ``tool_choice`` are OpenAI's: what is called is in ``outputs[0].tool_calls``."""
         many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self._run([{"messages": m} for m in many], sampling_params, sampling)
+        return self._run([{"messages": m} for m in many], sampling_params, sampling, tools, tool_choice)
 
-    def _run(self, contents: list[dict[str, Any]], sampling_params: Sampling, fields: dict[str, Any]) -> list[Result]:
+    def _run(
+        self,
+        contents: list[dict[str, Any]],
+        sampling_params: Sampling,
+        fields: dict[str, Any],
+        tools: list[dict[str, Any]] | None = None,
+        tool_choice: Any = None,
+    ) -> list[Result]:
         whole = sampling_params is None or isinstance(sampling_params, SamplingParams)
         each: Sequence[Any] = [sampling_params] * len(contents) if whole else sampling_params  # type: ignore[assignment]
         if len(each) != len(contents):
             raise InvalidRequest(f"{len(each)} sampling_params for {len(contents)} prompts", param="sampling_params")
         client = self._client.on_loop
         jobs = [client.job(params, fields, **content) for content, params in zip(contents, each, strict=True)]
+        jobs = [client.with_tools(job, tools, tool_choice) for job in jobs]
         return self._client.run(run_all(client, jobs, self._window))
 
 

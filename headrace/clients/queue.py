@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.openai.tools import tools_in_use
 from protocol.bus import GatewayBus
 from protocol.errors import (
     EngineFailed,
@@ -34,6 +35,7 @@ from protocol.errors import (
     ServiceError,
     http_status,
 )
+from protocol.formats.message import functions_of, parsed_message
 from protocol.messages import (
     DEFAULT_TENANT,
     Frame,
@@ -45,6 +47,7 @@ from protocol.messages import (
     new_rid,
     unpack_ids,
 )
+from protocol.records import RequestRecord
 from protocol.sampling import SamplingParams
 
 CHECK_S = 1.0  # a silent stream is compared with its journal this often
@@ -65,13 +68,21 @@ class Piece:
 
 @dataclass
 class Choice:
-    """One ended sequence. ``index`` counts the choices of its request from 0."""
+    """One ended sequence. ``index`` counts the choices of its request from 0.
+
+    ``text`` is all that was generated. ``content``, ``reasoning_content`` and ``tool_calls`` (OpenAI's) are what it
+    holds, read in the model's own format: None but for a chat with tools or of a model that thinks. A turn of calls
+    has the finish reason "tool_calls".
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     error: HeadraceError | None = None
     index: int = 0
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +171,8 @@ class AsyncClient:
         prompt: str | list[int] | None = None,
         *,
         messages: list[dict[str, Any]] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        tool_choice: Any = None,
         id: str | None = None,
         priority: Priority = "standard",
         timeout_s: float | None = None,
@@ -168,15 +181,14 @@ class AsyncClient:
         **sampling: Any,
     ) -> str:
         """Make a request durable; returns its request id. Sampling is given whole, or by field (``max_tokens=64``);
-        ``structure`` may be a dict of the fields of Structure.
+        ``structure`` may be a dict of the fields of Structure. ``tools`` and ``tool_choice`` are OpenAI's.
 
         ``id`` makes it idempotent: the same id and content again give the same request, never a second run.
         Raises InvalidRequest, Conflict (same id, other content), Overloaded, Unavailable.
         """
         content = {"prompt": prompt, "messages": messages, "id": id, "results": results}
-        return await self.submit_job(
-            self.job(sampling_params, sampling, **content, priority=priority, timeout_s=timeout_s)
-        )
+        job = self.job(sampling_params, sampling, **content, priority=priority, timeout_s=timeout_s)
+        return await self.submit_job(self.with_tools(job, tools, tool_choice))
 
     def job(self, sampling_params: SamplingParams | None, sampling: dict[str, Any], **fields: Any) -> Job:
         """A Job of these fields. Where sampling is not given whole, the model's defaults are for what is not named."""
@@ -184,6 +196,24 @@ class AsyncClient:
         params = sampling_of(sampling_params, {**(card.defaults if card is not None else {}), **sampling})
         most = card.default_max_tokens(params) if card is not None else None
         return Job(sampling=params, tenant=self.tenant, default_max_tokens=most, **fields)
+
+    def with_tools(self, job: Job, tools: list[dict[str, Any]] | None = None, tool_choice: Any = None) -> Job:
+        """``job``, a chat's, with the tools that it may or must call, and the format that its answer is read by.
+        InvalidRequest names the field."""
+        if job.messages is None:
+            if tools:
+                raise InvalidRequest("tools needs messages", param="tools")
+            return job
+        card = self._card
+        if card is None:
+            return job
+        use = tools_in_use(tools, tool_choice, card, job.sampling.structure)
+        sampling = msgspec.structs.replace(
+            job.sampling, structure=use.structure, stop_token_ids=[*job.sampling.stop_token_ids, *use.ends]
+        )
+        spec = card.format
+        pinned = spec if spec is not None and (use.functions or spec.always) else None
+        return msgspec.structs.replace(job, tools=use.tools, sampling=sampling, format=pinned)
 
     async def submit_job(self, job: Job) -> str:
         """``submit`` for a whole Job. Its rows come to this client, whatever its reply_to."""
@@ -213,15 +243,20 @@ class AsyncClient:
     async def result(self, request_id: str) -> Result:
         """Wait for the end; returns all choices. An error is in its choice, not raised."""
         choices: dict[int, Choice] = {}
+        shown: dict[int, list[tuple[int | None, str]]] = {}
         async for piece in self.stream(request_id):
             choice = choices.setdefault(piece.choice, Choice(index=piece.choice))
             choice.text += piece.text
+            shown.setdefault(piece.choice, []).append((piece.token_id, piece.text))
             if piece.token_id is not None:
                 choice.token_ids.append(piece.token_id)
             choice.finish_reason, choice.error = piece.finish_reason, piece.error
         record = await self._open_bus.read_request(request_id)
         ids = list(unpack_ids(record.prompts[0])) if record and record.prompts else None
         prompt = record.job.prompt if record and isinstance(record.job.prompt, str) else None
+        if record is not None:
+            for index, choice in choices.items():
+                _read(choice, record, shown[index])
         return Result(request_id, [choices[i] for i in sorted(choices)], prompt, ids)
 
     async def cancel(self, request_id: str) -> bool:
@@ -296,6 +331,17 @@ class AsyncClient:
         if not found and row is None and await self._open_bus.read_request(rid) is None:
             raise Expired("the request has ended and its journal is gone", param="id")
         return found
+
+
+def _read(choice: Choice, record: RequestRecord, shown: list[tuple[int | None, str]]) -> None:
+    """Tell what the text of ``choice`` holds, where it has a format."""
+    job = record.job
+    if job.format is None:
+        return
+    functions = functions_of(job.tools)
+    message = parsed_message(record.rid, choice.index, job.format, functions, record.thinking, shown)
+    choice.content, choice.reasoning_content = message.content, message.reasoning or None
+    choice.tool_calls, choice.finish_reason = message.calls or None, message.finish(choice.finish_reason)
 
 
 def sampling_of(whole: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:

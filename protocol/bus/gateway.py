@@ -12,7 +12,7 @@ from protocol import records
 from protocol.bus.base import RequestReads, job_fingerprint
 from protocol.bus.producer import ProducerBus
 from protocol.connection import Argument, Link, OutOfMemory
-from protocol.errors import Conflict, InvalidRequest, NotFound, Overloaded, Unavailable
+from protocol.errors import Conflict, InvalidRequest, NotFound, Overloaded, RatesLeft, Unavailable
 from protocol.keys import REGISTRY, check_name
 from protocol.levels import job_level, plainer
 from protocol.messages import Job, ModelCard, encode
@@ -77,22 +77,22 @@ class GatewayBus(RequestReads, ProducerBus):
             job = plainer(job)
         match reply:
             case [b"ok", _, *left]:
-                requests, tokens = ((float(text) if text else None) for text in left or (b"", b""))
-                return Accepted(rid, joined=False, requests_left=requests, tokens_left=tokens)
+                return Accepted(rid, joined=False, left=_left(left))
             case [b"joined", owner, attached]:
                 return Accepted(owner.decode(), joined=True, attached=attached)
             case [b"conflict"]:
                 raise Conflict("this idempotency key was used with another body", param="Idempotency-Key")
             case [b"full"]:
                 raise Overloaded("this request has as many readers as it may", retry_after=1.0)
-            case [b"busy", waiting, rate]:
-                raise Overloaded("too much work is waiting", retry_after=_retry_after(float(waiting), float(rate)))
+            case [b"busy", waiting, rate, *left]:
+                again = _retry_after(float(waiting), float(rate))
+                raise Overloaded("too much work is waiting", retry_after=again, left=_left(left))
             case [b"older"]:
                 raise Unavailable("the scheduler is being updated and cannot read this request yet", retry_after=5.0)
-            case [b"limit", b"prompt", _]:
+            case [b"limit", b"prompt", *_]:
                 raise InvalidRequest("the prompt has more tokens than this key has in a minute", param="prompt")
-            case [b"limit", which, wait_ms]:
-                raise Overloaded(LIMIT_MET[which.decode()], retry_after=max(1.0, wait_ms / 1000))
+            case [b"limit", which, wait_ms, *left]:
+                raise Overloaded(LIMIT_MET[which.decode()], retry_after=max(1.0, wait_ms / 1000), left=_left(left))
         raise AssertionError(f"accept replied {reply!r}")
 
     async def cancel(self, rid: str, tenant: str, *, reason: str = "abort", attached: int | None = None) -> bool:
@@ -148,11 +148,21 @@ class GatewayBus(RequestReads, ProducerBus):
         raw: bytes | None = await self._link.command("GET", self.keys.tokenizer)
         return raw
 
+    async def read_tokenizer_info(self) -> bytes | None:
+        raw: bytes | None = await self._link.command("GET", self.keys.tokenizer_info)
+        return raw
+
 
 def _retry_after(waiting_tokens: float, rate: float) -> float:
     """Seconds until a busy service may have room: waiting tokens over measured rate, 1 to 60, jittered by a tenth."""
     seconds = waiting_tokens / rate if rate > 0 else 1.0
     return min(60.0, max(1.0, seconds * random.uniform(0.9, 1.1)))
+
+
+def _left(told: Sequence[bytes]) -> RatesLeft:
+    """What accept tells of the limits per minute."""
+    requests, tokens = ((float(text) if text else None) for text in told or (b"", b""))
+    return RatesLeft(requests, tokens)
 
 
 def _limit_arguments(limits: TenantLimits | None) -> tuple[int | str | None, ...]:

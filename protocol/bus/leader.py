@@ -92,14 +92,17 @@ class LeaderBus(RequestReads):
         key = self.keys.used(day).removeprefix(self.keys.prefix)
         await self._run("spend", epoch, number, key, USED_STAYS_MS, *(part for count in counts for part in count))
 
-    async def publish_card(self, card: ModelCard, tokenizer_json: bytes | None) -> None:
+    async def publish_card(
+        self, card: ModelCard, tokenizer_json: bytes | None, tokenizer_info: bytes | None = None
+    ) -> None:
         """Enter the model into the registry. Out of memory: the old entry stays."""
         registry = Link(self.url, self._link.patience, REGISTRY)
         try:
             with contextlib.suppress(OutOfMemory):
                 await registry.command("HSET", REGISTRY, card.model, encode(card))
-                if tokenizer_json is not None:
-                    await self._link.command("SET", self.keys.tokenizer, tokenizer_json)
+                for key, told in ((self.keys.tokenizer, tokenizer_json), (self.keys.tokenizer_info, tokenizer_info)):
+                    if told is not None:
+                        await self._link.command("SET", key, told)
         finally:
             await registry.close()
 

@@ -13,6 +13,7 @@ import msgspec
 
 from protocol.errors import StructureNotSupported
 from protocol.formats.call_grammar import JSON_SPACE, marker, quoted
+from protocol.formats.message import functions_of
 from protocol.formats.source import Alphabet
 from protocol.formats.spec import FormatSpec
 from protocol.messages import Job
@@ -26,13 +27,16 @@ START = "start: answer\n"
 def sampling_of(job: Job, prompt: Sequence[int]) -> SamplingParams:
     """The sampling parameters that ``prompt`` is continued with."""
     sampling, spec = job.sampling, job.format
-    if spec is None or (sampling.structure is None and not sampling.stop):
+    read = bool(sampling.stop) or job.results is not None
+    if spec is None or (sampling.structure is None and not read):
         return sampling
     thinking, structure, content = spec.thinking(prompt), sampling.structure, None
     if structure is not None and not structure.after:
         structure = after_thought(structure, spec, thinking)
-    if sampling.stop:
-        content = Content(spec, [tool["function"]["name"] for tool in job.tools or ()], thinking)
+    if read:
+        functions = functions_of(job.tools)
+        schemas = list(functions.values()) if job.results is not None else []
+        content = Content(spec, list(functions), thinking, schemas)
     return msgspec.structs.replace(sampling, structure=structure, content=content)
 
 

@@ -4,8 +4,9 @@
 --       limits: requests at once, requests and tokens per minute ('' = none), or '-' for all three: as they were told last,
 --       and the least level of a leader that can read the body
 -- -> {'ok', rid, requests left, tokens left} ('' where the tenant has no such limit; {'ok', rid} when repeated)
---    | {'joined', rid, attached} | {'conflict'} | {'full'} | {'busy', waiting tokens, tokens per second}
---    | {'limit', which, milliseconds to wait} | {'older'}: the leader cannot read it
+--    | {'joined', rid, attached} | {'conflict'} | {'full'}
+--    | {'busy', waiting tokens, tokens per second, requests left, tokens left}
+--    | {'limit', which, milliseconds to wait, requests left, tokens left} | {'older'}: the leader cannot read it
 local rid, n, tenant, body, hash, timeout = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
 local channel, results, id, idem, prompt_tokens = ARGV[8], ARGV[9], ARGV[10], ARGV[11], tonumber(ARGV[12])
 local live, record = P .. 'live', P .. 'r:' .. rid
@@ -30,6 +31,7 @@ if tonumber(ARGV[20]) > 0 then
   if led and (epoch ~= leader[1] or tonumber(level) < tonumber(ARGV[20])) then return {'older'} end
 end
 
+local now = milliseconds()
 local depth = redis.call('HMGET', P .. 'depth', 'requests', 'tokens', 'requests:' .. tenant, 'tokens:' .. tenant, 'rate')
 for i = 1, 5 do depth[i] = tonumber(depth[i]) or 0 end
 depth[1] = depth[1] + redis.call('XLEN', P .. 'jobs')
@@ -38,11 +40,11 @@ for i = 1, 4 do
   -- a single request may exceed a bound on tokens while nothing else waits: else it could never be accepted
   local more = (i % 2 == 1) and 1 or (depth[i] > 0 and prompt_tokens or 0)
   if bound and depth[i] + more > bound then
-    return {'busy', tostring(depth[2]), tostring(depth[5])}
+    return {'busy', tostring(depth[2]), tostring(depth[5]), rate_left(tenant, tonumber(now))}
   end
 end
 
-local now, limits = milliseconds(), P .. 't:' .. tenant
+local limits = P .. 't:' .. tenant
 if ARGV[17] ~= '-' then
   local any = ARGV[17] ~= '' or ARGV[18] ~= '' or ARGV[19] ~= ''
   if any or redis.call('EXISTS', limits) == 1 then -- the first write must be one that is refused without memory
@@ -51,7 +53,7 @@ if ARGV[17] ~= '-' then
   end
 end
 local which, wait = met_limit(tenant, prompt_tokens, tonumber(now))
-if which then return {'limit', which, wait} end
+if which then return {'limit', which, wait, rate_left(tenant, tonumber(now))} end
 local deadline = timeout > 0 and string.format('%.0f', tonumber(now) + timeout) or '0'
 redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', id, 'deadline', deadline, 'created', now,
   'attempts', 0, 'n', n, 'open', n, 'attached', 0, 'results', results, 'idem', idem,
@@ -59,5 +61,4 @@ redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', i
 redis.call('HSET', live, rid, channel)
 if idem ~= '' then redis.call('SET', P .. idem, rid .. ' ' .. hash) end
 redis.call('XADD', P .. 'jobs', '*', 'rid', rid)
-local requests_left, tokens_left = rate_left(tenant, tonumber(now))
-return {'ok', rid, requests_left, tokens_left}
+return {'ok', rid, rate_left(tenant, tonumber(now))}

@@ -31,6 +31,7 @@ from protocol.jobs import check_job
 from protocol.messages import Job, ModelCard
 from protocol.structures.grammar import Grammars
 from scheduler.prompts.chat_format import AUTO, ChatFormat, Tokens, find_format
+from scheduler.prompts.fill_in_middle import FillInMiddle
 from scheduler.prompts.generation_config import read as read_generation_config
 from scheduler.prompts.prompt_guard import NO_BACKEND, PromptGuard
 from scheduler.prompts.template_source import TemplateSource
@@ -74,6 +75,7 @@ class Prompts:
         self.longest_token: int | None = None  # bytes of text that one token can stand for; None: no bound
         self.chat = bool(getattr(tokenizer, "chat_template", None))
         self.format: ChatFormat | None = None  # found at load
+        self.fill_in_middle = FillInMiddle.of(tokenizer, vocab_size)
         self.defaults: dict[str, float] = {}  # of sampling, by the model's generation_config.json
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._backend = backend if hasattr(backend, "encode_batch") else None
@@ -151,6 +153,13 @@ class Prompts:
         if not defaults:
             return job
         return msgspec.structs.replace(job, sampling=msgspec.structs.replace(job.sampling, **defaults))
+
+    def pinned(self, job: Job) -> Job:
+        """A pushed ``job`` with the format that its answer is read by, as a gateway pins it at accept."""
+        spec = self.format.spec if self.format is not None else None
+        if spec is None or job.messages is None or not (job.tools or spec.always):
+            return job
+        return msgspec.structs.replace(job, format=spec)
 
     def check_template(self, model: str) -> None:
         """StartError if the chat template can write no chat at all."""
@@ -270,9 +279,20 @@ class Prompts:
 
     def _prompt(self, prompt: str | list[int], job: Job) -> array[int]:
         """Ids are used as they are; a text gets what the tokenizer adds by default (a bos, often)."""
+        if job.suffix and isinstance(prompt, str):
+            return self._filled(prompt, job.suffix, job)
         if isinstance(prompt, str):
             return self._encode(prompt, job, special=True)
         return array("i", prompt)
+
+    def _filled(self, prompt: str, suffix: str, job: Job) -> array[int]:
+        """A prompt with what follows the text that is asked for."""
+        if self.fill_in_middle is None:
+            raise InvalidRequest(
+                "suffix is not supported: this model's tokenizer has no tokens to fill in the middle",
+                param="suffix", code="unsupported_parameter",
+            )  # fmt: skip
+        return self.fill_in_middle.ids(prompt, suffix, lambda text: self._encode(text, job, special=False))
 
     def _encode(self, text: str, job: Job, special: bool) -> array[int]:
         """A text that by its length alone cannot fit is refused unread. Unlike ``encode``, ``encode_batch`` releases

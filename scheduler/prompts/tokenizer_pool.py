@@ -87,6 +87,7 @@ class TokenizerPool:
         self._reloading = asyncio.Lock()
         self._card: ModelCard | None = None
         self.tokenizer_json: bytes | None = None
+        self.tokenizer_info: bytes | None = None
         self.max_model_len = 0
 
     async def load(self) -> None:
@@ -95,7 +96,7 @@ class TokenizerPool:
         if told is None:
             self._home.start()
             told = await asyncio.to_thread(self._home.load, *self._arguments)
-        card, self.tokenizer_json = told
+        card, self.tokenizer_json, self.tokenizer_info = told
         self._card = _decode_card(card)
         self.max_model_len = self._card.max_model_len
 

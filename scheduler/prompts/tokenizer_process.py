@@ -17,6 +17,7 @@ from protocol.messages import Job, encode, pack_ids
 from protocol.preloaded import LAST, Answer, Message, Tell, run
 from scheduler.prompts.length_bound import longest_token
 from scheduler.prompts.tokenization import Prompts, hide_torch
+from scheduler.prompts.tokenizer_info import tokenizer_info
 
 log = logging.getLogger("headrace.scheduler")
 
@@ -26,13 +27,13 @@ _decode_accepted = msgspec.msgpack.Decoder(Job).decode
 
 
 def load(arguments: Message, tell: Tell) -> Answer:
-    """``arguments`` as `Prompts.load` takes them. Told: the card, and tokenizer.json or None. What a first request of
-    its kind would wait for is built after that, once for all workers."""
+    """``arguments`` as `Prompts.load` takes them. Told: the card, tokenizer.json or None, and what
+    /tokenizer_info says. What a first request of its kind would wait for is built after that, once for all workers."""
     hide_torch()
     prompts = Prompts.load(*arguments)
     text = prompts.tokenizer_json()
     prompts.longest_token = longest_token(text) if text is not None else None
-    tell(encode(prompts.card("", 0)), text)
+    tell(encode(prompts.card("", 0)), text, tokenizer_info(prompts.tokenizer, prompts.max_model_len))
     prompts.prepare()
     with contextlib.suppress(StructureNotSupported):  # each request for structure is told so
         prompts.grammars()
@@ -46,7 +47,7 @@ def answer(prompts: Prompts, question: Message) -> Message:
     push, body, max_model_len = question
     try:
         prompts.max_model_len = max_model_len
-        job = decode_job(body) if push else _decode_accepted(body)
+        job = prompts.pinned(decode_job(body)) if push else _decode_accepted(body)
         ids = prompts.ids(job)
         if push and prompts.defaults:
             job = prompts.with_defaults(job, given_sampling(body), ids)

@@ -27,16 +27,22 @@ class NotInstalled(Exception):
 
 
 def python_of(client: str) -> Path:
-    """The interpreter of the environment that ``requirements/CLIENT.txt`` describes."""
+    """The interpreter of the environment that ``requirements/CLIENT.txt`` describes, and CLIENT.alone.txt: what is
+    installed without its dependencies, since the client needs few of them."""
     listed = HERE / "requirements" / f"{client}.txt"
+    alone = HERE / "requirements" / f"{client}.alone.txt"
 
     def install(place: Path) -> None:
         _run([sys.executable, "-m", "venv", "--without-pip", str(place)])
         python = str(place / "bin" / "python")
-        _run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile", "-r", str(listed)])
+        pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile"]
+        _run([*pip, "-r", str(listed)])
+        if alone.exists():
+            _run([*pip, "--no-deps", "-r", str(alone)])
 
     version = "{}.{}".format(*sys.version_info)
-    return _kept(client, listed.read_bytes() + version.encode(), install) / "bin" / "python"
+    content = listed.read_bytes() + (alone.read_bytes() if alone.exists() else b"") + version.encode()
+    return _kept(client, content, install) / "bin" / "python"
 
 
 def node_programs() -> Path:

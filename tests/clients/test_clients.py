@@ -25,10 +25,15 @@ BASIC = ("chat", "stream", "tools", "structured")
 IN_CI = {"openai_python": BASIC, "langchain": BASIC, "pydantic_agent": BASIC, "litellm_sdk": BASIC}
 OTHERS: dict[str, tuple[str, ...]] = {
     "llama_index_like": BASIC,
+    "llm_cli": BASIC,
+    "guidellm_cli": ("bench",),
+    "aiperf_cli": ("bench",),
+    "vllm_bench": ("completions", "chats"),
     "instructor_modes": ("structured",),
 }
 NODE: dict[str, tuple[str, ...]] = {"openai_node": BASIC, "ai_sdk": BASIC}
 PATIENCE_S = 600
+ROOT = HERE.parent.parent
 
 pytestmark = pytest.mark.timeout(1800)  # the first test of a client installs it
 
@@ -40,28 +45,31 @@ def stack(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterat
         yield running
 
 
+def report_of(client: str, url: str, model: str, tokenizer: Path, home: Path) -> dict[str, str | None]:
+    """Check -> error or None, of one run of the client's program. ``home``: some keep logs and settings there."""
+    if client in NODE:
+        place = node_programs()
+        command = [str(shutil.which("node")), str(place / f"{client}.mjs")]
+    else:
+        command = [str(python_of(client)), str(HERE / "programs" / f"{client}.py")]
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OPENAI_API_KEY")}
+    ended = subprocess.run(
+        [*command, url + "/v1", model, str(tokenizer)], capture_output=True, text=True, timeout=PATIENCE_S, cwd=home,
+        env={**env, "HOME": str(home), "NO_PROXY": "127.0.0.1"},
+    )  # fmt: skip
+    lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{"check"')]
+    assert lines, f"{client} ended with {ended.returncode} before its first check:\n{ended.stderr[-4000:]}"
+    return {line["check"]: line["error"] for line in lines}
+
+
 @pytest.fixture(scope="module")
-def reports(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``reports(CLIENT)``: check -> error or None, of one run of its program."""
+def reports(stack: Stack, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``reports(CLIENT)``, each run once."""
 
-    @cache
     def report(client: str) -> dict[str, str | None]:
-        if client in NODE:
-            place = node_programs()
-            command = [str(shutil.which("node")), str(place / f"{client}.mjs")]
-        else:
-            command = [str(python_of(client)), str(HERE / "programs" / f"{client}.py")]
-        home = tmp_path_factory.mktemp(client)  # some clients keep logs and settings there
-        env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OPENAI_API_KEY")}
-        ended = subprocess.run(
-            [*command, stack.url + "/v1", default_model.NAME], capture_output=True, text=True, timeout=PATIENCE_S,
-            cwd=home, env={**env, "HOME": str(home), "NO_PROXY": "127.0.0.1"},
-        )  # fmt: skip
-        lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{"check"')]
-        assert lines, f"{client} ended with {ended.returncode} before its first check:\n{ended.stderr[-4000:]}"
-        return {line["check"]: line["error"] for line in lines}
+        return report_of(client, stack.url, default_model.NAME, small_model, tmp_path_factory.mktemp(client))
 
-    return report
+    return cache(report)
 
 
 def cases(clients: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
@@ -79,7 +87,17 @@ def test_a_client(reports: Any, client: str, check: str) -> None:
     assert reports(client)[check] is None, reports(client)[check]
 
 
+@pytest.mark.clients
+def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
+    """Some thousand requests that no client means: the engine only keeps time, everything else is real."""
+    demo = ROOT / "examples" / "demo-model"
+    with Stack(tmp_path / "serve", "--model", str(demo), "--engine", "simulated", "--max-model-len", "256") as running:
+        (model,) = running.models()
+        report = report_of("schemathesis_cli", running.url, model, demo, tmp_path)
+        assert report == {"finds_nothing": None}, report["finds_nothing"]
+
+
 def test_every_program_is_run() -> None:
-    programs = {path.stem for path in (HERE / "programs").glob("*.py")} - {"checks"}
+    programs = {path.stem for path in (HERE / "programs").glob("*.py")} - {"checks", "schemathesis_cli"}
     assert programs == {*IN_CI, *OTHERS}
     assert {path.stem for path in (HERE / "node").glob("*.mjs")} - {"checks"} == {*NODE}

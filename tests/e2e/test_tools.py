@@ -4,14 +4,19 @@ answer. The model is the tree's own, whose chat template knows no tools."""
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import openai
 import pytest
+import redis
 
+from headrace import Client
+from headrace.serve.embedded import server_url
 from tests.stack import Stack
 
 MODEL = Path(__file__).parents[2] / "examples" / "demo-model"
@@ -158,3 +163,62 @@ def test_what_cannot_be_is_a_400(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**{**ASK, "tools": refused}, tool_choice="required")
     assert "uniqueItems" in caught.value.message
+
+
+def test_tokenize_tells_the_prompt_that_a_chat_would_have(stack: Stack, client: openai.OpenAI) -> None:
+    """By the scheduler: as the answer's prompt_token_ids, and no token is computed for it."""
+
+    def get(path: str) -> Any:
+        with urllib.request.urlopen(stack.url + path, timeout=60) as reply:
+            return json.loads(reply.read())
+
+    for more in ({}, {"tools": TOOLS}, {"add_generation_prompt": False}):
+        answer = client.chat.completions.create(
+            **{**ASK, "tools": [], "max_tokens": 1}, extra_body={"return_token_ids": True, **more}
+        )
+        body = {"messages": ASK["messages"], "return_token_strs": True, **more}
+        asked = urllib.request.Request(
+            stack.url + "/tokenize", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(asked, timeout=60) as reply:
+            told, rid = json.loads(reply.read()), reply.headers["X-Request-Id"]
+        assert told["tokens"] == answer.model_extra["prompt_token_ids"]  # type: ignore[index]
+        assert told["count"] == len(told["tokens"]) == len(told["token_strs"])
+        assert told["max_model_len"] > told["count"]
+        assert get(f"/v1/requests/{rid}")["response"]["usage"]["completion_tokens"] == 0
+    info = get("/tokenizer_info")
+    assert info["eos_token"] in {token["content"] for token in info["added_tokens_decoder"].values()}
+    assert "message" in info["chat_template"]
+    assert str(MODEL) not in json.dumps(info)
+    for field, body in {"suffix": {"prompt": "a", "suffix": "b"}, "best_of": {"prompt": "a", "best_of": 2}}.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="demo", **body)  # type: ignore[arg-type]
+        assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")
+
+
+def test_calls_of_clients_and_of_pushed_jobs_are_parsed_as_over_http(stack: Stack) -> None:
+    url = server_url(stack.run_dir / "data")
+    with Client(url, "demo") as queue:
+        named = {"type": "function", "function": {"name": "forecast"}}
+        asked = queue.submit(messages=ASK["messages"], tools=TOOLS, tool_choice=named, max_tokens=200, temperature=0)
+        (choice,) = queue.result(asked).choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.tool_calls is not None
+    assert choice.tool_calls[0]["function"]["name"] == "forecast"
+    jsonschema.validate(json.loads(choice.tool_calls[0]["function"]["arguments"]), SCHEMA)
+    assert choice.content == ""
+    text = 'Wait.\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    job = {
+        "messages": ASK["messages"], "tools": TOOLS, "results": "mine",
+        "sampling": {"max_tokens": 100, "structure": {"choice": [text]}},
+    }  # fmt: skip
+    with redis.Redis.from_url(url) as raw:
+        raw.xadd("headrace:{demo}:jobs", {"job": json.dumps(job)})
+        ((_, ((_, fields),)),) = raw.xread({"headrace:{demo}:results:mine": "0"}, block=60_000)
+    result = msgspec.msgpack.decode(fields[b"result"])
+    assert (result["finish_reason"], result["text"], result["content"]) == ("tool_calls", text, "Wait.")
+    (call,) = result["tool_calls"]
+    assert call["function"] == {"name": "now", "arguments": "{}"}
+    with urllib.request.urlopen(f"{stack.url}/v1/requests/{result['rid']}", timeout=60) as reply:
+        shown = json.loads(reply.read())["response"]["choices"][0]
+    assert (shown["finish_reason"], shown["message"]["tool_calls"]) == ("tool_calls", [call])

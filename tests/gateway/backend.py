@@ -100,7 +100,7 @@ class Backend:
         self.card = ModelCard(
             model=self.model, created=1700000000, max_model_len=MAX_LEN, vocab_size=VOCAB, format=self.format
         )
-        await self.bus.publish_card(self.card, byte_tokenizer().encode())
+        await self.bus.publish_card(self.card, byte_tokenizer().encode(), b'{"tokenizer_class":"Bytes"}')
         epoch = await self.bus.lead("backend", await self.bus.read_leader())
         assert epoch is not None
         self.epoch = epoch

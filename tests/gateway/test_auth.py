@@ -274,5 +274,11 @@ async def test_what_is_left_of_a_keys_limits_is_told(open_gateway: Any, backend:
         assert headers["x-ratelimit-limit-tokens"] == "6000"
         assert 5000 < int(headers["x-ratelimit-remaining-tokens"]) <= 6000
         assert 0 < float(headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 12 * 2
+    for _ in range(4):
+        status, _, headers = await front.post("/v1/completions", COMPLETION, headers=bearer("ann"))
+    assert (status, headers["x-ratelimit-remaining-requests"]) == (429, "0")  # the refusal tells it too
+    assert 0 < float(headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+    assert 5000 < int(headers["x-ratelimit-remaining-tokens"]) <= 6000
+    assert int(headers["Retry-After"]) >= 1
     _, _, headers = await front.post("/v1/completions", COMPLETION, headers=bearer("bob"))
     assert not [name for name in headers if name.lower().startswith("x-ratelimit")]

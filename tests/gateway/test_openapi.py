@@ -46,7 +46,15 @@ async def test_the_schemas_take_what_the_service_takes(front: Front) -> None:
             {"$ref": f"#/components/schemas/{name}", "components": {"schemas": schemas}}
         )
         assert validator.is_valid(good)
-        for bad in ({**good, "unknown": 1}, {**good, "max_tokens": "many"}, {**good, "stop": [3]}):
+        needed = "messages" if name == "ChatBody" else "prompt"
+        without = {field: value for field, value in good.items() if field != needed}
+        for bad in (
+            without,
+            {**good, needed: None},
+            {**good, "unknown": 1},
+            {**good, "max_tokens": "many"},
+            {**good, "stop": [3]},
+        ):
             assert not validator.is_valid(bad)
 
 

@@ -12,6 +12,7 @@ import pytest
 from gateway import tokenizer
 from gateway.tokenizer import Turns
 from protocol.errors import Overloaded
+from tests.gateway.backend import MAX_LEN, Backend
 from tests.gateway.front import Front
 
 PATIENCE_S = 60.0
@@ -105,3 +106,26 @@ async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         await turns.take(1)
     turns.give()
     await first
+
+
+async def test_a_chat_is_tokenized_by_the_scheduler(front: Front, backend: Backend) -> None:
+    """Here by one that is older and makes a token all the same: what it made is not shown."""
+    chat = {"messages": [{"role": "user", "content": "ab"}]}
+    status, body, headers = await front.post("/tokenize", {**chat, "return_token_strs": True})
+    assert (status, body) == (
+        200, {"count": 2, "max_model_len": MAX_LEN, "tokens": [97, 98], "token_strs": body["token_strs"]}
+    )  # fmt: skip
+    assert len(body["token_strs"]) == 2
+    assert headers["X-Request-Id"]
+    job = backend.running[-1].record.job
+    assert job.tokenize
+    assert job.sampling.max_tokens == 1
+    for wrong, field in (
+        ({}, "prompt"),
+        ({"prompt": "a", **chat}, "messages"),
+        ({"prompt": "a", "tools": []}, "tools"),
+    ):
+        status, body, _ = await front.post("/tokenize", wrong)
+        assert (status, body["error"]["param"]) == (400, field)
+    status, body, _ = await front.ask("GET", "/tokenizer_info")
+    assert (status, body) == (200, {"tokenizer_class": "Bytes"})

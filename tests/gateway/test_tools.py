@@ -10,8 +10,8 @@ from typing import Any
 import openai
 import pytest
 
-from gateway.openai.parsed import call_id
 from protocol.formats.families import REASONING, TOOLS
+from protocol.formats.message import call_id
 from protocol.formats.spec import FormatSpec
 from protocol.messages import Frame
 from tests.gateway.backend import MODEL, Backend, Running

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import HeadraceError, InvalidRequest, TooLarge
 from protocol.jobs import check_job, decode_job
+from protocol.levels import job_level, plainer
 from protocol.messages import MAX_JOB_BYTES, Job, encode
 from protocol.sampling import SamplingParams
 
@@ -236,3 +237,15 @@ def test_flipped_bytes_raise_only_our_errors(good: bytes, at: int, byte: int) ->
     mutable = bytearray(good)
     mutable[at % len(good)] = byte
     only_our_errors(bytes(mutable))
+
+
+def test_what_ends_at_admission_and_what_has_a_suffix_need_a_newer_scheduler() -> None:
+    asks = Job(messages=[{"role": "user", "content": "x"}], tokenize=True, sampling=SamplingParams(max_tokens=1))
+    assert (job_level(asks), job_level(plainer(asks)), plainer(asks).tokenize) == (3, 0, False)
+    filled = Job(prompt="a", suffix="b")
+    assert (job_level(filled), plainer(filled).suffix) == (3, "b")  # it cannot be left out
+    for payload in (b'{"prompt": "a", "tokenize": true}', b'{"prompt": [1], "suffix": "b"}'):
+        with pytest.raises(InvalidRequest) as refused:
+            decode_job(payload)
+        assert refused.value.param in ("tokenize", "suffix")
+    assert decode_job(b'{"prompt": "a", "suffix": "b"}').suffix == "b"
