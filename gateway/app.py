@@ -18,10 +18,12 @@ from aiohttp import web
 from gateway.answers import Answers
 from gateway.api import Api
 from gateway.auth import Caller, KeyRing
-from gateway.edge import Server, error_answer
+from gateway.edge import Routes, Server, error_answer
 from gateway.headers import Origins, arrived, parse_origins, tell
 from gateway.metrics import CONTENT_TYPE, exposition
 from gateway.models import Models
+from gateway.page.hosts import Hosts, parse_hosts
+from gateway.page.routes import Page
 from gateway.routing.money import Money
 from gateway.routing.router import Router
 from gateway.routing.upstream import Upstreams
@@ -61,6 +63,8 @@ class GatewayConfig:
     ready_delay: float = 0.5  # seconds between /ready turning false and the port being closed
     body_timeout: float = 30.0
     cors_origins: str | None = None  # other origins whose pages may call, with commas; * for all
+    allowed_hosts: str | None = None  # without keys: hosts besides this machine that browsers may reach the page by
+    ui: bool = True  # the page at /
     stall_timeout: float = 30.0  # a client that reads nothing for so long is dropped
 
     @property
@@ -94,7 +98,9 @@ class Gateway:
             traces=self.traces,
         )
         self._origins = Origins(parse_origins(config.cors_origins))
+        self._hosts = None if self.keys.required else Hosts(parse_hosts(config.allowed_hosts), self._origins)
         self._routes = api.routes(metrics=not self._apart)
+        self._page = Page(self.models, self.keys, self._hosts).routes() if config.ui else Routes()
         self._runners: list[web.ServerRunner] = []
         self._sites: list[web.TCPSite] = []
         self.port = config.port
@@ -170,6 +176,11 @@ class Gateway:
         return answer
 
     async def _routed(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self._hosts is not None:
+            self._hosts.check(request)
+        if self._page.knows(request.path):
+            handler, rest = self._page.find(request.method, request.path)
+            return await handler(request, ANYONE, rest)
         open_to_all = request.path.rstrip("/") in OPEN_PATHS
         caller = ANYONE if open_to_all else self.keys.identify(request)
         handler, rest = self._routes.find(request.method, request.path)

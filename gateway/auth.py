@@ -1,7 +1,8 @@
 """API keys: who calls, and with which limits. Only hashes are kept, and no key is ever logged.
 
 The file is JSON, ``[{"sha256": "<hex>", "tenant": "name", "concurrent": 8, "requests_per_minute": 60,
-"tokens_per_minute": 100000, "readers": 32}]``; the limits are optional and hold for the tenant on each model, over
+"tokens_per_minute": 100000, "readers": 32, "admin": true}]``; ``admin`` shows the whole service on the dashboard; the
+limits are optional and hold for the tenant on each model, over
 all gateways (``readers``, streams of requests that were begun before, for one gateway process). Keys of one tenant must
 name the same limits. The file is read again when it changes; one that cannot be read leaves the last keys in force.
 """
@@ -35,6 +36,7 @@ class ApiKey(msgspec.Struct, forbid_unknown_fields=True):
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     readers: int | None = None
+    admin: bool = False
 
 
 @dataclass
@@ -82,8 +84,13 @@ class KeyRing:
 
     def identify(self, request: web.BaseRequest) -> Caller:
         """The holder of the request's key. Unauthorized without a known one."""
-        if self.path is None:
-            return self._anyone
+        return self._anyone if self.path is None else self._entry(request)[1]
+
+    def is_admin(self, request: web.BaseRequest) -> bool:
+        """Whether the request's key has the right to see the whole service; all have it where there are no keys."""
+        return self.path is None or self._entry(request)[0].admin
+
+    def _entry(self, request: web.BaseRequest) -> tuple[ApiKey, Caller]:
         self._reload_if_changed()
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
@@ -93,7 +100,7 @@ class KeyRing:
         known = entry.sha256 if entry is not None else "0" * 64
         if not hmac.compare_digest(known, digest) or entry is None:
             raise Unauthorized("the API key is not known")
-        return caller
+        return entry, caller
 
     def _load(self) -> None:
         assert self.path is not None

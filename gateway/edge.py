@@ -191,11 +191,14 @@ class Routes:
 
     def add(self, method: str, path: str, handler: Handler, *, head: bool = True) -> None:
         """``path`` ending in "/" is a prefix. GET serves HEAD too, unless ``head`` says no (a stream cannot)."""
-        table = self.prefixes if path.endswith("/") else self.exact
+        table = self.prefixes if path.endswith("/") and path != "/" else self.exact
         methods = table.setdefault(path, {})
         methods[method] = handler
         if method == "GET" and head:
             methods["HEAD"] = handler
+
+    def knows(self, path: str) -> bool:
+        return (path.rstrip("/") or "/") in self.exact or any(path.startswith(prefix) for prefix in self.prefixes)
 
     def find(self, method: str, path: str) -> tuple[Handler, str]:
         rest = ""

@@ -6,7 +6,7 @@ Histograms that are fed once per step are kept as plain lists: an observation co
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -49,6 +49,10 @@ class Histogram(MetricSource):
         series = self._series.get(model) or self.of(model)
         series[bisect_left(self.bounds, value)] += 1
         series[-1] += value
+
+    def all(self) -> Iterable[list[float]]:
+        """Of each model: counts per bucket, then the sum."""
+        return self._series.values()
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         family = HistogramMetricFamily(self.name, self.text, labels=["model"])

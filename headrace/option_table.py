@@ -185,6 +185,14 @@ OPTIONS: tuple[Option, ...] = (
         metavar="ORIGINS",
     ),
     Option(
+        "--allowed-hosts",
+        "serve gateway",
+        "without API keys, host names besides this machine's own by which browsers may reach the page, as gpu1.lan "
+        "(default: none)",
+        metavar="HOSTS",
+    ),
+    Option("--ui", "serve gateway", "the page at /: a playground and a dashboard", boolean, True),
+    Option(
         "--resume-grace",
         "serve gateway",
         "how long a stream whose client has gone away may be picked up again",

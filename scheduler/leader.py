@@ -328,13 +328,13 @@ class Term:
 
     async def _tick(self) -> None:
         """Depth every 250 ms, where it changed; once a second inbox length, metrics, card, trimming, integrity."""
-        rate, ticks, checked = TokenRate(), 0, 0
+        rate, ticks, checked, led_at = TokenRate(), 0, 0, time.time()
         depth: dict[str, int | float] = {}
         trimmed, card = self._after, self._tokenizers.max_model_len
         while True:
             now, stats = time.monotonic(), self.core.stats()
             rate.note(now, stats.counters.output_tokens, idle=not stats.running)
-            if depth != (depth := {**stats.depth(), "rate": rate.value}):
+            if depth != (depth := {**stats.depth(), "rate": rate.value, "led_at": led_at}):
                 await self._bus.write_depth(self._epoch, depth)
             await self._count_used()
             if ticks % TICKS_PER_SECOND == 0:

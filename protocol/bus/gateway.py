@@ -144,6 +144,11 @@ class GatewayBus(RequestReads, ProducerBus):
             used[tenant] = (prompt + int(value), output) if kind == "in" else (prompt, output + int(value))
         return used
 
+    async def read_depth_fields(self) -> dict[str, float]:
+        """What waits and runs, as the leader wrote it last (see `write_depth`)."""
+        found = records.fields_of(await self._link.command("HGETALL", self.keys.depth))
+        return {name.decode(): float(value) for name, value in found.items()}
+
     async def read_tokenizer(self) -> bytes | None:
         raw: bytes | None = await self._link.command("GET", self.keys.tokenizer)
         return raw

@@ -82,7 +82,8 @@ class LeaderBus(RequestReads):
         return bool(await self._run("release", epoch, owner))
 
     async def write_depth(self, epoch: int, depth: dict[str, int | float]) -> None:
-        """Replace `depth`. Fields: requests, tokens, requests:<tenant>, tokens:<tenant>, rate (tokens per second)."""
+        """Replace `depth`. Fields: requests, tokens, requests:<tenant>, tokens:<tenant>, rate (tokens per second); and
+        for the dashboard running (sequences), kv_used:<wid>, kv_blocks:<wid>, led_at (Unix seconds)."""
         await self._run("depth", epoch, *(part for field in depth.items() for part in field))
 
     async def count_used(self, epoch: int, number: int, day: int, used: Mapping[str, tuple[int, int]]) -> None:

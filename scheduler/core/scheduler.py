@@ -65,10 +65,12 @@ class Stats:
     counters: Counters  # live object: copy to keep
 
     def depth(self) -> dict[str, float]:
-        """The fields of the `depth` hash but for the rate: what waits, in all and per tenant."""
-        fields: dict[str, float] = {"requests": self.waiting, "tokens": self.waiting_tokens}
+        """The fields of the `depth` hash that the core knows: what waits, in all and per tenant, and what runs."""
+        fields: dict[str, float] = {"requests": self.waiting, "tokens": self.waiting_tokens, "running": self.running}
         for tenant, (requests, tokens) in self.tenants.items():
             fields[f"requests:{tenant}"], fields[f"tokens:{tenant}"] = requests, tokens
+        for wid, worker in self.workers.items():
+            fields[f"kv_used:{wid}"], fields[f"kv_blocks:{wid}"] = worker.blocks_used, worker.blocks_total
         return fields
 
 
