@@ -90,7 +90,7 @@ class RankedEngine:
         try:
             capacity = self._reporting.loaded(progress)
         except HeadraceError as error:
-            self._end(error, self.reporter)
+            raise self._end(error, self.reporter) from None
         for thread in others:
             thread.join()
         if self._fault is not None:
@@ -162,6 +162,8 @@ class RankedEngine:
     def _end(self, error: HeadraceError, number: int) -> HeadraceError:
         """Kill all ranks since rank ``number`` failed. What is to be raised: the first fault, of which the others are
         consequences; a rank that was killed comes before what another one says of its absence."""
+        if self._closed.is_set():  # by ourselves
+            return error
         with self._ending:
             if self._fault is None:
                 codes = [

@@ -1,12 +1,14 @@
 """Several ranks give what one process gives: generate's greedy tokens, through the real scheduler core with chunked
-prefill, prefix hits and preemption."""
+prefill, prefix hits and preemption, and the same bits alone, in a batch and after a preemption."""
 
 from __future__ import annotations
 
 import pytest
 
+from protocol.sampling import SamplingParams
 from tests.models import tiny_model
 from tests.workers.core_driver import CoreDriver
+from tests.workers.plan_maker import PlanMaker, Sequence
 from tests.workers.torch_engine.parity import BLOCK, first_difference, make_requests, reference_of
 from workers.engines.ranks import RankedEngine
 from workers.torch_engine.config import EngineConfig
@@ -51,6 +53,29 @@ def test_two_ranks_equal_generate(llama):
     engine, path = llama
     assert engine.path == "fused modules"
     check_parity(engine, path)
+
+
+def test_a_sequence_is_the_same_alone_in_a_batch_and_preempted(llama):
+    engine, _ = llama
+
+    def drawn(blocks, groups):
+        """(outputs, logprobs of the drawn) of the same twelve sequences, run so many at once."""
+        params = SamplingParams(temperature=0.9, top_p=0.9, max_tokens=24, logprobs=1)
+        sequences = [Sequence(list(range(k, k + 9 + 5 * k)), params, seed=k) for k in range(12)]
+        preempted = 0
+        for group in (sequences[at : at + groups] for at in range(0, 12, groups)):
+            maker = PlanMaker(engine, blocks=blocks, block_size=BLOCK, budget=24)
+            engine.reset()
+            maker.run(group)
+            preempted += maker.preemptions
+        return [(s.output, [logprob for logprob, *_ in s.logprobs]) for s in sequences], preempted
+
+    batch, none = drawn(200, 12)
+    alone, _ = drawn(200, 1)
+    preempted, some = drawn(24, 12)
+    assert (none, some > 0) == (0, True)
+    assert alone == batch
+    assert preempted == batch
 
 
 def test_two_stages_equal_generate(tmp_path_factory):
