@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.gpu_rows import seconds_of
 from benchmarks.models import BOS, EOS, PAD, SHAPES
+from benchmarks.stack import Unavailable
 from headrace.clients.workload import Workload
 from protocol.messages import Capacity
 from workers.torch_engine import loader
@@ -24,30 +28,87 @@ TINY = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 2048,
 }  # fmt: skip
+MOE = "moe-7b"
+TINY_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32}
+
+
+class OutOfTime(KeyboardInterrupt):
+    """A row's time is over. Of this kind so that nothing within it takes it for the failure of one request."""
 
 
 class Part:
-    """What is found goes to the file at once, so that a part that is cut off leaves what it has."""
+    """What is found goes to the file at once, so that a part that is cut off leaves what it has.
+
+    The file holds a map for each part that ran in this process: ``begin`` names the one that ``note`` writes to.
+    """
 
     def __init__(self, path: Path, tiny: bool) -> None:
         self.path, self.tiny = path, tiny
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.cuda else "cpu")
-        self.found: dict[str, Any] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+        self.name = ""
+        self.served: Any = None  # tiny: the one stack
+        self.open = ExitStack()  # what stays for the parts that follow; the process closes it at its end
+
+    def begin(self, name: str) -> None:
+        self.name = name
+        self.results[name] = {}
+
+    @property
+    def found(self) -> dict[str, Any]:
+        return self.results[self.name]
 
     def note(self, **found: Any) -> None:
-        self.found |= found
-        self.path.write_text(json.dumps(self.found))
-        print(found, flush=True)
+        self.results[self.name] |= found
+        self.path.write_text(json.dumps(self.results))
+        print(self.name, found, flush=True)
+
+    @contextmanager
+    def row(self, key: str) -> Iterator[dict[str, Any]]:
+        """Fill what is given: it is noted as ``key``. It has the row's own time; when that is over, or something
+        fails, the reason is noted beside what there is, and the part goes on with its next row."""
+        seconds = seconds_of(self.name, key)
+        found: dict[str, Any] = {}
+
+        def over(number: int, frame: Any) -> None:
+            raise OutOfTime
+
+        before = signal.signal(signal.SIGALRM, over)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield found
+        except OutOfTime:
+            found["why"] = f"stopped after {seconds:g} s"
+        except Unavailable as error:
+            found["why"] = str(error)
+        except Exception as error:
+            logging.exception("%s of %s", key, self.name)
+            found["why"] = f"{type(error).__name__}: {str(error)[:300]}"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            self.note(**{key: found})
 
     def fields(self, shape: str) -> dict[str, Any]:
-        return {**SHAPES[shape], **(TINY if self.tiny else {})}
+        return {**SHAPES[shape], **(TINY if self.tiny else {}), **(TINY_MOE if self.tiny and shape == MOE else {})}
 
-    def workload(self) -> Workload:
+    def policy(self, **given: Any) -> dict[str, Any]:
+        """Limits of an engine and of a stack alike, so that what is compared was asked the same: fields of
+        EngineConfig."""
+        usual = {"max_model_len": 2048, "max_num_seqs": 256, "max_num_batched_tokens": 2048}
+        if self.tiny:
+            usual = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory": 64 << 20}
+        return {**usual, "threads": 1, **given}
+
+    def workload(self, **given: Any) -> Workload:
         """Everyone at once, the same number of tokens for each: what transformers' batching can be asked for too."""
         if self.tiny:
-            return Workload(requests=6, prompt_len=(8, 40), output_len=(8, 8), seed=5)
-        return Workload(requests=256, prompt_len=(64, 512), output_len=(128, 128), seed=5)
+            given = {
+                n: min(v, 6) if n == "requests" else v if n in ("seed", "rate") else (8, 8) for n, v in given.items()
+            }
+            return Workload(**{"requests": 6, "prompt_len": (8, 40), "output_len": (8, 8), "seed": 5, **given})
+        return Workload(**{"requests": 256, "prompt_len": (64, 512), "output_len": (128, 128), "seed": 5, **given})
 
     def wait(self) -> None:
         if self.cuda:
@@ -97,16 +158,10 @@ def without_files(fields: dict[str, Any], dtype: torch.dtype, on: torch.device |
 
 
 def load_engine(part: Part, shape: str, dtype: torch.dtype = torch.bfloat16, **given: Any) -> tuple[Any, Capacity]:
-    fields = part.fields(shape)
-    config = {
-        "model": shape, "device": part.device.type, "max_model_len": 2048, "max_num_seqs": 8 if part.tiny else 256,
-        "max_num_batched_tokens": 64 if part.tiny else 2048, "threads": 1,
-    }  # fmt: skip
-    if part.tiny:
-        config |= {"max_model_len": 128, "kv_cache_memory": 64 << 20}
+    config = EngineConfig(model=shape, device=part.device.type, **part.policy(**given))
     began = time.perf_counter()
-    with without_files(fields, dtype):
-        engine = make_engine(EngineConfig(**{**config, **given}))
+    with without_files(part.fields(shape), dtype):
+        engine = make_engine(config)
         capacity = engine.load(lambda stage, fraction: None)
     steps = getattr(engine.backend, "steps", None)
     part.note(

@@ -67,7 +67,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 14336,
         "vocab_size": 128256,
         "tie_word_embeddings": False,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": 40960,
+    },
+    "moe-7b": {  # OLMoE-1B-7B: 64 experts of which each token takes 8
+        "model_type": "olmoe",
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 1024,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "vocab_size": 50304,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
     },
 }
 

@@ -4,21 +4,22 @@ Temperature, min_p, top_k, top_p, in this order, each renormalising what the one
 is a hash of (seed, choice, position) alone, so a request draws the same tokens wherever and beside whomever it runs.
 
 A backend hands its draw to the sampler: this one, with the search for the nucleus that is quickest on its device, or a
-kernel that does all of it.
+kernel that does all of it, masks of constrained rows included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from workers.torch_engine.inputs import to_device
+from workers.masks import StepMasks
+from workers.torch_engine.staging import to_device
 
-# (processed logits [k, vocabulary], DRAW_FIELDS [k], positions [k]) -> int64 [k]; a temperature of zero is greedy
-Draw = Callable[[torch.Tensor, np.ndarray, np.ndarray], torch.Tensor]
+RuleOut = Callable[[torch.Tensor, StepMasks], None]
 # (weights [k, vocabulary], goal [k, 1]) -> [k, 1]: the largest t with sum(weights >= t) >= goal
 Threshold = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -34,13 +35,30 @@ DRAW_FIELDS = np.dtype(
 )
 
 
+class Draw(Protocol):
+    """int64 [k] from processed logits [k, vocabulary], DRAW_FIELDS [k] and positions [k]; a temperature of zero is
+    greedy. ``masks`` are given only to a draw that ``takes_masks``: for others the sampler writes them into the
+    logits before."""
+
+    @property
+    def takes_masks(self) -> bool: ...
+
+    def __call__(
+        self, logits: torch.Tensor, fields: np.ndarray, positions: np.ndarray, masks: StepMasks | None = None
+    ) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class TorchDraw:
     """Draws in torch, on any device, without waiting for it. ``threshold`` finds the nucleus of top_p."""
 
     threshold: Threshold
+    takes_masks: bool = False
 
-    def __call__(self, logits: torch.Tensor, fields: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+    def __call__(
+        self, logits: torch.Tensor, fields: np.ndarray, positions: np.ndarray, masks: StepMasks | None = None
+    ) -> torch.Tensor:
+        logits = logits.float()
         tokens = logits.argmax(dim=-1)
         random = np.flatnonzero(fields["temperature"] > 0)
         if not len(random):
@@ -69,6 +87,28 @@ class TorchDraw:
         total = cdf[:, -1:]
         target = torch.minimum(to_device(uniform, device)[:, None] * total, torch.nextafter(total, total.new_zeros(())))
         return torch.searchsorted(cdf, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+def rule_out(logits: torch.Tensor, masks: StepMasks) -> None:
+    """Write minus infinity where a row of ``masks`` has no bit, and beyond its bits, into that row of ``logits``."""
+    if not len(masks.rows):
+        return
+    bits = masks.bits
+    size = min(logits.shape[-1], 32 * bits.shape[1])
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        of_rows = logits.numpy()
+        ruled_out = np.unpackbits((~bits).view(np.uint8), axis=1, count=size, bitorder="little").view(bool)
+        for row, out in zip(masks.rows.tolist(), ruled_out, strict=True):
+            np.putmask(of_rows[row, :size], out, -np.inf)
+            of_rows[row, size:] = -np.inf
+        return
+    device = logits.device
+    words, rows = to_device(bits, device), to_device(masks.rows, device)
+    ids = torch.arange(size, device=device)
+    own = logits[rows]
+    own[:, :size].masked_fill_((words[:, ids >> 5] >> (ids & 31)) & 1 == 0, -torch.inf)
+    own[:, size:] = -torch.inf
+    logits.index_copy_(0, rows, own)
 
 
 def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:

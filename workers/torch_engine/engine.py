@@ -77,6 +77,8 @@ class TorchEngine:
         self.sampler = Sampler(
             config.max_num_seqs, vocab_size, list(self.eos_token_ids), self.device, backend.draw
         )  # fmt: skip
+        if self.device.type != "cpu":
+            self.sampler.warm_up(backend.model.dtype)
         self.masks.prepare()  # now, since it holds the interpreter
         progress("warm-up", 1.0)
         backend.ready(progress)

@@ -17,6 +17,7 @@ import torch
 
 from protocol.messages import ID_BYTES, SEAT_BYTES, NewSequence, Plan
 from workers.engines.checks import Failure, Limits, Refusals, refusal
+from workers.torch_engine.staging import to_device
 
 log = logging.getLogger(__name__)
 
@@ -327,11 +328,3 @@ def _repeated(seats: np.ndarray) -> np.ndarray:
 def _decodes(plan: Plan) -> bool:
     """Whether each row takes one token and samples the next."""
     return not plan.counts and not plan.samples
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A tensor of ``array`` on ``device``; on a GPU by an asynchronous copy from pinned memory."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -14,7 +14,7 @@ from workers.native.library import KernelsUnavailable, load_kernels
 from workers.torch_engine.backend import Backend
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.cpu.backend import NativeBackend
-from workers.torch_engine.draw import Threshold, TorchDraw, threshold_by_bisection, threshold_by_histogram
+from workers.torch_engine.draw import Draw, TorchDraw, threshold_by_bisection, threshold_by_histogram
 from workers.torch_engine.engine import TorchEngine
 from workers.torch_engine.loader import choose_device
 from workers.torch_engine.plain.backend import TorchBackend
@@ -56,15 +56,15 @@ def _on_gpu(config: EngineConfig, device: torch.device) -> list[Backend[Any]]:
 
 
 def torch_alone(config: EngineConfig, device: torch.device) -> TorchBackend:
-    return TorchBackend(config, device, TorchDraw(_threshold(device)))
+    return TorchBackend(config, device, _draw(device))
 
 
-def _threshold(device: torch.device) -> Threshold:
-    """The quickest search for the nucleus of top_p on ``device``."""
+def _draw(device: torch.device) -> Draw:
+    """The quickest draw on ``device`` that needs no kernels of ours on a CPU."""
     if device.type == "cpu":
-        return threshold_by_histogram
+        return TorchDraw(threshold_by_histogram)
     try:
-        from workers.torch_engine.cuda.triton_sampling import nucleus_threshold
+        from workers.torch_engine.cuda.triton_sampling import TritonDraw
     except ImportError:
-        return threshold_by_bisection
-    return nucleus_threshold
+        return TorchDraw(threshold_by_bisection)
+    return TritonDraw()

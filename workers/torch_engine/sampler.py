@@ -1,29 +1,35 @@
 """Sampling: from logits to one token id per row, in batch, on the device, without waiting for it.
 
 Order, per row: logprobs are read off the model's own logits; then penalties, logit_bias, allowed_token_ids,
-min_tokens, the masks of constrained rows (rule_out.py); then the draw (draw.py), which the engine's backend hands in.
+min_tokens, the masks of constrained rows; then the draw (draw.py), which the engine's backend hands in.
 
 What no row of a step asks for is not computed. Counts of earlier tokens exist only for seats with penalties.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 
-from protocol.messages import NewSequence, choice_seed
+from protocol.messages import NewSequence, choice_seed, pack_ids
 from protocol.sampling import SamplingParams
+from protocol.structures.grammar import MaskRow
 from workers.engines.base import Sampled
 from workers.engines.checks import NON_FINITE, Refusals
 from workers.masks import StepMasks
-from workers.torch_engine.draw import DRAW_FIELDS, Draw
-from workers.torch_engine.inputs import to_device
-from workers.torch_engine.rule_out import RuleOut, rule_out
+from workers.torch_engine.draw import DRAW_FIELDS, Draw, RuleOut, rule_out
+from workers.torch_engine.staging import Returned, to_device
 
+WARM_UP: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0, "logprobs": 5}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
+    {"temperature": 0.8, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.1, "min_tokens": 9},
+    {"temperature": 0.8, "logit_bias": {0: 1.0}}, {"temperature": 0.8, "allowed_token_ids": [0, 1]},
+)  # fmt: skip
 COLDEST = 1e-5  # temperatures below are greedy: dividing by them overflows
 
 
@@ -85,6 +91,27 @@ class Sampler:
             if new.seat in self.banned and np.isin(allowed, self.banned[new.seat][1]).all():
                 del self.banned[new.seat]  # something must be left
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Draw once with every option, from logits of ``dtype``, so that no request is the first to compile a kernel or
+        to load one. No seat may be taken."""
+        cases = [
+            [SamplingParams(temperature=0.0)],
+            [SamplingParams(temperature=0.5)],
+            [SamplingParams(**kind) for kind in WARM_UP],
+        ]
+        mask = MaskRow(-(-self.vocab_size // 32))
+        mask.bits.fill(-1)
+        for case in cases:
+            for masks in (None, StepMasks(np.zeros(1, np.int64), [mask])):
+                for seat, params in enumerate(case):
+                    self.add(NewSequence(seat, "", 0, 0, pack_ids([0, 0]), 1, params, 0, 0, b"", 0))
+                rows = np.arange(len(case))
+                logits = torch.zeros(len(case), self.vocab_size, dtype=dtype, device=self.device)
+                self.sample(logits, rows, np.ones_like(rows), None, masks)
+                self.clear()
+        for seat in range(len(WARM_UP)):
+            self._fields[seat] = np.zeros((), DRAW_FIELDS)
+
     def drop(self, seat: int) -> None:
         """Forget a seat; no error if it is unknown."""
         self.penalties.drop(seat)
@@ -107,22 +134,24 @@ class Sampler:
         """Draw one token per row of ``logits`` [k, vocabulary]. ``best`` (int64 [k]): the largest of each, if known.
 
         ``seats`` [k] names the rows' seats, ``positions`` [k] the position that each token takes in its sequence.
-        Where there are ``masks``, what they rule out is written into ``logits``, in their own rows alone.
+        What ``masks`` rule out is drawn by no row of theirs; it may be written into ``logits``, in these rows alone.
         """
         fields = self._fields[seats]
         lp_rows = np.flatnonzero(fields["logprobs"] >= 0)
-        if not len(lp_rows) and not self._has_processors and not (fields["temperature"] > 0).any():
+        masked = masks is not None and len(masks.rows) > 0
+        plain = not len(lp_rows) and not self._has_processors and not (masked and self.draw.takes_masks)
+        if plain and not (fields["temperature"] > 0).any():
             largest, best = _top(logits, best)
             finite = torch.isfinite(largest)
             return Drawn(self._largest(logits, best, masks), finite)  # 16-bit logits order as if widened
         # amax takes a NaN for the largest, wherever it stands
         finite = torch.isfinite(logits.amax(-1) if best is None else _top(logits, best)[0])
-        logits = logits.float()
-        logprobs = torch.log_softmax(logits[self._index(lp_rows)], dim=-1) if len(lp_rows) else None
-        logits = self._process_logits(logits, seats, positions)
-        if masks is not None:
+        logprobs = torch.log_softmax(logits[self._index(lp_rows)].float(), dim=-1) if len(lp_rows) else None
+        if self._has_processors:
+            logits = self._process_logits(logits.float(), seats, positions)
+        if masks is not None and not self.draw.takes_masks:
             self.rule_out(logits, masks)
-        tokens = self.draw(logits, fields, positions)
+        tokens = self.draw(logits, fields, positions, masks if self.draw.takes_masks else None)
         self.penalties.count(seats, tokens)
         if logprobs is None:
             return Drawn(tokens, finite)
@@ -287,7 +316,9 @@ class StepClock:
 
 
 class TorchStepOutput:
-    """Holds one step's draws (None where no row samples). On a GPU their copy to pinned memory is queued here."""
+    """Holds one step's draws (None where no row samples). On a GPU their copy to pinned memory is queued here.
+
+    ``wait`` is called once."""
 
     def __init__(
         self,
@@ -306,26 +337,28 @@ class TorchStepOutput:
         self._lp_rows = drawn.lp_rows if drawn else None
         clock.stop()
         results = (drawn.tokens, drawn.lp_drawn, drawn.lp_top_ids, drawn.lp_top, drawn.finite) if drawn else ()
-        self._copies, self._copied = _to_host(results)
+        self._results = Returned(results) if results else None
+        self._tokens: np.ndarray | None = None  # once they have been read
+        self._reading = threading.Lock()
 
     def tokens(self) -> np.ndarray:
         """int64 [k]: the ids drawn. Blocks until they are on the host; any thread may ask."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        (tokens, *_) = self._copies
-        assert tokens is not None
-        return tokens.numpy()
+        with self._reading:
+            if self._tokens is None:
+                assert self._results is not None
+                (tokens, *_) = self._results.wait()
+                assert tokens is not None
+                self._tokens = tokens.copy()
+        return self._tokens
 
     def wait(self) -> Sampled:
         """Block until the step's ids are on the host."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        exec_us = self._clock.wait()
-        if not self._copies:
+        if self._results is None:
             none = self._seats.astype(np.int32)
-            return Sampled(none, none, {}, exec_us, self._refused.failed, self._refused.dropped)
-        tokens, drawn, top_ids, top, finite = (None if copy is None else copy.numpy() for copy in self._copies)
-        assert tokens is not None
+            return Sampled(none, none, {}, self._clock.wait(), self._refused.failed, self._refused.dropped)
+        tokens = self.tokens()
+        _, drawn, top_ids, top, finite = self._results.wait()
+        exec_us = self._clock.wait()
         logprobs: dict[int, tuple[float, np.ndarray, np.ndarray]] = {}
         if self._lp_rows is not None:
             assert drawn is not None
@@ -333,7 +366,7 @@ class TorchStepOutput:
             assert top is not None
             for at, row in enumerate(self._lp_rows):
                 asked = int(self._tops[row])
-                own = (float(drawn[at]), top_ids[at, :asked].astype(np.int32), top[at, :asked])
+                own = (float(drawn[at]), top_ids[at, :asked].astype(np.int32), top[at, :asked].copy())
                 logprobs[int(self._seats[row])] = own
         sampled = Sampled(self._seats.astype(np.int32), tokens.astype(np.int32), logprobs, exec_us)
         assert finite is not None
@@ -343,35 +376,9 @@ class TorchStepOutput:
             for seat in self._seats[~finite].tolist():
                 sampled.failed[seat] = NON_FINITE
                 sampled.dropped.append(seat)
+        self._results.release()
         if self._masks is not None:
             sampled.failed |= self._masks.failed
             sampled.mask_us = self._masks.mask_us
             sampled.mask_wait_us = self._masks.wait_us
         return sampled
-
-
-def _to_host(
-    results: tuple[torch.Tensor | None, ...],
-) -> tuple[list[torch.Tensor | None], torch.cuda.Event | None]:
-    """Copies of ``results`` in host memory, and the mark after which they are there (None: they are)."""
-    if not any(tensor is not None and tensor.is_cuda for tensor in results):
-        return list(results), None
-    stream = _copy_stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    copies: list[torch.Tensor | None] = []
-    with torch.cuda.stream(stream):
-        for tensor in results:
-            if tensor is None:
-                copies.append(None)
-                continue
-            tensor.record_stream(stream)  # its memory is not given away before the copy is done
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            copies.append(host.copy_(tensor, non_blocking=True))
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
-    return copies, copied
-
-
-@cache
-def _copy_stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -295,3 +295,12 @@ def test_extreme_parameters_draw_something():
         SamplingParams(top_k=1, top_p=0.5, min_p=0.5, temperature=2.0),
     )
     assert torch.equal(sample(made, logits).tokens, logits.argmax(-1))
+
+
+def test_warming_up_leaves_nothing_behind():
+    made = make()
+    made.warm_up(torch.float32)
+    assert not made._has_processors
+    assert not made._fields[:4].view(np.uint8).any()
+    made.add(sequence(0, SamplingParams(temperature=0)))
+    assert sample(made, torch.arange(float(V))).tokens.tolist() == [V - 1]

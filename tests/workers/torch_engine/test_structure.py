@@ -22,7 +22,7 @@ from tests.workers.torch_engine.parity import BLOCK, make_engine
 from workers.masks import StepMasks
 from workers.native.library import load_kernels
 from workers.torch_engine.cpu.backend import NativeDraw
-from workers.torch_engine.rule_out import rule_out
+from workers.torch_engine.draw import rule_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

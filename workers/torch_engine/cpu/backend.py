@@ -22,12 +22,11 @@ from workers.torch_engine.cpu.attention import NativeAttention
 from workers.torch_engine.cpu.layers import fuse_layers
 from workers.torch_engine.cpu.modules import fuse
 from workers.torch_engine.cpu.whole_pass import WholePass, whole_pass_of
-from workers.torch_engine.draw import uniforms
+from workers.torch_engine.draw import rule_out, uniforms
 from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.kv_pool import KVPool
 from workers.torch_engine.plain.backend import TorchBackend
 from workers.torch_engine.replace import agrees
-from workers.torch_engine.rule_out import rule_out
 
 
 class NativeBackend(TorchBackend):
@@ -88,18 +87,22 @@ class NativeBackend(TorchBackend):
 class NativeDraw:
     """A sampler's draw (draw.py) as one native call."""
 
+    takes_masks = False
+
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
 
-    def __call__(self, logits: torch.Tensor, fields: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+    def __call__(
+        self, logits: torch.Tensor, fields: np.ndarray, positions: np.ndarray, masks: StepMasks | None = None
+    ) -> torch.Tensor:
         draws = np.empty(len(fields), DRAW)
         for name in ("temperature", "top_p", "min_p", "top_k"):
             draws[name] = fields[name]
         draws["uniform"] = uniforms(fields["key"], positions)
-        return self.kernels.draw(logits, draws)
+        return self.kernels.draw(logits.float(), draws)
 
     def rule_out(self, logits: torch.Tensor, masks: StepMasks) -> None:
-        """rule_out.py's, as one native call."""
+        """draw.py's, as one native call."""
         if logits.dtype != torch.float32:
             rule_out(logits, masks)
         elif len(masks.rows):

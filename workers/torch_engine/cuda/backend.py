@@ -20,9 +20,8 @@ from workers.torch_engine.cuda.graphs import Bucket, CudaRecorder, Rerun, TableS
 from workers.torch_engine.cuda.modules import fuse
 from workers.torch_engine.cuda.step_tables import StepTables, TableSeats
 from workers.torch_engine.cuda.triton_attention import tile_tokens
-from workers.torch_engine.cuda.triton_sampling import nucleus_threshold
+from workers.torch_engine.cuda.triton_sampling import TritonDraw
 from workers.torch_engine.cuda.work_list import WorkShape
-from workers.torch_engine.draw import TorchDraw
 from workers.torch_engine.inputs import HostStep
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ class CudaBackend(Backend[HostStep]):
     steps: TableSteps
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        super().__init__(config, device, TorchDraw(nucleus_threshold))
+        super().__init__(config, device, TritonDraw())
         self._executed = 0
 
     # ------------------------------------------------------------------ load

@@ -22,6 +22,7 @@ from workers.engines.base import Progress
 from workers.torch_engine.cuda.step_tables import Layout, StepTables, TableSeats
 from workers.torch_engine.cuda.work_list import WorkShape
 from workers.torch_engine.inputs import HostStep
+from workers.torch_engine.staging import host_bytes
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class TableSteps:
         self.seats, self.device = seats, device
         self._recorded: list[_Recorded] = []  # smallest first
         self._hosts: list[torch.Tensor] = [torch.zeros(0, dtype=torch.uint8) for _ in range(HOST_BUFFERS)]
-        self._copied: list[torch.cuda.Event | None] = [None] * HOST_BUFFERS
+        self._copied: list[torch.cuda.Event | None] = [None] * HOST_BUFFERS  # made once, marked anew
         self._turn = 0
         self.capture_s = 0.0
         self.capture_bytes = 0
@@ -137,7 +138,9 @@ class TableSteps:
         """Record a pass for each of ``buckets``, largest first. A model that cannot be recorded runs without."""
         began, before = time.perf_counter(), self._memory()
         layouts = [Layout(b.tokens, b.rows, self._shape(b)) for b in buckets]
-        buffer = torch.zeros(max(layout.nbytes for layout in layouts), dtype=torch.uint8, device=self.device)
+        largest = max(layout.nbytes for layout in layouts)
+        self._hosts = [host_bytes(largest, self.device) for _ in range(HOST_BUFFERS)]
+        buffer = torch.zeros(largest, dtype=torch.uint8, device=self.device)
         recorded = []
         gc.collect()
         gc.freeze()  # each recording begins with a collection, which takes long over the modules of a whole model
@@ -235,14 +238,14 @@ class TableSteps:
         if copied is not None:
             copied.synchronize()
         if len(self._hosts[turn]) < layout.nbytes:
-            size, pinned = 2 * layout.nbytes, self.device.type == "cuda"
-            self._hosts[turn] = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
+            self._hosts[turn] = host_bytes(2 * layout.nbytes, self.device)
         host = self._hosts[turn]
         layout.fill(host.numpy(), step, *self.seats.known_ids(step))
         buffer[: layout.nbytes].copy_(host[: layout.nbytes], non_blocking=True)
         if self.device.type == "cuda":
-            self._copied[turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied[turn].record()  # type: ignore[union-attr]
+            if copied is None:
+                copied = self._copied[turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
 
     def _memory(self) -> int:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0

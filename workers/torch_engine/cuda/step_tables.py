@@ -15,7 +15,8 @@ import torch
 from workers.engines.checks import Limits
 from workers.torch_engine.cuda.triton_attention import Work
 from workers.torch_engine.cuda.work_list import ITEM, MERGE, WorkShape, fill_work
-from workers.torch_engine.inputs import HostStep, Seats, to_device
+from workers.torch_engine.inputs import HostStep, Seats
+from workers.torch_engine.staging import to_device
 
 
 @dataclass(frozen=True)

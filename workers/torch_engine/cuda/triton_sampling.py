@@ -1,74 +1,190 @@
-"""The nucleus of top-p on a GPU: its smallest weight, found in a dozen passes over a row that stays in the cache.
+"""The draw on a GPU: one program a row, from logits as the model wrote them to a token id (draw.py says what is drawn).
 
-Positive floats order as their bits do, so the interval of bit patterns is cut into eight until it holds one: exact, and
-the vocabulary is never sorted. torch's own way to the same number takes 31 halvings of three launches each.
+A row is read a few times while it stays in the cache; nothing of its size is written. One launch serves every kind of
+sampling and of constraint: what a row asks for is in a table, so there is nothing to compile when a request is the
+first to ask for it, and a row's token depends on its own logits and its own numbers, never on the rows beside it.
+
+Thresholds (top_k: the k-th largest weight; top_p: the smallest weight of the nucleus) are searched, not sorted for:
+positive floats order as their bits do, so the interval of bit patterns is cut into eight until it holds one pattern.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from workers.masks import StepMasks
+from workers.torch_engine.draw import uniforms
+from workers.torch_engine.staging import to_device
+
 BLOCK = 2048
 PASSES = 11  # eighths of 2**31 patterns, until one is left
+# One row of the table, 4 bytes each. ``mask``: row of the masks, -1: none.
+ROW = np.dtype(
+    [
+        ("temperature", "<f4"),
+        ("top_p", "<f4"),
+        ("min_p", "<f4"),
+        ("uniform", "<f4"),
+        ("top_k", "<i4"),
+        ("mask", "<i4"),
+        ("unused", "<i4", 2),
+    ]
+)
 
 
 @triton.jit
-def nucleus_rows(weights, goals, thresholds, row_stride, size, BLOCK: tl.constexpr, PASSES: tl.constexpr):
-    """Grid (rows). The largest t with sum(weights >= t) >= goal; sum(weights >= low) >= goal holds throughout."""
+def _allowed(bits, mask, words, ids, size):
+    """Which of ``ids`` exist and are not ruled out."""
+    held = tl.where(mask >= 0, words, 0)
+    every = tl.where(mask >= 0, 0, 1)
+    word = tl.load(bits + tl.maximum(mask, 0).to(tl.int64) * words + (ids >> 5), mask=(ids >> 5) < held, other=0)
+    return (ids < size) & ((((word >> (ids & 31)) & 1) | every) == 1)
+
+
+@triton.jit
+def _weights(logits, bits, mask, words, ids, size, largest, scale):
+    """exp2((logit - largest) * scale), zero for what is ruled out: the largest weight is 1."""
+    allowed = _allowed(bits, mask, words, ids, size)
+    value = tl.load(logits + ids, mask=allowed, other=float("-inf")).to(tl.float32)
+    return tl.where(allowed, tl.exp2((value - largest) * scale), 0.0)
+
+
+@triton.jit(do_not_specialize=["words"])  # one kernel, with masks and without
+def draw_rows(
+    logits, table, bits, tokens, row_stride, size, words,
+    BLOCK: tl.constexpr, PASSES: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows). ``table`` int32 [rows, 8]: ROW; ``bits`` int32 [masks, words]; ``tokens`` int64 [rows]."""
     row = tl.program_id(0).to(tl.int64)
-    base = weights + row * row_stride
-    goal = tl.load(goals + row)
+    logits += row * row_stride
+    own = table + row * 8
+    temperature = tl.load(own).to(tl.float32, bitcast=True)
+    top_p = tl.load(own + 1).to(tl.float32, bitcast=True)
+    min_p = tl.load(own + 2).to(tl.float32, bitcast=True)
+    uniform = tl.load(own + 3).to(tl.float32, bitcast=True)
+    top_k = tl.load(own + 4)
+    mask = tl.load(own + 5)
     at = tl.arange(0, BLOCK)
-    most = tl.zeros([BLOCK], tl.float32)
+
+    most = tl.full([BLOCK], float("-inf"), tl.float32)
+    where = tl.zeros([BLOCK], tl.int32)
     for start in range(0, size, BLOCK):
-        most = tl.maximum(most, tl.load(base + start + at, mask=start + at < size, other=0.0))
-    low = tl.zeros([1], tl.int32)
-    high = tl.max(most, 0).to(tl.int32, bitcast=True) + 1 + low
-    for _ in range(PASSES):
-        step = tl.maximum((high - low + 7) // 8, 1)
-        t1 = (low + step).to(tl.float32, bitcast=True)
-        t2 = (low + step * 2).to(tl.float32, bitcast=True)
-        t3 = (low + step * 3).to(tl.float32, bitcast=True)
-        t4 = (low + step * 4).to(tl.float32, bitcast=True)
-        t5 = (low + step * 5).to(tl.float32, bitcast=True)
-        t6 = (low + step * 6).to(tl.float32, bitcast=True)
-        t7 = (low + step * 7).to(tl.float32, bitcast=True)
-        s1 = tl.zeros([BLOCK], tl.float32)
-        s2 = tl.zeros([BLOCK], tl.float32)
-        s3 = tl.zeros([BLOCK], tl.float32)
-        s4 = tl.zeros([BLOCK], tl.float32)
-        s5 = tl.zeros([BLOCK], tl.float32)
-        s6 = tl.zeros([BLOCK], tl.float32)
-        s7 = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, size, BLOCK):
-            w = tl.load(base + start + at, mask=start + at < size, other=0.0)
-            s1 += tl.where(w >= t1, w, 0.0)
-            s2 += tl.where(w >= t2, w, 0.0)
-            s3 += tl.where(w >= t3, w, 0.0)
-            s4 += tl.where(w >= t4, w, 0.0)
-            s5 += tl.where(w >= t5, w, 0.0)
-            s6 += tl.where(w >= t6, w, 0.0)
-            s7 += tl.where(w >= t7, w, 0.0)
-        enough = (tl.sum(s1, 0) >= goal).to(tl.int32) + (tl.sum(s2, 0) >= goal).to(tl.int32)
-        enough += (tl.sum(s3, 0) >= goal).to(tl.int32) + (tl.sum(s4, 0) >= goal).to(tl.int32)
-        enough += (tl.sum(s5, 0) >= goal).to(tl.int32) + (tl.sum(s6, 0) >= goal).to(tl.int32)
-        enough += (tl.sum(s7, 0) >= goal).to(tl.int32)
-        low = low + step * enough
-        high = tl.minimum(high, low + step)
-    tl.store(thresholds + row + tl.zeros([1], tl.int32), low.to(tl.float32, bitcast=True))
+        allowed = _allowed(bits, mask, words, start + at, size)
+        value = tl.load(logits + start + at, mask=allowed, other=float("-inf")).to(tl.float32)
+        where = tl.where(value > most, start + at, where)
+        most = tl.maximum(most, value)
+    largest = tl.max(most, 0)
+    best = tl.min(tl.where(most == largest, where, 0x7FFFFFFF), 0)  # of equals the first
+    if (temperature <= 0) | (tl.abs(largest) == float("inf")):  # greedy, or a row whose token is not used
+        tl.store(tokens + row, tl.where(best < size, best, 0).to(tl.int64))
+        return
+
+    scale = 1.4426950408889634 / temperature
+    least = tl.zeros([1], tl.float32) + min_p  # weights below are out
+    for stage in range(2):  # top_k, then top_p of what it left
+        asked = (stage == 0) & (top_k > 0) & (top_k < size) | (stage == 1) & (top_p < 1.0)
+        if asked:
+            goal = tl.zeros([1], tl.float32) + top_k.to(tl.float32)
+            if stage == 1:
+                mass = tl.zeros([BLOCK], tl.float32)
+                for start in range(0, size, BLOCK):
+                    w = _weights(logits, bits, mask, words, start + at, size, largest, scale)
+                    mass += tl.where(w >= least, w, 0.0)
+                goal = top_p * tl.sum(mass, 0) + tl.zeros([1], tl.float32)
+            low = least.to(tl.int32, bitcast=True)
+            high = tl.full([1], 0x3F800001, tl.int32)  # above the bits of 1.0
+            for _ in range(PASSES):
+                if tl.max(high - low, 0) > 1:
+                    step = tl.maximum((high - low + 7) // 8, 1)
+                    t1 = (low + step).to(tl.float32, bitcast=True)
+                    t2 = (low + step * 2).to(tl.float32, bitcast=True)
+                    t3 = (low + step * 3).to(tl.float32, bitcast=True)
+                    t4 = (low + step * 4).to(tl.float32, bitcast=True)
+                    t5 = (low + step * 5).to(tl.float32, bitcast=True)
+                    t6 = (low + step * 6).to(tl.float32, bitcast=True)
+                    t7 = (low + step * 7).to(tl.float32, bitcast=True)
+                    s1 = tl.zeros([BLOCK], tl.float32)
+                    s2 = tl.zeros([BLOCK], tl.float32)
+                    s3 = tl.zeros([BLOCK], tl.float32)
+                    s4 = tl.zeros([BLOCK], tl.float32)
+                    s5 = tl.zeros([BLOCK], tl.float32)
+                    s6 = tl.zeros([BLOCK], tl.float32)
+                    s7 = tl.zeros([BLOCK], tl.float32)
+                    for start in range(0, size, BLOCK):
+                        w = _weights(logits, bits, mask, words, start + at, size, largest, scale)
+                        counted = tl.where(stage == 0, tl.where(w > 0, 1.0, 0.0), w)
+                        s1 += tl.where(w >= t1, counted, 0.0)
+                        s2 += tl.where(w >= t2, counted, 0.0)
+                        s3 += tl.where(w >= t3, counted, 0.0)
+                        s4 += tl.where(w >= t4, counted, 0.0)
+                        s5 += tl.where(w >= t5, counted, 0.0)
+                        s6 += tl.where(w >= t6, counted, 0.0)
+                        s7 += tl.where(w >= t7, counted, 0.0)
+                    enough = (tl.sum(s1, 0) >= goal).to(tl.int32) + (tl.sum(s2, 0) >= goal).to(tl.int32)
+                    enough += (tl.sum(s3, 0) >= goal).to(tl.int32) + (tl.sum(s4, 0) >= goal).to(tl.int32)
+                    enough += (tl.sum(s5, 0) >= goal).to(tl.int32) + (tl.sum(s6, 0) >= goal).to(tl.int32)
+                    enough += (tl.sum(s7, 0) >= goal).to(tl.int32)
+                    low = low + step * enough
+                    high = tl.minimum(high, low + step)
+            least = low.to(tl.float32, bitcast=True)
+
+    total = tl.zeros([], tl.float32)
+    for start in range(0, size, BLOCK):
+        w = _weights(logits, bits, mask, words, start + at, size, largest, scale)
+        total += tl.sum(tl.where(w >= least, w, 0.0), 0)
+    # Sums are taken twice in the same order, so a target below the total is found, but for rounding within a block.
+    target = uniform * total
+    before = tl.zeros([], tl.float32)
+    drawn = tl.full([], -1, tl.int32)
+    last = best
+    for start in range(0, size, BLOCK):
+        if drawn < 0:
+            w = _weights(logits, bits, mask, words, start + at, size, largest, scale)
+            w = tl.where(w >= least, w, 0.0)
+            held = tl.sum(w, 0)
+            reached = before + tl.cumsum(w, 0) > target
+            first = tl.min(tl.where(reached & (w > 0), start + at, 0x7FFFFFFF), 0)
+            end = tl.max(tl.where(w > 0, start + at, -1), 0)
+            last = tl.where(end >= 0, end, last)
+            if before + held > target:
+                drawn = tl.minimum(first, last)
+            before += held
+    drawn = tl.where(drawn < 0, last, drawn)
+    tl.store(tokens + row, tl.where(drawn < size, drawn, 0).to(tl.int64))
 
 
-def nucleus_threshold(weights: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """float32 [k, 1]: the largest t with sum(weights >= t) >= goal. ``weights`` float32 [k, vocabulary], none negative;
-    ``goal`` [k, 1]."""
-    if weights.stride(1) != 1:
-        weights = weights.contiguous()
-    thresholds = torch.empty(len(weights), 1, dtype=torch.float32, device=weights.device)
-    nucleus_rows[(len(weights),)](
-        weights, goal.contiguous(), thresholds, weights.stride(0), weights.shape[1],
+class TritonDraw:
+    """A sampler's draw (draw.py) as one launch, masks of constrained rows included."""
+
+    takes_masks = True
+
+    def __call__(
+        self, logits: torch.Tensor, fields: np.ndarray, positions: np.ndarray, masks: StepMasks | None = None
+    ) -> torch.Tensor:
+        table = np.zeros(len(fields), ROW)
+        for name in ("temperature", "top_p", "min_p", "top_k"):
+            table[name] = fields[name]
+        table["uniform"] = uniforms(fields["key"], positions)
+        table["mask"] = -1
+        packed = np.zeros((1, 1), np.int32)
+        if masks is not None and len(masks.rows):
+            table["mask"][masks.rows] = np.arange(len(masks.rows))
+            packed = masks.bits
+        device = logits.device
+        return launch_draw(logits, to_device(table.view("<i4"), device), to_device(packed, device))
+
+
+def launch_draw(logits: torch.Tensor, table: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """int64 [rows] from ``logits`` [rows, size] of any float kind; ``table`` and ``bits`` as draw_rows has them."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    draw_rows[(len(logits),)](
+        logits, table, bits, tokens, logits.stride(0), logits.shape[1], bits.shape[1],
         BLOCK=BLOCK, PASSES=PASSES, num_warps=8,
     )  # fmt: skip
-    return thresholds
+    return tokens

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from workers.torch_engine.attention import AttentionRule, PagedAttention
-from workers.torch_engine.inputs import StepInputs, to_device
+from workers.torch_engine.inputs import StepInputs
+from workers.torch_engine.staging import to_device
 
 
 @dataclass(frozen=True)

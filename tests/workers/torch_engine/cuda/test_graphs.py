@@ -7,20 +7,26 @@ no host arrays at all, so it cannot depend on any.
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence
 from tests.workers.torch_engine.cuda.triton_device import DEVICE
 from tests.workers.torch_engine.parity import first_difference, reference_of
+from workers.torch_engine import staging
 from workers.torch_engine.config import EngineConfig
+from workers.torch_engine.cuda import triton_sampling
 from workers.torch_engine.cuda.backend import CudaBackend
 from workers.torch_engine.cuda.graphs import Bucket, choose_buckets
 from workers.torch_engine.engine import TorchEngine
 from workers.torch_engine.make import torch_alone
+from workers.torch_engine.sampler import Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,6 +100,53 @@ def test_recorded_steps_are_timed_within_their_time(llama, monkeypatch):
     assert [tokens for tokens, _ in times] == sizes
     assert all(us > 0 for _, us in times)
     assert steps.time_steps(most_s=0.0) == [], "half a table would mislead"
+
+
+def test_a_steady_step_pins_no_host_memory(llama, monkeypatch):
+    """Counted on a CPU too, by taking it for a device with memory of its own."""
+    _, engine = llama
+    monkeypatch.setattr(staging, "DEVICES", {"cpu", "cuda"})
+    kinds = (
+        {"temperature": 0.0, "logprobs": 2},
+        {"temperature": 0.8, "repetition_penalty": 1.2},
+        {"logit_bias": {5: 2.0}},
+    )
+    new = [
+        NewSequence(
+            seat, "", seat, 1, pack_ids(range(3)), 3, SamplingParams(max_tokens=40, **kind), 0, 0,
+            pack_ids(range(2 * seat, 2 * seat + 2)), 0,
+        )
+        for seat, kind in enumerate(kinds)
+    ]  # fmt: skip
+    seats = np.arange(len(new), dtype="<u2").tobytes()
+    running = [engine.execute(Plan(0, 0, 1, seats, pack_ids([3] * len(new)), b"", new))]
+    counted = []
+    for step in range(2, 8):
+        running.append(engine.execute(Plan(0, 0, step, seats)))
+        assert len(running.pop(0).wait().tokens) == len(new)
+        counted.append(staging.made)
+    running.pop().wait()
+    engine.reset()
+    assert counted[0] > 0
+    assert counted[-1] == counted[2], "from the third step on"
+
+
+def test_memory_is_pinned_in_one_place():
+    root = Path(staging.__file__).parents[1]
+    assert [path.name for path in root.rglob("*.py") if "pin_memory" in path.read_text()] == ["staging.py"]
+
+
+def test_every_option_is_tried_before_the_first_request(llama, monkeypatch):
+    """Launches differ by the logits' type alone: 16 bits as the model gives them, float32 once they were changed."""
+    _, engine = llama
+    seen = []
+    real = triton_sampling.launch_draw
+    monkeypatch.setattr(
+        triton_sampling, "launch_draw", lambda logits, *rest: (seen.append(logits.dtype), real(logits, *rest))[1]
+    )
+    sampler = Sampler(8, 60, [7], DEVICE, engine.backend.draw)
+    sampler.warm_up(torch.bfloat16)
+    assert set(seen) == {torch.bfloat16, torch.float32}
 
 
 def test_the_kernels_are_in(llama):

@@ -64,10 +64,10 @@ def small(capability, kind):
         compile_for(capability, kernels.rotate_and_store, types, sizes, num_warps=4)
 
 
-def sampling(capability):
-    types = {name: "*fp32" for name in ("weights", "goals", "thresholds")}
+def sampling(capability, kind):
+    types = {"logits": "*" + kind, "table": "*i32", "bits": "*i32", "tokens": "*i64"}
     sizes = dict(BLOCK=triton_sampling.BLOCK, PASSES=triton_sampling.PASSES)
-    compile_for(capability, triton_sampling.nucleus_rows, types, sizes, num_warps=8)
+    compile_for(capability, triton_sampling.draw_rows, types, sizes, num_warps=8)
 
 
 attend(90, "bf16", 2, 16, 4, 128, 128)
@@ -78,8 +78,9 @@ attend(90, "fp32", 4, 16, 4, 80, 80)
 attend(80, "bf16", 2, 64, 4, 128, 128)
 small(90, "bf16")
 small(80, "fp32")
-sampling(90)
-sampling(80)
+sampling(90, "bf16")
+sampling(90, "fp32")
+sampling(80, "fp16")
 print("compiled")
 """
 

@@ -1,44 +1,119 @@
-"""The nucleus' smallest weight: exact against a sorted definition, whatever the rows look like."""
+"""The draw in one launch: what torch draws, whatever is asked for, and from a row's own numbers alone."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
+from protocol.messages import NewSequence, pack_ids
+from protocol.sampling import SamplingParams
 from tests.workers.torch_engine.cuda.triton_device import DEVICE
-from workers.torch_engine.cuda.triton_sampling import nucleus_threshold
+from workers.torch_engine.cuda.triton_sampling import BLOCK, TritonDraw
+from workers.torch_engine.draw import DRAW_FIELDS, TorchDraw, rule_out, threshold_by_histogram, uniforms
+from workers.torch_engine.sampler import Sampler
+
+KINDS = (
+    {"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.3, "top_k": 5},
+    {"temperature": 1.0, "min_p": 0.1}, {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
+    {"temperature": 2.0, "top_p": 0.05}, {"temperature": 0.5, "top_k": 1},
+)  # fmt: skip
 
 
-def expected(row, goal):
-    """The largest weight that, with all above it, holds ``goal``."""
-    ranked = row.double().sort(descending=True).values
-    mass = ranked.cumsum(0)
-    last = int((mass < goal).sum())
-    return ranked[min(last, len(ranked) - 1)].item()
+def fields_of(kinds, seed=0):
+    fields = np.zeros(len(kinds), DRAW_FIELDS)
+    for row, kind in enumerate(kinds):
+        fields[row] = (
+            1000 * seed + row,
+            kind["temperature"],
+            kind.get("top_p", 1),
+            kind.get("min_p", 0),
+            kind.get("top_k", 0),
+            -1,
+        )
+    return fields
 
 
-@pytest.mark.parametrize("size", [50, 2048, 5000])
-def test_threshold(size):
+def masks_of(rows, size, seed=0):
+    """About half of the ids of each of ``rows``, and never the first 32."""
+    words = np.random.default_rng(seed).integers(-(2**31), 2**31, (len(rows), -(-size // 32)), np.int32)
+    words[:, 0] = 0
+    return SimpleNamespace(rows=np.array(rows, np.int64), bits=words)
+
+
+@pytest.mark.parametrize("size", [50, BLOCK + 77])
+def test_draws_are_those_of_torch(size):
     generator = torch.Generator().manual_seed(size)
-    weights = torch.softmax(
-        torch.randn(6, size, generator=generator) * torch.tensor([[0.1], [1], [3], [9], [2], [2]]), -1
+    logits = torch.randn(len(KINDS), size, generator=generator) * 3
+    fields = fields_of(KINDS)
+    positions = np.arange(len(KINDS))
+    theirs = TorchDraw(threshold_by_histogram)(logits, fields, positions)
+    ours = TritonDraw()(logits.to(DEVICE), fields, positions).cpu()
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_ties_with_the_threshold_stay():
+    """All weights alike: top_k and top_p keep all that equal the last one, so any id is drawn."""
+    fields = fields_of([{"temperature": 1.0, "top_k": 2, "top_p": 0.5}] * 4)
+    wanted = [int(8 * uniform) for uniform in uniforms(fields["key"], np.arange(4))]
+    assert len(set(wanted)) > 2
+    assert TritonDraw()(torch.zeros(4, 8).to(DEVICE), fields, np.arange(4)).tolist() == wanted
+
+
+def test_a_mask_is_an_input():
+    size = 210
+    logits = torch.randn(len(KINDS), size, generator=torch.Generator().manual_seed(1)) * 2
+    logits[:, :32] += 20  # what the masks rule out would be drawn
+    masks = masks_of([0, 2, 3, 5], size)
+    fields, positions = fields_of(KINDS), np.arange(len(KINDS))
+    given = logits.clone().to(DEVICE)
+    ours = TritonDraw()(given, fields, positions, masks).cpu()
+    assert torch.equal(given.cpu(), logits), "no logit is changed"
+    ruled = logits.clone()
+    rule_out(ruled, masks)
+    assert ours.tolist() == TorchDraw(threshold_by_histogram)(ruled, fields, positions).tolist()
+    allowed = np.unpackbits(masks.bits.view(np.uint8), axis=1, bitorder="little")
+    assert all(allowed[k, ours[row]] for k, row in enumerate(masks.rows))
+
+
+def test_a_row_of_nonsense_leaves_the_others_alone():
+    logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(2))
+    fields, positions = fields_of(KINDS[2:6]), np.arange(4)
+    clean = TritonDraw()(logits.to(DEVICE), fields, positions).tolist()
+    logits[1], logits[2, 5] = float("nan"), float("inf")
+    spoiled = TritonDraw()(logits.to(DEVICE), fields, positions).tolist()
+    assert [spoiled[0], spoiled[3]] == [clean[0], clean[3]]
+    assert all(0 <= token < 100 for token in spoiled)
+
+
+def test_a_token_depends_on_its_own_row_alone():
+    """128 rows of every kind at once, and each of some of them alone: the same tokens, penalties and masks included."""
+    rows, size = 128, 300
+    logits = (torch.randn(rows, size, generator=torch.Generator().manual_seed(3)) * 3).to(DEVICE, torch.bfloat16)
+    more = (
+        {"logprobs": 3, "temperature": 0.8},
+        {"temperature": 0.8, "repetition_penalty": 1.3},
+        {"logit_bias": {5: 4.0}},
     )
-    weights[4] = 1 / size  # all alike
-    weights[5, size // 2 :] = 0
-    top_p = torch.tensor([[0.9], [0.5], [0.1], [0.99], [0.3], [0.7]])
-    goal = top_p * weights.sum(-1, keepdim=True)
-    ours = nucleus_threshold(weights.to(DEVICE), goal.to(DEVICE)).cpu()
-    for row in range(6):
-        held = weights[row][weights[row] >= ours[row]].double().sum()
-        above = weights[row][weights[row] > ours[row]].double().sum()
-        assert held >= goal[row] * (1 - 1e-5)
-        assert above <= goal[row] * (1 + 1e-5)
-        assert ours[row].item() in weights[row]
-        if row in (2, 3):
-            assert ours[row].item() == pytest.approx(expected(weights[row], goal[row].item()))
+    cheap = [KINDS[0], KINDS[1], KINDS[4], *more]
+    # a search for a threshold takes ten times as long in the interpreter
+    kinds = [KINDS[2 + (seat > 80)] if seat in (5, 70, 95) else cheap[seat % len(cheap)] for seat in range(rows)]
 
+    def make(seats):
+        sampler = Sampler(rows, size, [7], DEVICE, TritonDraw())
+        for seat in seats:
+            params = SamplingParams(**{"max_tokens": 9, **kinds[seat]})
+            sampler.add(NewSequence(seat, "r", 0, 1, pack_ids([1, 2, 3]), 3, params, seat, 0, b"", 0))
+        return sampler
 
-def test_the_whole_row_and_almost_nothing():
-    weights = torch.tensor([[0.5, 0.25, 0.125, 0.125, 0.0]])
-    both = nucleus_threshold(weights.repeat(2, 1).to(DEVICE), torch.tensor([[1.0], [1e-9]], device=DEVICE))
-    assert both.flatten().tolist() == [0.125, 0.5]
+    masks = masks_of(range(0, rows, 7), size)
+    positions = 3 + np.arange(rows)
+    together = make(range(rows)).sample(logits.clone(), np.arange(rows), positions, None, masks).tokens.tolist()
+    for seat in range(0, rows, 5):
+        own = np.flatnonzero(masks.rows == seat)
+        mask = SimpleNamespace(rows=np.zeros(len(own), np.int64), bits=masks.bits[own]) if len(own) else None
+        row = logits[seat : seat + 1].clone()
+        alone = make([seat]).sample(row, np.array([seat]), positions[seat : seat + 1], None, mask)
+        assert alone.tokens.tolist() == [together[seat]]
