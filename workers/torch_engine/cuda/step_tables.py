@@ -14,7 +14,7 @@ import torch
 
 from workers.engines.checks import Limits
 from workers.torch_engine.cuda.triton_attention import Work
-from workers.torch_engine.cuda.work_list import ITEM, MERGE, WorkShape, fill_work
+from workers.torch_engine.cuda.work_list import ITEM, WorkShape, fill_work
 from workers.torch_engine.inputs import HostStep, Seats
 from workers.torch_engine.staging import to_device
 
@@ -48,42 +48,36 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        return 8 * self._longs + 4 * (self.shape.items * ITEM + self.shape.extra * MERGE)
+        return 8 * self._longs + 4 * self.shape.items * ITEM
 
     @property
     def _longs(self) -> int:
-        return sum(self._cuts()[0])
+        return sum(self._lengths())
 
-    def _cuts(self) -> tuple[list[int], list[int]]:
-        """Lengths of the parts: in int64 words, and after them in int32 words. All begin at multiples of 16 bytes:
-        Triton compiles a kernel anew for pointers that do not."""
+    def _lengths(self) -> list[int]:
+        """Of the parts before the work list, in int64 words. All begin at multiples of 16 bytes: Triton compiles a
+        kernel anew for pointers that do not."""
         tokens, rows = self.tokens + self.tokens % 2, self.rows + self.rows % 2
-        return [tokens] * 4 + [rows], [self.shape.items * ITEM, self.shape.extra * MERGE]
+        return [tokens] * 4 + [rows]
 
     def fill(self, buffer: np.ndarray, step: HostStep, ids: np.ndarray, id_seats: np.ndarray) -> None:
         """Write ``step`` into ``buffer``, uint8 [nbytes at least]."""
-        longs, words = self._cuts()
         given = (ids, id_seats, step.positions, step.slots, step.logit_rows)
         head, at = buffer[: 8 * self._longs].view(np.int64), 0
-        for array, length, padding in zip(given, longs, (0, -1, 0, -1, 0), strict=True):
+        for array, length, padding in zip(given, self._lengths(), (0, -1, 0, -1, 0), strict=True):
             head[at : at + len(array)] = array
             head[at + len(array) : at + length] = padding
             at += length
         tail = buffer[8 * self._longs : self.nbytes].view(np.int32)
-        items, merges = tail[: words[0]], tail[words[0] :]
-        fill_work(
-            self.shape, self.tokens, step.counts, step.contexts, step.seats,
-            items.reshape(-1, ITEM), merges.reshape(-1, MERGE),
-        )  # fmt: skip
+        fill_work(self.shape, self.tokens, step.counts, step.contexts, step.seats, tail.reshape(-1, ITEM))
 
     def views(self, buffer: torch.Tensor, seats: TableSeats) -> StepTables:
         """The tables of a step as they lie in ``buffer``, uint8 [nbytes at least] on the device."""
-        longs, words = self._cuts()
-        parts = torch.split(buffer[: 8 * self._longs].view(torch.int64), longs)
+        parts = torch.split(buffer[: 8 * self._longs].view(torch.int64), self._lengths())
         ids, id_seats, positions, slots = (part[: self.tokens] for part in parts[:4])
         logit_rows = parts[4][: self.rows]
-        items, merges = torch.split(buffer[8 * self._longs : self.nbytes].view(torch.int32), words)
-        work = Work(self.shape, items.view(-1, ITEM), merges.view(-1, MERGE), seats.device_tables)
+        items = buffer[8 * self._longs : self.nbytes].view(torch.int32).view(-1, ITEM)
+        work = Work(self.shape, items, seats.device_tables)
         return StepTables(ids, id_seats, positions, slots, logit_rows, work, seats.last_id, seats.block_size)
 
 

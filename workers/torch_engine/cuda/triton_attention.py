@@ -3,7 +3,8 @@
 A program takes one item of the work list (work_list.py) and one key head. The query heads that share this key head
 are packed, token by token, into the rows of its tile, so keys and values are read once for all of them. It walks its
 stretch of keys by block table with a running softmax (FlashAttention-2, arXiv:2307.08691); where a tile is cut into
-several stretches (Flash-Decoding), each leaves a partial result, and a second kernel merges them.
+several stretches (Flash-Decoding), each leaves a partial result and is counted; the program that finds all others
+counted merges them, in the order of their slots whoever comes last, so that a row's sums never depend on timing.
 
 Nothing here depends on what a step holds but through device memory: the same launches serve every step of a bucket,
 which is what a CUDA graph needs. Sums are float32; products of float32 operands are not rounded to TF32.
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from workers.torch_engine.attention import AttentionRule
-from workers.torch_engine.cuda.work_list import ITEM, MERGE, WorkShape
+from workers.torch_engine.cuda.work_list import ITEM, WorkShape
 
 LOG2E = 1.4426950408889634
 PREFILL_ROWS = 64  # rows of a tile where rows have several tokens: one wgmma of Hopper
@@ -34,14 +35,17 @@ def _bounded(scores, softcap):
 
 @triton.jit
 def attend_items(
-    query, keys, values, out, partial, partial_ml, items, tables, sinks,
+    query, keys, values, out, partial, partial_ml, done, items, tables, sinks,
     q_token, q_head, k_slot, k_head, v_slot, v_head, table_stride, scale, softcap,
     GROUP: tl.constexpr, GROUP_P2: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     DK: tl.constexpr, DK_P2: tl.constexpr, DV: tl.constexpr, DV_P2: tl.constexpr, KEYS: tl.constexpr,
     PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ITEM_: tl.constexpr,
     LOG2: tl.constexpr,
 ):  # fmt: skip
-    """Grid (items, key heads). ``out`` is [T, HEADS, DV], contiguous; partial results [slots, KV_HEADS, ROWS, DV]."""
+    """Grid (items, key heads). ``out`` is [T, HEADS, DV], contiguous; partial results [slots, KV_HEADS, ROWS, DV].
+
+    ``done`` int32 [slots, KV_HEADS]: partial results so far, by the first slot of their tile; zeros between launches.
+    """
     item = items + tl.program_id(0) * ITEM_
     kv_head = tl.program_id(1)
     count = tl.load(item + 1)
@@ -92,54 +96,36 @@ def attend_items(
         best = higher
 
     written = real[:, None] & (dv < DV)[None, :]
-    if slot < 0:
-        if SINKS:
-            sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2
-            mass = mass + tl.exp2(sink - tl.where(best == float("-inf"), sink, best))
-        acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]
-        o_at = out + ((token + nth).to(tl.int64)[:, None] * HEADS + head[:, None]) * DV + dv[None, :]
-        tl.store(o_at, acc.to(out.dtype.element_ty), mask=written)
-    else:
+    if slot >= 0:
         line = (slot * KV_HEADS + kv_head).to(tl.int64) * ROWS + row
         tl.store(partial + line[:, None] * DV + dv[None, :], acc, mask=written)
         tl.store(partial_ml + line * 2, best, mask=real)
         tl.store(partial_ml + line * 2 + 1, mass, mask=real)
-
-
-@triton.jit
-def merge_items(
-    out, partial, partial_ml, merges, sinks,
-    GROUP: tl.constexpr, GROUP_P2: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    DV: tl.constexpr, DV_P2: tl.constexpr, SINKS: tl.constexpr, MERGE_: tl.constexpr, LOG2: tl.constexpr,
-):  # fmt: skip
-    """Grid (merges, key heads): partial results of one tile, weighed by what each stretch of keys held."""
-    merge = merges + tl.program_id(0) * MERGE_
-    kv_head = tl.program_id(1)
-    count = tl.load(merge + 1)
-    if count == 0:
-        return
-    token = tl.load(merge)
-    first = tl.load(merge + 2)
-    slots = tl.load(merge + 3)
-    row = tl.arange(0, ROWS)
-    nth, head = row // GROUP_P2, kv_head * GROUP + row % GROUP_P2
-    real = (nth < count) & (row % GROUP_P2 < GROUP)
-    dv = tl.arange(0, DV_P2)
-    written = real[:, None] & (dv < DV)[None, :]
-    best = tl.full([ROWS], float("-inf"), tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DV_P2], tl.float32)
-    for slot in range(first, first + slots):
-        line = (slot * KV_HEADS + kv_head).to(tl.int64) * ROWS + row
-        their_best = tl.load(partial_ml + line * 2, mask=real, other=float("-inf"))
-        their_mass = tl.load(partial_ml + line * 2 + 1, mask=real, other=0.0)
-        higher = tl.maximum(best, their_best)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink, theirs = tl.exp2(best - base), tl.exp2(their_best - base)
-        mass = mass * shrink + their_mass * theirs
-        part = tl.load(partial + line[:, None] * DV + dv[None, :], mask=written, other=0.0)
-        acc = acc * shrink[:, None] + part * theirs[:, None]
-        best = higher
+        first = tl.load(item + 7)
+        slots = tl.load(item + 8)
+        counter = done + first * KV_HEADS + kv_head
+        tl.debug_barrier()  # what every thread has stored is before the count, and is read only behind it
+        before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        if before < slots - 1:
+            return
+        tl.debug_barrier()
+        tl.store(counter, 0)
+        best = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DV_P2], tl.float32)
+        for nth_slot in range(first, first + slots):
+            line = (nth_slot * KV_HEADS + kv_head).to(tl.int64) * ROWS + row
+            their_best = tl.load(partial_ml + line * 2, mask=real, other=float("-inf"), cache_modifier=".cg")
+            their_mass = tl.load(partial_ml + line * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")
+            higher = tl.maximum(best, their_best)
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            shrink, theirs = tl.exp2(best - base), tl.exp2(their_best - base)
+            mass = mass * shrink + their_mass * theirs
+            part = tl.load(
+                partial + line[:, None] * DV + dv[None, :], mask=written, other=0.0, cache_modifier=".cg"
+            )  # fmt: skip
+            acc = acc * shrink[:, None] + part * theirs[:, None]
+            best = higher
     if SINKS:
         sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2
         mass = mass + tl.exp2(sink - tl.where(best == float("-inf"), sink, best))
@@ -150,11 +136,10 @@ def merge_items(
 
 @dataclass(frozen=True)
 class Work:
-    """One step's work list on the device. ``shape`` is the bucket's, the tables' contents the step's."""
+    """One step's work list on the device. ``shape`` is the bucket's, the table's contents the step's."""
 
     shape: WorkShape
     items: torch.Tensor  # int32 [shape.items, ITEM]
-    merges: torch.Tensor  # int32 [shape.extra, MERGE]
     tables: torch.Tensor  # int32 [seats, widest]: block tables
 
 
@@ -191,6 +176,7 @@ class TritonAttention:
         self.shared = _shared_bytes(device)
         self._partial = torch.zeros(0, dtype=torch.float32, device=device)
         self._partial_ml = torch.zeros(0, dtype=torch.float32, device=device)
+        self._done = torch.zeros(0, dtype=torch.int32, device=device)
 
     def reserve(self, shape: WorkShape, kv_heads: int, group: int, value_size: int) -> None:
         """Room for the partial results of steps of ``shape`` in a layer of these sizes; before anything is captured."""
@@ -199,6 +185,8 @@ class TritonAttention:
             self._partial = torch.zeros(lines * value_size, dtype=torch.float32, device=self.device)
         if self._partial_ml.numel() < lines * 2:
             self._partial_ml = torch.zeros(lines * 2, dtype=torch.float32, device=self.device)
+        if self._done.numel() < shape.slots * kv_heads:
+            self._done = torch.zeros(shape.slots * kv_heads, dtype=torch.int32, device=self.device)
 
     def attend(
         self,
@@ -228,14 +216,11 @@ class TritonAttention:
         }  # fmt: skip
         given = sinks if sinks is not None else query  # a pointer is asked for; it is not read
         attend_items[(work.shape.items, kv_heads)](
-            query, keys, values, out, self._partial, self._partial_ml, work.items, work.tables, given,
+            query, keys, values, out, self._partial, self._partial_ml, self._done, work.items, work.tables, given,
             query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
             work.tables.stride(0), rule.scale, rule.softcap or 1.0,
             DK=key_size, DK_P2=dk, KEYS=launch.keys, PAGE=page, WINDOW=rule.window or 0,
             SOFTCAP=rule.softcap is not None, ITEM_=ITEM, num_warps=launch.warps, num_stages=launch.stages, **sizes,
-        )  # fmt: skip
-        merge_items[(work.shape.extra, kv_heads)](
-            out, self._partial, self._partial_ml, work.merges, given, MERGE_=MERGE, num_warps=4, **sizes,
         )  # fmt: skip
         return out
 

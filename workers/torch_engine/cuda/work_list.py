@@ -1,9 +1,9 @@
-"""How a step's attention is cut into pieces of work, as two tables of fixed size that a kernel reads on the device.
+"""How a step's attention is cut into pieces of work, as a table of fixed size that a kernel reads on the device.
 
 A *tile* is a few tokens of one row, whose query heads are packed together. A tile that sees many keys is cut into
-several *items*, each over its own stretch of keys; their results are *merged* by a second kernel. The tables are as
-long as the bucket allows at most, and unused rows say so, so the launch never depends on what a step holds
-(the idea of a host-side plan is FlashInfer's, arXiv:2501.01005).
+several *items*, each over its own stretch of keys, all about as long; the last of them to be done merges their results,
+in their order. The table is as long as the bucket allows at most, and unused rows say so, so the launch never depends
+on what a step holds (the idea of a host-side plan is FlashInfer's, arXiv:2501.01005).
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ITEM = 8  # columns: first token, tokens, position of the first, table row, first key, end of keys, slot, -
-MERGE = 4  # columns: first token, tokens, first slot, slots
+# Columns: first token, tokens, position of the first, table row, first key, end of keys, then for a tile that is cut:
+# slot of the partial result (-1: not cut), the tile's first slot, its slots. The rest keeps rows at 16 bytes.
+ITEM = 12
+STEP = 16  # keys: stretches begin at multiples
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,8 @@ def fill_work(
     contexts: np.ndarray,
     tables: np.ndarray,
     items: np.ndarray,
-    merges: np.ndarray,
 ) -> None:
-    """Write the tables of a step: ``items`` int32 [shape.items, ITEM], ``merges`` int32 [shape.extra, MERGE].
+    """Write the table of a step: ``items`` int32 [shape.items, ITEM].
 
     By row: ``counts`` tokens in this step, ``contexts`` tokens once it is done, ``tables`` the row of the block
     tables. Rows follow each other in the flat batch. What they leave of its ``tokens`` is padding: work without keys,
@@ -59,34 +60,32 @@ def fill_work(
     token = (np.cumsum(counts) - counts)[row] + offset
     position = (contexts - counts)[row] + offset
     end = position + size  # the tile's last token sees so many keys
-    # sum(ceil(end / chunk) - 1) <= sum(end) / chunk <= extra: the tables cannot overflow
+    # sum(round(end / chunk) - 1) <= sum(end) / chunk <= extra: the table cannot overflow
     chunk = max(shape.shortest, -(-int(end.sum()) // shape.extra))
-    chunk = -(-chunk // shape.shortest) * shape.shortest
-    parts = -(-end // chunk)
+    parts = np.maximum((2 * end + chunk) // (2 * chunk), 1)
+    stretch = -(-end // (parts * STEP)) * STEP  # even: not whole chunks and what is left over
+    parts = np.maximum(-(-end // stretch), 1)
 
     of = np.repeat(np.arange(len(row)), parts)
-    begin = (np.arange(len(of)) - np.repeat(np.cumsum(parts) - parts, parts)) * chunk
+    before = np.cumsum(parts) - parts
+    begin = (np.arange(len(of)) - np.repeat(before, parts)) * stretch[of]
     cut = parts > 1
     slots = np.cumsum(cut[of]) - 1
+    first = np.cumsum(np.where(cut, parts, 0)) - np.where(cut, parts, 0)
     used = len(of)
     items[:used, 0] = token[of]
     items[:used, 1] = size[of]
     items[:used, 2] = position[of]
     items[:used, 3] = tables[row[of]]
     items[:used, 4] = begin
-    items[:used, 5] = np.minimum(begin + chunk, end[of])
+    items[:used, 5] = np.minimum(begin + stretch[of], end[of])
     items[:used, 6] = np.where(cut[of], slots, -1)
+    items[:used, 7] = first[of]
+    items[:used, 8] = parts[of]
     padding = np.arange(int(counts.sum()), tokens, shape.tile)
-    used, first = used + len(padding), used
-    items[first:used] = 0
-    items[first:used, 0] = padding
-    items[first:used, 1] = np.minimum(shape.tile, tokens - padding)
-    items[first:used, 6] = -1
+    used, first_padding = used + len(padding), used
+    items[first_padding:used] = 0
+    items[first_padding:used, 0] = padding
+    items[first_padding:used, 1] = np.minimum(shape.tile, tokens - padding)
+    items[first_padding:used, 6] = -1
     items[used:, 1] = 0
-
-    merged = np.flatnonzero(cut)
-    merges[: len(merged), 0] = token[merged]
-    merges[: len(merged), 1] = size[merged]
-    merges[: len(merged), 2] = np.cumsum(parts[merged]) - parts[merged]
-    merges[: len(merged), 3] = parts[merged]
-    merges[len(merged) :, 1] = 0

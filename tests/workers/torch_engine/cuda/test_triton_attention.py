@@ -11,7 +11,7 @@ import torch
 from tests.workers.torch_engine.cuda.triton_device import DEVICE, on_gpu
 from workers.torch_engine.attention import AttentionRule
 from workers.torch_engine.cuda.triton_attention import TritonAttention, Work, choose_launch, tile_tokens
-from workers.torch_engine.cuda.work_list import ITEM, MERGE, WorkShape, fill_work
+from workers.torch_engine.cuda.work_list import ITEM, WorkShape, fill_work
 from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.plain.attention import TorchAttention
 
@@ -58,18 +58,21 @@ class Case:
         self.step.slots = slot
         return TorchAttention().attend(self.query.float(), *fresh, *pools, self.step, rule, sinks)
 
-    def ours(self, rule, sinks=None, *, tile=None, extra=4, shortest=16, spare=(0, 0)):
+    def ours(self, rule, sinks=None, *, tile=None, extra=4, shortest=16, spare=(0, 0), turn=0):
         rows, tokens = len(self.seats) + spare[0], len(self.query) + spare[1]
         group = self.query.shape[1] // self.keys.shape[1]
         shape = WorkShape.of(
             tokens, rows, tile_tokens(group, self.keys.element_size()) if tile is None else tile, extra, shortest
         )
-        items, merges = np.full((shape.items, ITEM), 7, np.int32), np.full((shape.extra, MERGE), 7, np.int32)
-        fill_work(shape, tokens, self.step.counts, self.step.contexts, np.array(self.seats), items, merges)
+        items = np.full((shape.items, ITEM), 7, np.int32)
+        fill_work(shape, tokens, self.step.counts, self.step.contexts, np.array(self.seats), items)
         self.cut = int((items[items[:, 1] > 0, 6] >= 0).sum())
-        work = Work(shape, *(torch.from_numpy(array).to(DEVICE) for array in (items, merges, self.tables)))
+        items = np.ascontiguousarray(np.roll(items, turn, 0))
+        work = Work(shape, *(torch.from_numpy(array).to(DEVICE) for array in (items, self.tables)))
         query = torch.nn.functional.pad(self.query, (0, 0, 0, 0, 0, spare[1]))
-        out = TritonAttention(DEVICE).attend(query, self.keys, self.values, work, PAGE, rule, sinks)
+        kernels = TritonAttention(DEVICE)
+        out = kernels.attend(query, self.keys, self.values, work, PAGE, rule, sinks)
+        assert not kernels._done.any(), "the next launch finds all counters at zero"
         assert not out[len(self.query) :].any()  # padding is computed with, so it must be something
         return out[: len(self.query)].float()
 
@@ -94,6 +97,15 @@ def test_one_row_alone_is_cut_into_stretches():
     case = Case([(1, 120)], 4, 2, 16, 16)
     case.check(tile=1, extra=6)
     assert case.cut == 4
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_whoever_comes_last_merges_in_the_order_of_slots(last):
+    """Programs run in the order of the table here: turned round, another one is the last, and bits stay the same."""
+    case = Case([(1, 120)], 4, 2, 16, 16)
+    outs = [case.ours(AttentionRule(0.25), tile=1, extra=6, turn=turn) for turn in (0, last)]
+    assert case.cut == 4
+    assert torch.equal(*outs)
 
 
 def test_without_a_cut():
@@ -151,31 +163,46 @@ def test_the_work_list_covers_every_key_of_every_token_once(seed):
     counts, contexts = np.array([c for c, _ in rows]), np.array([c + b for c, b in rows])
     tokens = int(counts.sum()) + rng.choice([0, rng.randint(0, 99)])
     shape = WorkShape.of(tokens, 24, rng.choice([1, 4, 16]), rng.choice([1, 3, 40]), 16)
-    items, merges = np.full((shape.items, ITEM), 7, np.int32), np.full((shape.extra, MERGE), 7, np.int32)
-    fill_work(shape, tokens, counts, contexts, np.arange(24), items, merges)
+    items = np.full((shape.items, ITEM), 7, np.int32)
+    fill_work(shape, tokens, counts, contexts, np.arange(24), items)
 
     used = items[(items[:, 1] > 0) & (items[:, 5] > 0)]
     padding = items[(items[:, 1] > 0) & (items[:, 5] == 0)]
     assert (padding[:, 6] == -1).all()
     seen = {}
-    for token, count, position, table, begin, end, slot, _ in used.tolist():
-        seen.setdefault((token, count, position, table), []).append((begin, end, slot))
-    merged = {(token, count): (first, slots) for token, count, first, slots in merges[merges[:, 1] > 0].tolist()}
+    for token, count, position, table, begin, end, slot, first, slots, *_ in used.tolist():
+        seen.setdefault((token, count, position, table), []).append((begin, end, slot, first, slots))
     covered = [at for token, count, *_ in padding.tolist() for at in range(token, token + count)]
+    taken = []
     for (token, count, position, table), stretches in seen.items():
         assert count <= shape.tile
         assert token - (counts.cumsum() - counts)[table] == position - (contexts - counts)[table]
-        assert [begin for begin, _, _ in stretches] == [0, *(end for _, end, _ in stretches[:-1])]
+        assert [stretch[0] for stretch in stretches] == [0, *(stretch[1] for stretch in stretches[:-1])]
         assert stretches[-1][1] == position + count
         if len(stretches) > 1:
-            first, slots = merged.pop((token, count))
-            assert [slot for _, _, slot in stretches] == list(range(first, first + slots))
-            assert first + slots <= shape.slots
+            first = stretches[0][2]
+            assert [stretch[2:] for stretch in stretches] == [
+                (first + k, first, len(stretches)) for k in range(len(stretches))
+            ]
+            taken += range(first, first + len(stretches))
         else:
             assert stretches[0][2] == -1
         covered += range(token, token + count)
+    assert sorted(taken) == list(range(len(taken)))
+    assert len(taken) <= shape.slots
     assert sorted(covered) == list(range(tokens))
-    assert not merged
+
+
+def test_stretches_of_a_tile_are_about_as_long():
+    """Neither nine pieces of which the last has one key, nor a row cut in two for the sake of one."""
+    for rows, extra, pieces in ((1, 33, 7), (32, 33, 32), (7, 33, 35), (3, 8, 9)):
+        shape = WorkShape.of(rows, rows, 1, extra)
+        items = np.zeros((shape.items, ITEM), np.int32)
+        fill_work(shape, rows, np.ones(rows, int), np.full(rows, 513), np.arange(rows), items)
+        lengths = (items[:, 5] - items[:, 4])[items[:, 1] > 0]
+        assert lengths.sum() == rows * 513
+        assert lengths.min() > 0.3 * lengths.max(), lengths
+        assert len(lengths) == pieces
 
 
 def test_what_a_launch_stages_fits_the_multiprocessor():

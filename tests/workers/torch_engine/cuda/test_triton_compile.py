@@ -39,16 +39,15 @@ def attend(capability, kind, itemsize, rows, group, key, value, window=0, softca
     shared = 180 << 10 if capability == 90 else 78 << 10
     launch = attention.choose_launch(rows, p2(key), p2(value), itemsize, shared)
     types = {name: "*" + kind for name in ("query", "keys", "values", "out", "sinks")}
-    types |= {"partial": "*fp32", "partial_ml": "*fp32", "items": "*i32", "tables": "*i32", "merges": "*i32"}
+    types |= {"partial": "*fp32", "partial_ml": "*fp32", "done": "*i32", "items": "*i32", "tables": "*i32"}
     types |= {"scale": "fp32", "softcap": "fp32"}
     sizes = dict(GROUP=group, GROUP_P2=p2(group), ROWS=rows, HEADS=2 * group, KV_HEADS=2, DV=value, DV_P2=p2(value))
     sizes |= dict(SINKS=sinks, LOG2=attention.LOG2E)
-    own = dict(DK=key, DK_P2=p2(key), KEYS=launch.keys, PAGE=16, WINDOW=window, SOFTCAP=softcap, ITEM_=8)
+    own = dict(DK=key, DK_P2=p2(key), KEYS=launch.keys, PAGE=16, WINDOW=window, SOFTCAP=softcap, ITEM_=12)
     made = compile_for(
         capability, attention.attend_items, types, sizes | own, num_warps=launch.warps, num_stages=launch.stages
     )
     assert made.shared <= shared * 5 // 4, (made.shared, shared)
-    compile_for(capability, attention.merge_items, types, sizes | dict(MERGE_=4), num_warps=4)
 
 
 def small(capability, kind):
