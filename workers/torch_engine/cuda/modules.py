@@ -4,6 +4,7 @@ how).
 - q, k and v as one product, gate and up as one product with a gate kernel behind it;
 - RMSNorm; and where a decoder layer is the common one (norm, attention, add, norm, MLP, add), each addition together
   with the norm that follows it, the next layer's first norm included;
+- mixture-of-experts as products grouped by expert (triton_experts.py);
 - `apply_rotary_pos_emb` together with the write of keys and values, where the attention hands on what it rotated.
 """
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from workers.torch_engine.attention import NAME
 from workers.torch_engine.cuda import triton_kernels as kernels
 from workers.torch_engine.cuda.attention import TableAttention
+from workers.torch_engine.cuda.triton_experts import CLAMPED, GELU_TANH, SILU, experts_sum
 from workers.torch_engine.replace import (
     QKV,
     Candidate,
@@ -71,6 +73,34 @@ class FusedMLP(nn.Module):
         return down.view(*x.shape[:-1], down.shape[-1])
 
 
+class GroupedExperts(nn.Module):
+    """The experts of one layer, computed for the tokens that chose them. Padding, which the attention's step tells,
+    chooses none. ``own``: the model's own module, whose parameters these stay."""
+
+    def __init__(self, own: Any, act: int, attention: TableAttention) -> None:
+        super().__init__()
+        turn = bool(own.is_transposed)
+        self.gate_up_proj, self.down_proj = own.gate_up_proj, own.down_proj
+        self.gate_up_proj_bias = getattr(own, "gate_up_proj_bias", None)
+        self.down_proj_bias = getattr(own, "down_proj_bias", None)
+        self._turned, self._act, self._interleaved = turn, act, not own.is_concatenated
+        self._limit, self._alpha = float(getattr(own, "limit", 0.0)), float(getattr(own, "alpha", 0.0))
+        self._attention = attention
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if self._turned:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        step = self._attention.step
+        slots = step.slots if step is not None and len(step.slots) == len(hidden_states) else None
+        return experts_sum(
+            hidden_states, top_k_index, top_k_weights, gate_up, self.gate_up_proj_bias, down, self.down_proj_bias,
+            self._act, interleaved=self._interleaved, limit=self._limit, alpha=self._alpha, slots=slots,
+        )  # fmt: skip
+
+
 class MergedLinear(SharedInput):
     """Linear layers of the same input with their weights joined."""
 
@@ -99,6 +129,7 @@ def fuse(model: Any, attention: TableAttention, report: FuseReport) -> None:
     replace(norm_candidates(model, sample, FusedNorm, kernels.WIDEST_NORM), report)
     replace(_mlps(model, sample), report)
     replace(_projections(model, sample), report)
+    replace(_experts(model, attention, sample), report)
     _replace_layers(model, report)
     replace(rotary_candidates(model, lambda original: _same_rotary(original, attention, sample)), report)
     if device.type == "cuda":
@@ -144,6 +175,27 @@ def _projections(model: nn.Module, sample: SeededInput) -> Iterator[Candidate]:
         slices = tuple(MergedSlice(merged, *ends) for ends in bounds([part.out_features for part in parts]))
         x = sample(1, 3, parts[0].in_features)
         yield Candidate("qkv", module, QKV, [slices], (x,), tuple(part(x) for part in parts), left_as="qkv")
+
+
+def _experts(model: nn.Module, attention: TableAttention, sample: SeededInput) -> Iterator[Candidate]:
+    """Experts as transformers' `use_experts_implementation` has them: weights of three dimensions, and flags."""
+    for owner, name, child in children_of(model):
+        experts: Any = child
+        weights = [getattr(experts, n, None) for n in ("gate_up_proj", "down_proj")]
+        if not all(isinstance(w, torch.Tensor) and w.dim() == 3 for w in weights) or not hasattr(
+            experts, "_apply_gate"
+        ):
+            continue
+        if not getattr(experts, "has_gate", True) or getattr(experts, "has_post_expert_norm", False):
+            yield Candidate("experts", owner, (name,), ())
+            continue
+        count, size = experts.down_proj.shape[0], experts.down_proj.shape[2 if experts.is_transposed else 1]
+        x, most = sample(7, size), min(2, count)
+        scores = sample(7, count, dtype=torch.float32).softmax(-1)
+        chosen = scores.topk(most, dim=-1)
+        inputs = (x, chosen.indices, chosen.values.to(x.dtype))
+        attempts = ((GroupedExperts(experts, act, attention),) for act in (SILU, GELU_TANH, CLAMPED))
+        yield Candidate("experts", owner, (name,), attempts, inputs, (child(*inputs),))
 
 
 # ------------------------------------------------------------------ whole layers

@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from workers.torch_engine.cuda import triton_attention as attention
+from workers.torch_engine.cuda import triton_experts as grouped
 from workers.torch_engine.cuda import triton_kernels as kernels
 from workers.torch_engine.cuda import triton_sampling
 
@@ -69,6 +70,25 @@ def sampling(capability, kind):
     compile_for(capability, triton_sampling.draw_rows, types, sizes, num_warps=8)
 
 
+def experts(capability, kind, itemsize, rows):
+    types = {name: "*" + kind for name in "x weight bias hidden out results".split()} | {"weights": "*fp32"}
+    types |= {"chosen": "*i64", "slots": "*i64", "order": "*i32", "expert_of": "*i32"}
+    types |= {"limit": "fp32", "alpha": "fp32"}
+    sizes = dict(CHOICES=8, EXPERTS=64, BINS=128, ROWS=rows, BLOCKS=100, SCAN=grouped.SCAN, PADDED=True)
+    compile_for(capability, grouped.place_pairs, types, sizes, num_warps=4)
+    columns, depth, stages = grouped.tiles(rows, itemsize)
+    tile = dict(SIZE=2048, WIDTH=1024, ROWS=rows, COLUMNS=columns, DEPTH=depth)
+    options = dict(num_warps=4, num_stages=stages)
+    for act in (grouped.SILU, grouped.GELU_TANH, grouped.CLAMPED):
+        clamped = act == grouped.CLAMPED
+        own = dict(CHOICES=8, EVERY=1 + clamped, BIAS=clamped, ACT=act)
+        made = compile_for(capability, grouped.gate_up_blocks, types, tile | own, **options)
+        assert made.shared < 200 << 10
+    compile_for(capability, grouped.down_blocks, types, tile | dict(BIAS=False), **options)
+    sizes = dict(CHOICES=8, EXPERTS=64, SIZE=2048, BLOCK=1024, PADDED=True)
+    compile_for(capability, grouped.sum_choices, types, sizes, num_warps=4)
+
+
 attend(90, "bf16", 2, 16, 4, 128, 128)
 attend(90, "bf16", 2, 64, 7, 64, 64)
 attend(90, "bf16", 2, 64, 2, 256, 256, window=4096, softcap=True)
@@ -80,6 +100,9 @@ small(80, "fp32")
 sampling(90, "bf16")
 sampling(90, "fp32")
 sampling(80, "fp16")
+experts(90, "bf16", 2, 16)
+experts(90, "bf16", 2, 64)
+experts(80, "fp32", 4, 16)
 print("compiled")
 """
 
