@@ -6,7 +6,7 @@ README are made from it.
 
 from __future__ import annotations
 
-from headrace.options import Option, boolean, count, json_object, number, port, rate, seconds, size, span, whole
+from headrace.options import Option, boolean, count, json_object, number, port, rate, seconds, share, size, span, whole
 
 OPTIONS: tuple[Option, ...] = (
     Option(
@@ -165,6 +165,13 @@ OPTIONS: tuple[Option, ...] = (
         "memory of a worker's KV cache, as 2GiB (default: a share of what is free)",
         size,
         metavar="SIZE",
+    ),
+    Option(
+        "--gpu-memory-utilization",
+        "serve worker",
+        "share of a GPU's whole memory that a worker may take, for weights and KV cache together",
+        share,
+        shown="0.9",
     ),
     Option("--block-size", "serve worker", "tokens in one block of the KV cache", count, shown="16"),
     Option(

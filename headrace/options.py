@@ -108,6 +108,14 @@ def rate(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number above 0 and not above 1."""
+    value = rate(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is above 1")
+    return value
+
+
 def number(text: str) -> float:
     try:
         value = float(text)

@@ -64,6 +64,7 @@ class WorkerConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_memory: int | None = None
+    gpu_memory_utilization: float | None = None
     block_size: int | None = None
     threads: int | None = None
     engine_options: dict[str, Any] | None = None  # further fields of the engine's own; "process": whether in its own

@@ -27,7 +27,6 @@ from protocol.sampling import SamplingParams
 DEFAULT_NUM_SEQS = 256  # of a worker, where max_num_seqs is not given
 # An argument of vLLM's LLM that is no option here -> the one value it may have, and what to use instead.
 FIXED: dict[str, tuple[Any, str]] = {
-    "gpu_memory_utilization": (None, "give kv_cache_memory, the bytes of the KV cache (an int or '2GiB')"),
     "trust_remote_code": (False, "code of a checkpoint is never run"),
 }
 

@@ -25,7 +25,16 @@ from workers.torch_engine import loader, verify
 from workers.torch_engine.backend import Backend
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.kv_pool import blocks_within
-from workers.torch_engine.memory import default_threads, kv_budget
+from workers.torch_engine.memory import (
+    Card,
+    alone_on,
+    card_of,
+    check_room,
+    default_threads,
+    kv_budget,
+    token_bytes,
+    weight_bytes,
+)
 from workers.torch_engine.parallel.group import make_group
 from workers.torch_engine.sampler import Sampler, StepClock, TorchStepOutput
 
@@ -61,18 +70,27 @@ class TorchEngine:
 
     @torch.inference_mode()
     def load(self, progress: Progress) -> Capacity:
-        config = self.config
         self._take_device()
         self.group = make_group(self.place, self.device)
+        with alone_on(self.device, self.place, lambda: progress("wait", 0.0)):
+            return self._load(progress)
+
+    def _load(self, progress: Progress) -> Capacity:
+        config = self.config
         model_config = loader.load_config(config.model)
         self.max_model_len = loader.choose_max_model_len(config.max_model_len, model_config)
+        card = card_of(self.device, config.gpu_memory_utilization)
+        if card is not None:
+            self._check_room(card, model_config)
         self._load_checked(model_config, progress)
         self.tokenizer = loader.load_tokenizer(config.model)
         self.eos_token_ids = loader.eos_token_ids(config.model, model_config)
 
         progress("warm-up", 0.0)
         backend = self.backend
-        self._make_pool_within(kv_budget(config.kv_cache_memory, self.device, backend.warm_up, self.place))
+        self._make_pool_within(
+            kv_budget(config.kv_cache_memory, self.device, backend.warm_up, self.place, card)
+        )  # fmt: skip
         vocab_size = backend.vocab_size
         self.sampler = Sampler(
             config.max_num_seqs, vocab_size, list(self.eos_token_ids), self.device, backend.draw
@@ -101,6 +119,15 @@ class TorchEngine:
         if backend is None:
             raise StructureNotSupported("this model's tokenizer has no tokenizer.json", param="structure")
         return Grammars(backend.to_str(), self.backend.vocab_size, self.eos_token_ids)
+
+    def _check_room(self, card: Card, model_config: Any) -> None:
+        """What this rank will hold of weights and pool, against its share of the card."""
+        config, ranks = self.config, self.place.ranks
+        dtype = loader.choose_dtype(config.dtype, model_config, self.device)
+        weights = weight_bytes(config.model, dtype, loader.stored_dtype(model_config)) // ranks
+        token = token_bytes(model_config.get_text_config(), dtype) // ranks
+        wanted = None if config.kv_cache_memory is None else config.kv_cache_memory // ranks
+        check_room(card, weights, token, config.max_model_len, wanted)
 
     def _take_device(self) -> None:
         """Settings of the thread and the process that compute."""
@@ -160,7 +187,8 @@ class TorchEngine:
             if config.max_model_len is not None:
                 raise StartError(
                     f"--max-model-len {length} needs {(-(-length // size) + 1) * per_block} bytes of "
-                    f"KV cache, and there are {budget}: raise --kv-cache-memory or lower --max-model-len"
+                    f"KV cache, and there are {budget}: raise --kv-cache-memory or --gpu-memory-utilization, or lower "
+                    "--max-model-len"
                 )
             self.max_model_len = tokens
             self.backend.shorten(tokens)

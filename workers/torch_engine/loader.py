@@ -102,11 +102,17 @@ def choose_dtype(wanted: str, config: Any, device: torch.device) -> torch.dtype:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise StartError(f"--dtype {wanted}: choose auto, float32, bfloat16 or float16")
         return dtype  # type: ignore[no-any-return]
+    stored = stored_dtype(config)
+    half = (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.bfloat16,)
+    return stored if stored in half else torch.float32
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The precision that the checkpoint states; float32 if it states none."""
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(stored, str):
         stored = getattr(torch, stored, None)
-    half = (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.bfloat16,)
-    return stored if stored in half else torch.float32  # type: ignore[return-value]
+    return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def choose_max_model_len(wanted: int | None, config: Any) -> int:

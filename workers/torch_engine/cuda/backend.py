@@ -53,7 +53,6 @@ class CudaBackend(Backend[HostStep]):
         )  # fmt: skip
 
     def replace_modules(self) -> None:
-        _group_experts(self.model)
         fuse(self.model, self.attention, self.report)
 
     def make_pool(self, tokens: int, longest: int) -> None:
@@ -153,11 +152,3 @@ class CudaBackend(Backend[HostStep]):
 
     def beat(self) -> int:
         return super().beat() + self._executed
-
-
-def _group_experts(model: Any) -> None:
-    """Experts as one grouped product, which can be recorded; eager loops over those that were hit, which cannot."""
-    try:
-        model.set_experts_implementation("grouped_mm")
-    except (AttributeError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        log.debug("experts stay as they are: %s", error)

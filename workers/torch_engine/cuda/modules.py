@@ -11,6 +11,7 @@ how).
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,8 @@ from workers.torch_engine.replace import (
     rotary_candidates,
 )
 from workers.torch_engine.shared_input import SharedInput, Slice, bounds
+
+log = logging.getLogger(__name__)
 
 TEXT = 21  # tokens of the pass by which whole layers are compared
 
@@ -126,6 +129,7 @@ def fuse(model: Any, attention: TableAttention, report: FuseReport) -> None:
     """Replace what can be in ``model``, whose attention is to be ``attention``'s."""
     device = next(model.parameters()).device
     sample = SeededInput(model.dtype, device)
+    _group_experts(model)
     replace(norm_candidates(model, sample, FusedNorm, kernels.WIDEST_NORM), report)
     replace(_mlps(model, sample), report)
     replace(_projections(model, sample), report)
@@ -175,6 +179,14 @@ def _projections(model: nn.Module, sample: SeededInput) -> Iterator[Candidate]:
         slices = tuple(MergedSlice(merged, *ends) for ends in bounds([part.out_features for part in parts]))
         x = sample(1, 3, parts[0].in_features)
         yield Candidate("qkv", module, QKV, [slices], (x,), tuple(part(x) for part in parts), left_as="qkv")
+
+
+def _group_experts(model: Any) -> None:
+    """Experts that stay the model's own: one grouped product of torch's, not a loop over those that were hit."""
+    try:
+        model.set_experts_implementation("grouped_mm")
+    except (AttributeError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        log.debug("experts stay as they are: %s", error)
 
 
 def _experts(model: nn.Module, attention: TableAttention, sample: SeededInput) -> Iterator[Candidate]:

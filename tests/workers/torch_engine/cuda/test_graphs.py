@@ -19,6 +19,7 @@ from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence
 from tests.workers.torch_engine.cuda.triton_device import DEVICE
 from tests.workers.torch_engine.parity import first_difference, reference_of
+from tests.workers.torch_engine.paths import save
 from workers.torch_engine import staging
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.cuda import triton_sampling
@@ -176,6 +177,7 @@ def test_capture_reports_its_progress(llama):
 
 
 MORE = ("mistral", "qwen3", "deepseek_v3", "phi3", "gpt2", "mixtral")
+EXPERTS = ("qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe", "olmoe")
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", *(pytest.param(n, marks=pytest.mark.sweep) for n in MORE)])
@@ -185,6 +187,18 @@ def test_every_rule_of_attention_launch_by_launch(tmp_path_factory, name):
     assert type(engine.backend) is CudaBackend, "the kernels refused"
     served = serve(engine, count=3, output=4)
     assert not wrong(path, served)
+
+
+@pytest.mark.parametrize("name", ["mixtral", *(pytest.param(n, marks=pytest.mark.sweep) for n in EXPERTS)])
+def test_experts_are_recorded(tmp_path, name):
+    """With whole buckets of padding beside the rows, which choose no expert."""
+    save(name, tmp_path)
+    engine = make_engine(tmp_path)
+    assert type(engine.backend) is CudaBackend, "the kernels refused"
+    assert engine.backend.report.fused["experts"] > 0
+    assert engine.backend.steps.buckets
+    served = serve(engine, count=3, output=4)
+    assert not wrong(tmp_path, served)
 
 
 def test_a_model_that_cannot_be_recorded_runs_launch_by_launch(tmp_path, monkeypatch, caplog):
