@@ -1,4 +1,5 @@
-"""PagedAttention on a GPU: the step is tables in device memory, rotary and the write of keys and values are one kernel.
+"""PagedAttention on a GPU: the step is tables in device memory; rotary and the write of keys and values are one kernel,
+or in a step of decodes part of the attention's.
 
 A model's attention calls `apply_rotary_pos_emb` and then, with the very tensors that it returned, the attention
 function. So rotary can be deferred: its replacement returns its arguments as they are and notes the angles, and
@@ -17,7 +18,7 @@ import torch
 from protocol.errors import EngineFailed
 from workers.torch_engine.attention import AttentionRule, PagedAttention
 from workers.torch_engine.cuda.step_tables import StepTables
-from workers.torch_engine.cuda.triton_attention import TritonAttention
+from workers.torch_engine.cuda.triton_attention import Fresh, TritonAttention
 from workers.torch_engine.cuda.triton_kernels import rotate_and_store_kv, store_kv
 
 
@@ -93,8 +94,11 @@ class TableAttention(PagedAttention[StepTables]):
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         q, k, v, deferred = _adjacent(query), _adjacent(key), _adjacent(value), self._deferred
-        if deferred is not None:
-            cos, sin = _adjacent(deferred.cos[0]), _adjacent(deferred.sin[0])
+        cos, sin = (None, None) if deferred is None else (_adjacent(deferred.cos[0]), _adjacent(deferred.sin[0]))
+        if step.single:
+            fresh = Fresh(k, v, cos, sin)
+            return self.kernels.attend(q, keys, values, step.work, step.block_size, rule, sinks, fresh)
+        if cos is not None and sin is not None:
             q = rotate_and_store_kv(k, v, keys, values, step.slots, q, cos, sin)
         else:
             store_kv(k, v, keys, values, step.slots)

@@ -111,7 +111,8 @@ class CudaBackend(Backend[HostStep]):
     def _replay_differs(self) -> float:
         """Largest difference, relative to the largest logit, between replayed steps and the same ones run at once.
 
-        A model that keeps something of a step outside of the tables would show it here.
+        A model that keeps something of a step outside of the tables would show it here. Those run at once are not run
+        as decodes, so that what only these do is compared too.
         """
         steps, size, count = self.steps, self.config.block_size, min(20, self.seats.max_model_len - 1)
         width = -(-(count + 1) // size)
@@ -125,7 +126,7 @@ class CudaBackend(Backend[HostStep]):
         seats = np.arange(rows, dtype="<u2").tobytes()
         for counts in (pack_ids([count] * rows), b""):
             step = self.build(Plan(0, 0, 0, seats, counts))
-            plain = steps.run(step, replay=False).float().clone()
+            plain = steps.run(step, replay=False, single=False).float().clone()
             replayed = steps.run(step).float()
             worst = max(worst, float((plain - replayed).abs().max() / plain.abs().max().clamp_min(1e-6)))
         self.seats.clear()

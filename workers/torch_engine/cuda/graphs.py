@@ -36,7 +36,7 @@ HOST_BUFFERS = 4  # steps whose tables may still be on their way to the device
 
 @dataclass(frozen=True)
 class Bucket:
-    """Steps of at most ``tokens`` tokens in ``rows`` rows. ``single``: every row has one token, as in a decode step."""
+    """Steps of at most ``tokens`` tokens in ``rows`` rows. ``single``: every row has one token, sampled before."""
 
     tokens: int
     rows: int
@@ -137,7 +137,7 @@ class TableSteps:
     ) -> None:
         """Record a pass for each of ``buckets``, largest first. A model that cannot be recorded runs without."""
         began, before = time.perf_counter(), self._memory()
-        layouts = [Layout(b.tokens, b.rows, self._shape(b)) for b in buckets]
+        layouts = [Layout(b.tokens, b.rows, self._shape(b), b.single) for b in buckets]
         largest = max(layout.nbytes for layout in layouts)
         self._hosts = [host_bytes(largest, self.device) for _ in range(HOST_BUFFERS)]
         buffer = torch.zeros(largest, dtype=torch.uint8, device=self.device)
@@ -201,13 +201,15 @@ class TableSteps:
         """From here on every step runs launch by launch."""
         self._recorded = []
 
-    def run(self, step: HostStep, replay: bool = True) -> torch.Tensor:
-        """Logits [k, vocabulary] of the step's logit rows. What the last call returned may be overwritten."""
+    def run(self, step: HostStep, replay: bool = True, single: bool | None = None) -> torch.Tensor:
+        """Logits [k, vocabulary] of the step's logit rows. What the last call returned may be overwritten. ``single``
+        False: not as a step of decodes, even if it is one."""
         self.seats.send_tables()
-        recorded = self._find(step) if replay else None
+        single = self.seats.single(step) if single is None else single
+        recorded = self._find(step, single) if replay else None
         if recorded is None:
             tokens, rows = int(step.row_starts[-1]), max(len(step.seats), len(step.logit_rows))
-            layout = Layout(tokens, rows, self._shape(Bucket(tokens, rows, bool((step.counts == 1).all()))))
+            layout = Layout(tokens, rows, self._shape(Bucket(tokens, rows, single)), single)
             buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
         else:
             layout, buffer = recorded.layout, recorded.buffer
@@ -221,9 +223,9 @@ class TableSteps:
             logits = recorded.recording.output
         return logits[: len(step.logit_rows)]
 
-    def _find(self, step: HostStep) -> _Recorded | None:
+    def _find(self, step: HostStep, single: bool) -> _Recorded | None:
         """The smallest bucket that holds ``step``."""
-        tokens, rows, single = int(step.row_starts[-1]), len(step.seats), bool((step.counts == 1).all())
+        tokens, rows = int(step.row_starts[-1]), len(step.seats)
         rows = max(rows, len(step.logit_rows))
         for recorded in self._recorded:
             bucket = recorded.bucket

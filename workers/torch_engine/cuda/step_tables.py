@@ -31,6 +31,7 @@ class StepTables:
     work: Work
     last_id: torch.Tensor  # int64 [seats]
     block_size: int
+    single: bool  # each row has one token, sampled before: no row reads what another one of the step writes
 
     def input_ids(self) -> torch.Tensor:
         """int64 [1, T], put together on the device."""
@@ -45,6 +46,7 @@ class Layout:
     tokens: int
     rows: int
     shape: WorkShape
+    single: bool
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +80,9 @@ class Layout:
         logit_rows = parts[4][: self.rows]
         items = buffer[8 * self._longs : self.nbytes].view(torch.int32).view(-1, ITEM)
         work = Work(self.shape, items, seats.device_tables)
-        return StepTables(ids, id_seats, positions, slots, logit_rows, work, seats.last_id, seats.block_size)
+        return StepTables(
+            ids, id_seats, positions, slots, logit_rows, work, seats.last_id, seats.block_size, self.single
+        )
 
 
 class TableSeats(Seats):
@@ -94,6 +98,11 @@ class TableSeats(Seats):
     def _extended(self, seat: int, size: int, blocks: np.ndarray) -> None:
         if len(blocks):
             self._appended.append((seat * self.widest + size, blocks))
+
+    def single(self, step: HostStep) -> bool:
+        """Whether each row has one token that was sampled before. A prompt's token may fill a block that another row
+        of the same step reads already; a sampled one's block is no one else's before the step has been reported."""
+        return bool((step.counts == 1).all() and (step.computed >= self.given[step.seats]).all())
 
     def known_ids(self, step: HostStep) -> tuple[np.ndarray, np.ndarray]:
         """(ids, id_seats), int64 [T] each, as StepTables has them."""

@@ -6,6 +6,9 @@ stretch of keys by block table with a running softmax (FlashAttention-2, arXiv:2
 several stretches (Flash-Decoding), each leaves a partial result and is counted; the program that finds all others
 counted merges them, in the order of their slots whoever comes last, so that a row's sums never depend on timing.
 
+Where every row has one token, sampled before (a decode step), nobody else reads the key and value that the row brings:
+the program that sees it last rotates and stores it, and rotates the queries, so no launch before is needed.
+
 Nothing here depends on what a step holds but through device memory: the same launches serve every step of a bucket,
 which is what a CUDA graph needs. Sums are float32; products of float32 operands are not rounded to TF32.
 """
@@ -35,12 +38,13 @@ def _bounded(scores, softcap):
 
 @triton.jit
 def attend_items(
-    query, keys, values, out, partial, partial_ml, done, items, tables, sinks,
+    query, keys, values, out, partial, partial_ml, done, items, tables, sinks, fresh_key, fresh_value, cos, sin,
     q_token, q_head, k_slot, k_head, v_slot, v_head, table_stride, scale, softcap,
+    fk_token, fk_head, fv_token, fv_head, angle_row,
     GROUP: tl.constexpr, GROUP_P2: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     DK: tl.constexpr, DK_P2: tl.constexpr, DV: tl.constexpr, DV_P2: tl.constexpr, KEYS: tl.constexpr,
     PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ITEM_: tl.constexpr,
-    LOG2: tl.constexpr,
+    LOG2: tl.constexpr, FRESH: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Grid (items, key heads). ``out`` is [T, HEADS, DV], contiguous; partial results [slots, KV_HEADS, ROWS, DV].
 
@@ -64,16 +68,28 @@ def attend_items(
     dk, dv = tl.arange(0, DK_P2), tl.arange(0, DV_P2)
     q_at = query + (token + nth).to(tl.int64)[:, None] * q_token + head[:, None] * q_head + dk[None, :]
     q = tl.load(q_at, mask=real[:, None] & (dk < DK)[None, :], other=0.0)
+    turned = tl.where(dk < DK // 2, dk + DK // 2, dk - DK // 2)  # the other one of a rotated pair
+    if ROTATE:
+        angle = token.to(tl.int64) * angle_row + dk
+        cosine = tl.load(cos + angle, mask=dk < DK, other=0.0).to(tl.float32)
+        sine = tl.load(sin + angle, mask=dk < DK, other=0.0).to(tl.float32)
+        sine = tl.where(dk < DK // 2, -sine, sine)
+        p_at = query + (token + nth).to(tl.int64)[:, None] * q_token + head[:, None] * q_head + turned[None, :]
+        partner = tl.load(p_at, mask=real[:, None] & (dk < DK)[None, :], other=0.0).to(tl.float32)
+        q = (q.to(tl.float32) * cosine[None, :] + partner * sine[None, :]).to(query.dtype.element_ty)
 
     at = position + nth
+    stored = end
+    if FRESH:
+        stored = tl.minimum(end, position)  # the row's own key is not in the pool yet
     if WINDOW > 0:
         begin = tl.maximum(begin, ((position - WINDOW + 1) // KEYS) * KEYS)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DV_P2], tl.float32)
-    for start in range(begin, end, KEYS):
+    for start in range(begin, stored, KEYS):
         key_at = start + tl.arange(0, KEYS)
-        inside = key_at < end
+        inside = key_at < stored
         block = tl.load(table + key_at // PAGE, mask=inside, other=0).to(tl.int64)
         slots = block * PAGE + key_at % PAGE
         k_at = keys + slots[None, :] * k_slot + kv_head * k_head + dk[:, None]
@@ -94,6 +110,29 @@ def attend_items(
         v = tl.load(v_at, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         best = higher
+
+    if FRESH:
+        sees_it = end > position
+        if sees_it:
+            home = tl.load(table + position // PAGE).to(tl.int64) * PAGE + position % PAGE
+            fk_at = fresh_key + token.to(tl.int64) * fk_token + kv_head * fk_head
+            fv_at = fresh_value + token.to(tl.int64) * fv_token + kv_head * fv_head
+            new_key = tl.load(fk_at + dk, mask=dk < DK, other=0.0)
+            if ROTATE:
+                other = tl.load(fk_at + turned, mask=dk < DK, other=0.0).to(tl.float32)
+                new_key = (new_key.to(tl.float32) * cosine + other * sine).to(keys.dtype.element_ty)
+            new_value = tl.load(fv_at + dv, mask=dv < DV, other=0.0)
+            tl.store(keys + home * k_slot + kv_head * k_head + dk, new_key, mask=dk < DK)
+            tl.store(values + home * v_slot + kv_head * v_head + dv, new_value, mask=dv < DV)
+            score = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+            if SOFTCAP:
+                score = _bounded(score, softcap)
+            score = score * LOG2
+            higher = tl.maximum(best, score)
+            weight, shrink = tl.exp2(score - higher), tl.exp2(best - higher)
+            mass = mass * shrink + weight
+            acc = acc * shrink[:, None] + weight[:, None] * new_value.to(tl.float32)[None, :]
+            best = higher
 
     written = real[:, None] & (dv < DV)[None, :]
     if slot >= 0:
@@ -141,6 +180,17 @@ class Work:
     shape: WorkShape
     items: torch.Tensor  # int32 [shape.items, ITEM]
     tables: torch.Tensor  # int32 [seats, widest]: block tables
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Keys [T, kv_heads, key_size] and values that a step of single tokens brings: stored, and the keys and the step's
+    queries rotated by ``cos`` and ``sin`` [T, key_size] where these are given."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -197,9 +247,10 @@ class TritonAttention:
         page: int,
         rule: AttentionRule,
         sinks: torch.Tensor | None,
+        fresh: Fresh | None = None,
     ) -> torch.Tensor:
         """[T, heads, value_size] from queries [T, heads, key_size] (elements adjacent, else strided) and one layer's
-        pool tensors. ``page``: tokens of a block."""
+        pool tensors. ``page``: tokens of a block. ``fresh``: what a step of single tokens brings to the pool."""
         if query.stride(2) != 1:
             query = query.contiguous()
         tokens, heads, key_size = query.shape
@@ -215,12 +266,17 @@ class TritonAttention:
             "KV_HEADS": kv_heads, "DV": value_size, "DV_P2": dv, "SINKS": sinks is not None, "LOG2": LOG2E,
         }  # fmt: skip
         given = sinks if sinks is not None else query  # a pointer is asked for; it is not read
+        new = fresh if fresh is not None else Fresh(query, query)
+        cos, sin = (query, query) if new.cos is None or new.sin is None else (new.cos, new.sin)
         attend_items[(work.shape.items, kv_heads)](
             query, keys, values, out, self._partial, self._partial_ml, self._done, work.items, work.tables, given,
+            new.key, new.value, cos, sin,
             query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
             work.tables.stride(0), rule.scale, rule.softcap or 1.0,
+            new.key.stride(0), new.key.stride(1), new.value.stride(0), new.value.stride(1), cos.stride(0),
             DK=key_size, DK_P2=dk, KEYS=launch.keys, PAGE=page, WINDOW=rule.window or 0,
-            SOFTCAP=rule.softcap is not None, ITEM_=ITEM, num_warps=launch.warps, num_stages=launch.stages, **sizes,
+            SOFTCAP=rule.softcap is not None, ITEM_=ITEM, FRESH=fresh is not None, ROTATE=new.cos is not None,
+            num_warps=launch.warps, num_stages=launch.stages, **sizes,
         )  # fmt: skip
         return out
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.workers.torch_engine.cuda.triton_device import DEVICE, on_gpu
 from workers.torch_engine.attention import AttentionRule
-from workers.torch_engine.cuda.triton_attention import TritonAttention, Work, choose_launch, tile_tokens
+from workers.torch_engine.cuda.triton_attention import Fresh, TritonAttention, Work, choose_launch, tile_tokens
 from workers.torch_engine.cuda.work_list import ITEM, WorkShape, fill_work
 from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.plain.attention import TorchAttention
@@ -58,7 +58,7 @@ class Case:
         self.step.slots = slot
         return TorchAttention().attend(self.query.float(), *fresh, *pools, self.step, rule, sinks)
 
-    def ours(self, rule, sinks=None, *, tile=None, extra=4, shortest=16, spare=(0, 0), turn=0):
+    def ours(self, rule, sinks=None, *, tile=None, extra=4, shortest=16, spare=(0, 0), turn=0, fresh=None):
         rows, tokens = len(self.seats) + spare[0], len(self.query) + spare[1]
         group = self.query.shape[1] // self.keys.shape[1]
         shape = WorkShape.of(
@@ -71,7 +71,7 @@ class Case:
         work = Work(shape, *(torch.from_numpy(array).to(DEVICE) for array in (items, self.tables)))
         query = torch.nn.functional.pad(self.query, (0, 0, 0, 0, 0, spare[1]))
         kernels = TritonAttention(DEVICE)
-        out = kernels.attend(query, self.keys, self.values, work, PAGE, rule, sinks)
+        out = kernels.attend(query, self.keys, self.values, work, PAGE, rule, sinks, fresh)
         assert not kernels._done.any(), "the next launch finds all counters at zero"
         assert not out[len(self.query) :].any()  # padding is computed with, so it must be something
         return out[: len(self.query)].float()
@@ -146,6 +146,33 @@ def test_every_grouping_and_head_size(heads, kv_heads, key_size, value_size):
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
 def test_sixteen_bit_pools(dtype):
     Case([(1, 33), (6, 11)], 4, 2, 32, 32, dtype).check()
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("given", [{}, {"extra": 6}, {"spare": (2, 2)}])
+def test_a_step_of_decodes_brings_its_own_keys(rotate, given):
+    """They are not in the pool before; afterwards they are, rotated, and the rows have seen them."""
+    case = Case([(1, 40), (1, 0), (1, 7), (1, 90)], 6, 2, 24, 16)
+    angles = torch.randn(4, 24, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    cos, sin = angles.cos(), angles.sin()
+
+    def turn(x):
+        low, high = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None] if rotate else x
+
+    query, key, value = (torch.randn(4, n, size, device=DEVICE) for n, size in ((6, 24), (2, 24), (2, 16)))
+    positions = torch.tensor([40, 0, 7, 90])
+    slots = torch.from_numpy(case.tables[case.seats][np.arange(4), positions // PAGE]).long() * PAGE + positions % PAGE
+    case.keys[slots], case.values[slots], case.query = turn(key), value, turn(query)
+    expected = case.expected(AttentionRule(0.2, window=50, softcap=3.0))
+    case.keys[slots], case.values[slots], case.query = float("nan"), float("nan"), query
+    spare = given.get("spare", (0, 0))[1]
+    padded = [torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, spare)) for x in (key, value, cos, sin)]
+    fresh = Fresh(*(padded if rotate else padded[:2]))
+    ours = case.ours(AttentionRule(0.2, window=50, softcap=3.0), tile=1, fresh=fresh, **given)
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(case.keys[slots], turn(key))
+    assert torch.equal(case.values[slots], value)
 
 
 def test_queries_may_be_strided():

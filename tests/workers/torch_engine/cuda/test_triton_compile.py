@@ -35,16 +35,17 @@ def compile_for(capability, function, types, constants, **options):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata
 
 
-def attend(capability, kind, itemsize, rows, group, key, value, window=0, softcap=False, sinks=False):
+def attend(capability, kind, itemsize, rows, group, key, value, window=0, softcap=False, sinks=False, fresh=False):
     p2 = triton.next_power_of_2
     shared = 180 << 10 if capability == 90 else 78 << 10
     launch = attention.choose_launch(rows, p2(key), p2(value), itemsize, shared)
-    types = {name: "*" + kind for name in ("query", "keys", "values", "out", "sinks")}
+    types = {name: "*" + kind for name in "query keys values out sinks fresh_key fresh_value cos sin".split()}
     types |= {"partial": "*fp32", "partial_ml": "*fp32", "done": "*i32", "items": "*i32", "tables": "*i32"}
     types |= {"scale": "fp32", "softcap": "fp32"}
     sizes = dict(GROUP=group, GROUP_P2=p2(group), ROWS=rows, HEADS=2 * group, KV_HEADS=2, DV=value, DV_P2=p2(value))
     sizes |= dict(SINKS=sinks, LOG2=attention.LOG2E)
     own = dict(DK=key, DK_P2=p2(key), KEYS=launch.keys, PAGE=16, WINDOW=window, SOFTCAP=softcap, ITEM_=12)
+    own |= dict(FRESH=fresh, ROTATE=fresh)
     made = compile_for(
         capability, attention.attend_items, types, sizes | own, num_warps=launch.warps, num_stages=launch.stages
     )
@@ -89,7 +90,7 @@ def experts(capability, kind, itemsize, rows):
     compile_for(capability, grouped.sum_choices, types, sizes, num_warps=4)
 
 
-attend(90, "bf16", 2, 16, 4, 128, 128)
+attend(90, "bf16", 2, 16, 4, 128, 128, fresh=True)
 attend(90, "bf16", 2, 64, 7, 64, 64)
 attend(90, "bf16", 2, 64, 2, 256, 256, window=4096, softcap=True)
 attend(90, "fp16", 2, 64, 8, 192, 128, sinks=True)
