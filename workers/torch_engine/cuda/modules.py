@@ -22,7 +22,15 @@ from torch.nn import functional as F
 from workers.torch_engine.attention import NAME
 from workers.torch_engine.cuda import triton_kernels as kernels
 from workers.torch_engine.cuda.attention import TableAttention
-from workers.torch_engine.cuda.triton_experts import CLAMPED, GELU_TANH, SILU, experts_sum
+from workers.torch_engine.cuda.triton_experts import (
+    CLAMPED,
+    GELU_TANH,
+    MOST_EXPERTS,
+    SILU,
+    choose_experts,
+    experts_sum,
+    gate_up_rows,
+)
 from workers.torch_engine.replace import (
     QKV,
     Candidate,
@@ -38,6 +46,7 @@ from workers.torch_engine.shared_input import SharedInput, Slice, bounds
 
 log = logging.getLogger(__name__)
 
+FEW_ROWS = (32, 16, 8, 1)  # that are timed on a GPU
 TEXT = 21  # tokens of the pass by which whole layers are compared
 
 
@@ -68,12 +77,39 @@ class FusedMLP(nn.Module):
         self.gate_up = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.down_proj, self.act = down, act
+        self.few = FEW_ROWS[0]  # rows up to which one launch does for gate and up
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        both = F.linear(x.reshape(-1, x.shape[-1]), self.gate_up, self.bias)
-        gate, up = both.chunk(2, dim=-1)
-        down: torch.Tensor = self.down_proj(kernels.gated(gate, up, self.act))
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = self.in_one(rows) if len(rows) <= self.few else self.in_two(rows)
+        down: torch.Tensor = self.down_proj(hidden)
         return down.view(*x.shape[:-1], down.shape[-1])
+
+    def in_one(self, rows: torch.Tensor) -> torch.Tensor:
+        """Gate and up with the activation behind them in one launch."""
+        return gate_up_rows(rows, self.gate_up, self.bias, self.act)
+
+    def in_two(self, rows: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(rows, self.gate_up, self.bias).chunk(2, dim=-1)
+        return kernels.gated(gate, up, self.act)
+
+    def time(self) -> None:
+        """Find out up to how many rows one launch is quicker than two, on this device."""
+        self.few = _quicker_up_to(self.in_one, self.in_two, self.gate_up)
+
+
+class FusedRouter(nn.Module):
+    """Which experts each token takes, and how much of each: (logits, weights [T, k], chosen [T, k])."""
+
+    def __init__(self, own: Any, among_chosen: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.bias, self.top_k = own.weight, getattr(own, "bias", None), int(own.top_k)
+        self._among_chosen, self._dtype = among_chosen, dtype
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = F.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight, self.bias)
+        chosen, weights = choose_experts(logits, self.top_k, self._among_chosen, self._dtype)
+        return logits, weights, chosen
 
 
 class GroupedExperts(nn.Module):
@@ -132,12 +168,44 @@ def fuse(model: Any, attention: TableAttention, report: FuseReport) -> None:
     _group_experts(model)
     replace(norm_candidates(model, sample, FusedNorm, kernels.WIDEST_NORM), report)
     replace(_mlps(model, sample), report)
+    for module in model.modules() if device.type == "cuda" else ():
+        if isinstance(module, FusedMLP):
+            module.time()
     replace(_projections(model, sample), report)
+    replace(_routers(model, sample), report)
     replace(_experts(model, attention, sample), report)
     _replace_layers(model, report)
     replace(rotary_candidates(model, lambda original: _same_rotary(original, attention, sample)), report)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the weights that were merged
+
+
+_timed: dict[tuple[Any, ...], int] = {}
+
+
+def _quicker_up_to(
+    one: Callable[[torch.Tensor], torch.Tensor], other: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor
+) -> int:
+    """The most of FEW_ROWS with which ``one`` is quicker than ``other``; 0: with none. By shape, measured once."""
+    key = (tuple(weight.shape), weight.dtype, weight.device)
+    if key not in _timed:
+        _timed[key] = next((n for n in FEW_ROWS if _milliseconds(one, weight, n) < _milliseconds(other, weight, n)), 0)
+    return _timed[key]
+
+
+def _milliseconds(run: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor, rows: int) -> float:
+    """Milliseconds on the device, the least of some."""
+    x = torch.zeros(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    run(x)  # compiles
+    took = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        run(x)
+        end.record()
+        end.synchronize()
+        took.append(begin.elapsed_time(end))
+    return float(min(took))
 
 
 def _linear(module: Any) -> nn.Linear | None:
@@ -179,6 +247,31 @@ def _projections(model: nn.Module, sample: SeededInput) -> Iterator[Candidate]:
         slices = tuple(MergedSlice(merged, *ends) for ends in bounds([part.out_features for part in parts]))
         x = sample(1, 3, parts[0].in_features)
         yield Candidate("qkv", module, QKV, [slices], (x,), tuple(part(x) for part in parts), left_as="qkv")
+
+
+def _routers(model: nn.Module, sample: SeededInput) -> Iterator[Candidate]:
+    """Routers that give (logits, weights, chosen) by softmax, over all experts or over those that were chosen."""
+    for owner, name, child in children_of(model):
+        router: Any = child
+        weight, most = getattr(router, "weight", None), getattr(router, "top_k", None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or not isinstance(most, int):
+            continue
+        x = sample(5, weight.shape[1])
+        try:
+            theirs = router(x)
+            logits, weights, chosen = theirs
+        except (TypeError, ValueError, RuntimeError):  # called in another way, or of another kind
+            continue
+        if weights.shape != (5, most) or chosen.shape != (5, most) or len(weight) > MOST_EXPERTS:
+            continue
+        found = []
+        for among_chosen in (False, True):
+            ours = FusedRouter(router, among_chosen, weights.dtype)
+            our_logits, our_weights, our_chosen = ours(x)
+            same = torch.equal(our_chosen, chosen.to(torch.int64)) and agrees(our_weights, weights)
+            if same and agrees(our_logits, logits):
+                found.append((ours,))
+        yield Candidate("router", owner, (name,), found)
 
 
 def _group_experts(model: Any) -> None:

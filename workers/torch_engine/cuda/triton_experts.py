@@ -5,6 +5,8 @@ A *pair* is one token and one of the experts that it chose. Pairs are ordered by
 of tokens allows, and those that are not needed return at once. No count is read by the host, and an expert's weights
 are read only if a token chose it. Padding tokens choose none.
 
+Before these, a router's choice is one launch too, where the model chooses by softmax (choose_rows).
+
 1. place_pairs: each expert's program counts all pairs, knows from that where its blocks begin, and lists its own pairs
    there, in the order of tokens.
 2. gate_up_blocks: the block's rows times gate and up, the activation behind it.
@@ -15,12 +17,42 @@ are read only if a token chose it. Padding tokens choose none.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 SILU, GELU_TANH, CLAMPED = 0, 1, 2  # CLAMPED: gpt-oss's
+MOST_EXPERTS = 1024  # of a layer, that one program of choose_experts holds
 SCAN = 256  # pairs that a program of place_pairs looks at at once
+
+
+@triton.jit
+def choose_rows(
+    logits, chosen, weights, row_stride,
+    EXPERTS: tl.constexpr, EXPERTS_P2: tl.constexpr, CHOICES: tl.constexpr, CHOICES_P2: tl.constexpr,
+    AMONG_CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens): the CHOICES largest of a row, the largest first, with their softmax over all experts or, where
+    AMONG_CHOSEN, over these."""
+    token = tl.program_id(0).to(tl.int64)
+    at, nth = tl.arange(0, EXPERTS_P2), tl.arange(0, CHOICES_P2)
+    value = tl.load(logits + token * row_stride + at, mask=at < EXPERTS, other=float("-inf")).to(tl.float32)
+    largest = tl.max(value, 0)
+    total = tl.sum(tl.where(at < EXPERTS, tl.exp(value - largest), 0.0), 0)
+    ids = tl.zeros([CHOICES_P2], tl.int32)
+    picked = tl.zeros([CHOICES_P2], tl.float32)
+    for choice in range(CHOICES):
+        best = tl.max(value, 0)
+        expert = tl.minimum(tl.min(tl.where(value == best, at, EXPERTS - 1), 0), EXPERTS - 1)  # of equals the first
+        ids = tl.where(nth == choice, expert, ids)
+        picked = tl.where(nth == choice, tl.exp(best - largest), picked)
+        value = tl.where(at == expert, float("-inf"), value)
+    if AMONG_CHOSEN:
+        total = tl.sum(picked, 0)
+    tl.store(chosen + token * CHOICES + nth, ids.to(tl.int64), mask=nth < CHOICES)
+    tl.store(weights + token * CHOICES + nth, (picked / total).to(weights.dtype.element_ty), mask=nth < CHOICES)
 
 
 @triton.jit
@@ -176,6 +208,48 @@ def sum_choices(
         value = tl.load(results + (token * CHOICES + choice) * SIZE + at, mask=at < held, other=0.0)
         acc += tl.where(at < held, weight * value.to(tl.float32), 0.0)
     tl.store(out + token * SIZE + at, acc.to(out.dtype.element_ty), mask=at < SIZE)
+
+
+def choose_experts(
+    logits: torch.Tensor, choices: int, among_chosen: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(chosen int64 [T, choices], weights [T, choices] of ``dtype``) from a router's ``logits`` [T, experts]."""
+    tokens, experts = logits.shape
+    chosen = torch.empty(tokens, choices, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(tokens, choices, dtype=dtype, device=logits.device)
+    choose_rows[(tokens,)](
+        logits, chosen, weights, logits.stride(0),
+        EXPERTS=experts, EXPERTS_P2=triton.next_power_of_2(experts),
+        CHOICES=choices, CHOICES_P2=triton.next_power_of_2(choices), AMONG_CHOSEN=among_chosen, num_warps=4,
+    )  # fmt: skip
+    return chosen, weights
+
+
+def gate_up_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: int) -> torch.Tensor:
+    """act(gate) * up [T, width] of x [T, C] in one launch, by the product of one expert's block: for few rows, whose
+    time is that of reading ``weight`` [2 width, C]."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    tokens, size = x.shape
+    width = len(weight) // 2
+    rows = max(16, triton.next_power_of_2(tokens))
+    order, expert_of = _one_block(tokens, rows, x.device)
+    hidden = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
+    columns, depth, stages = tiles(rows, x.element_size())
+    gate_up_blocks[(1, triton.cdiv(width, columns))](
+        x, weight, weight if bias is None else bias, hidden, order, expert_of,
+        x.stride(0), 0, weight.stride(0), weight.stride(1), 0, width, 0.0, 0.0,
+        CHOICES=1, SIZE=size, WIDTH=width, EVERY=1, BIAS=bias is not None, ACT=act,
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=4, num_stages=stages,
+    )  # fmt: skip
+    return hidden
+
+
+@cache
+def _one_block(tokens: int, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of a block that holds ``tokens`` rows as they are. Made before a graph is recorded, and kept."""
+    order = torch.arange(rows, dtype=torch.int32)
+    order[tokens:] = -1
+    return order.to(device), torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def rows_of_block(pairs: int, experts: int, itemsize: int) -> int:

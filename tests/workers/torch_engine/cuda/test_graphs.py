@@ -17,6 +17,7 @@ from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence
+from tests.workers.torch_engine.cuda.launches import counted, of_a_layer
 from tests.workers.torch_engine.cuda.triton_device import DEVICE
 from tests.workers.torch_engine.parity import first_difference, reference_of
 from tests.workers.torch_engine.paths import save
@@ -199,6 +200,23 @@ def test_experts_are_recorded(tmp_path, name):
     assert engine.backend.steps.buckets
     served = serve(engine, count=3, output=4)
     assert not wrong(tmp_path, served)
+
+
+@pytest.mark.parametrize(("name", "most"), [("llama", 7), ("mixtral", 12)])
+def test_launches_of_a_layer_in_a_step_of_decodes(tmp_path, name, most):
+    """What each launch costs the device and the host besides its work: some microseconds."""
+    found = []
+    for layers in (1, 2):
+        path = tmp_path / str(layers)
+        build({**CONFIGS[name], "num_hidden_layers": layers}).save_pretrained(path)
+        byte_tokenizer().save_pretrained(path)
+        engine = make_engine(path, graphs=False)
+        with torch.inference_mode(), counted() as launches:
+            engine.backend.steps.run(engine.backend._padding(1))
+        found.append(launches)
+    layer = of_a_layer(*found, layers=1)
+    assert sum(layer.values()) <= most, layer
+    assert layer["attend_items"] == 1
 
 
 def test_a_model_that_cannot_be_recorded_runs_launch_by_launch(tmp_path, monkeypatch, caplog):

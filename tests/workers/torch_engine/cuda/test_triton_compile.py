@@ -86,6 +86,9 @@ def experts(capability, kind, itemsize, rows):
         made = compile_for(capability, grouped.gate_up_blocks, types, tile | own, **options)
         assert made.shared < 200 << 10
     compile_for(capability, grouped.down_blocks, types, tile | dict(BIAS=False), **options)
+    types["logits"] = "*" + kind
+    chosen = dict(EXPERTS=60, EXPERTS_P2=64, CHOICES=6, CHOICES_P2=8, AMONG_CHOSEN=True)
+    compile_for(capability, grouped.choose_rows, types, chosen, num_warps=4)
     sizes = dict(CHOICES=8, EXPERTS=64, SIZE=2048, BLOCK=1024, PADDED=True)
     compile_for(capability, grouped.sum_choices, types, sizes, num_warps=4)
 

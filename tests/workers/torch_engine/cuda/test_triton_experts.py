@@ -130,3 +130,27 @@ def test_there_are_blocks_enough(pairs, experts):
         spread = torch.rand(experts, generator=torch.Generator().manual_seed(seed)) ** (1 + seed)
         counts = torch.multinomial(spread, pairs, replacement=True).bincount(minlength=experts)
         assert int((-(-counts // rows)).sum()) <= kernels.most_blocks(pairs, experts, rows)
+
+
+@pytest.mark.parametrize("among_chosen", [False, True])
+def test_a_choice_in_one_launch(among_chosen):
+    logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    chosen, weights = kernels.choose_experts(logits, 3, among_chosen, torch.float32)
+    expected = logits.softmax(-1).topk(3, -1)
+    assert torch.equal(chosen, expected.indices)
+    values = expected.values / expected.values.sum(-1, keepdim=True) if among_chosen else expected.values
+    torch.testing.assert_close(weights, values)
+
+
+def test_nonsense_chooses_experts_that_there_are():
+    logits = torch.full((2, 5), float("nan"), device=DEVICE)
+    chosen, _ = kernels.choose_experts(logits, 3, False, torch.float32)
+    assert ((chosen >= 0) & (chosen < 5)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 21])
+def test_gate_and_up_of_few_rows_in_one_launch(rows):
+    layer = Layer(experts=1, bias=True)
+    x, bias = layer.draw(rows, 24), layer.biases[0][0]
+    ours = kernels.gate_up_rows(x, layer.gate_up[0], bias, kernels.SILU)
+    torch.testing.assert_close(ours, silu(F.linear(x, layer.gate_up[0], bias)), atol=2e-5, rtol=2e-5)
