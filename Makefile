@@ -10,7 +10,7 @@ PYTEST ?= $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: kubernetes-dry-run help venv serve test check lint format sweep clients nightly tsan mutations chaos bench bench-peers
+.PHONY: kubernetes-dry-run gpu-tests help venv serve test check lint format sweep clients nightly tsan mutations chaos bench bench-peers
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -84,6 +84,9 @@ bench: $(DEV) ## measure Headrace, about 10 minutes, into docs/performance.md (A
 
 bench-peers: $(DEV) ## measure it beside other engines, which are installed into ~/.cache/headrace/bench
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+gpu-tests: $(DEV) ## on a GPU: its tests, and the kernels under compute-sanitizer's memcheck
+	$(BIN)/python -m benchmarks.gpu --tests $(ARGS)
 
 kubernetes-dry-run: $(DEV) ## the API server of KUBECONFIG checks deploy/kubernetes (namespace headrace must exist)
 	@for overlay in deploy/kubernetes/overlays/*; do $(BIN)/kubectl apply --dry-run=server -k $$overlay || exit 1; done

@@ -100,7 +100,8 @@ class CudaBackend(Backend[HostStep]):
         if steps.buckets and (worst := self._replay_differs()) > verify.TOLERANCE.get(self.model.dtype, 2e-3):
             log.warning("this model runs without CUDA graphs: replayed logits differ by %.1f%%", 100 * worst)
             steps.forget()
-        self.step_us = steps.time_steps()
+        self.step_us = steps.time_steps(self._filled)
+        self.seats.clear()
         if self.step_us:
             told = ", ".join(f"{tokens} in {us / 1e3:.1f}" for tokens, us in self.step_us)
             log.info("steps of so many tokens in so many ms: %s", told)
@@ -131,6 +132,21 @@ class CudaBackend(Backend[HostStep]):
             worst = max(worst, float((plain - replayed).abs().max() / plain.abs().max().clamp_min(1e-6)))
         self.seats.clear()
         return worst
+
+    def _filled(self, bucket: Bucket) -> HostStep:
+        """A step of prompts that fill ``bucket``, as far as sequences may be so long. Nobody is served yet, so their
+        keys may overwrite each other."""
+        self.seats.clear()
+        size, pool = self.config.block_size, self.pool.blocks
+        rows = min(bucket.rows, bucket.tokens, self.config.max_num_seqs)
+        most = min(self.seats.max_model_len, pool * size)
+        counts = [min(most, (bucket.tokens + row) // rows) for row in range(rows)]
+        drawn = np.random.default_rng(0).integers(0, self.vocab_size, max(counts) + rows)
+        for seat, count in enumerate(counts):
+            blocks = [(seat + at) % pool for at in range(-(-count // size))]
+            ids = pack_ids(drawn[seat : seat + count].tolist())
+            self.seats.add(NewSequence(seat, "", 0, 0, ids, count, SamplingParams(), 0, 0, pack_ids(blocks), 0))
+        return self.build(Plan(0, 0, 0, np.arange(rows, dtype="<u2").tobytes(), pack_ids(counts)))
 
     # ------------------------------------------------------------------ steps
 

@@ -167,9 +167,12 @@ class TableSteps:
             log.info("%d CUDA graphs recorded in %.1f s, %.0f MiB", len(recorded), self.capture_s, mib)
 
     @torch.inference_mode()
-    def time_steps(self, most_s: float = TIMING_S) -> list[tuple[int, int]]:
+    def time_steps(self, filled: Callable[[Bucket], HostStep], most_s: float = TIMING_S) -> list[tuple[int, int]]:
         """(tokens, microseconds) of recorded steps, the least of a few replays of each size with as many rows as there
-        may be: what the scheduler sizes its chunks by. Empty where ``most_s`` seconds do not do for all."""
+        may be: what the scheduler sizes its chunks by. Empty where ``most_s`` seconds do not do for all.
+
+        ``filled`` gives a step that fills a bucket with tokens that differ: experts that nobody chose cost nothing.
+        """
         widest: dict[int, _Recorded] = {}
         for recorded in self._recorded:  # smallest first
             if not recorded.bucket.single:
@@ -177,8 +180,10 @@ class TableSteps:
         began, times = time.perf_counter(), []
         for tokens, recorded in sorted(widest.items()):
             took = []
+            step = filled(recorded.bucket)
+            self.seats.send_tables()
             for _ in range(REPLAYS):
-                self._copy(recorded.layout, recorded.buffer, _nothing())
+                self._copy(recorded.layout, recorded.buffer, step)
                 took.append(self._time(recorded.recording))
                 if time.perf_counter() - began > most_s:
                     return []

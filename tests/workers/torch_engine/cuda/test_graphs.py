@@ -97,11 +97,16 @@ def test_recorded_steps_are_timed_within_their_time(llama, monkeypatch):
     monkeypatch.setattr("workers.torch_engine.cuda.graphs.REPLAYS", 1)
     _, engine = llama
     steps = engine.backend.steps
-    times = steps.time_steps(most_s=3600.0)
+    times = steps.time_steps(engine.backend._filled, most_s=3600.0)
     sizes = sorted({bucket.tokens for bucket in steps.buckets if not bucket.single})
     assert [tokens for tokens, _ in times] == sizes
     assert all(us > 0 for _, us in times)
-    assert steps.time_steps(most_s=0.0) == [], "half a table would mislead"
+    assert steps.time_steps(engine.backend._filled, most_s=0.0) == [], "half a table would mislead"
+    for bucket in steps.buckets:
+        step = engine.backend._filled(bucket)
+        assert int(step.row_starts[-1]) == bucket.tokens
+        assert (step.slots >= 0).all(), "not padding, which is quicker"
+    engine.reset()
 
 
 def test_a_steady_step_pins_no_host_memory(llama, monkeypatch):
