@@ -187,7 +187,7 @@ def long_context(part: Part, shape: str) -> None:
     """What 32 streams feel of a prompt of 32k tokens."""
     with serving(part, shape, max_model_len=LONG + 1024) as served, part.row("beside") as row:
         sizes = (
-            {"streams": 7, "output": 90, "prompt": 100} if part.tiny else {"streams": 32, "output": 900, "prompt": LONG}
+            {"streams": 7, "output": 60, "prompt": 100} if part.tiny else {"streams": 32, "output": 900, "prompt": LONG}
         )
         row |= load.beside_prefill(served.target, served.vocabulary, **sizes)
 
