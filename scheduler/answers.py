@@ -22,7 +22,7 @@ from protocol.formats.rules import sampling_of
 from protocol.messages import ID_BYTES, LANDED, CommitRow, Frame, Job, Terminal, decode_frames, encode, unpack_ids
 from protocol.records import RequestRecord
 from scheduler.metrics import Metrics
-from scheduler.recovery import UNREADABLE, terminal_row
+from scheduler.recovery import UNREADABLE, read_message, terminal_row
 
 log = logging.getLogger("headrace.scheduler")
 
@@ -85,6 +85,8 @@ class Answers:
         shaped = sampling_of(job, unpack_ids(prompts[0]))
         if sampling.greedy:
             shaped = msgspec.structs.replace(shaped, seed=None)
+        if not sampling.stop:  # then it tells only how a result is read
+            shaped = msgspec.structs.replace(shaped, content=None)
         whose = "" if self._settings.shared else tenant
         length = (self._context(), job.default_max_tokens) if sampling.max_tokens is None else None
         told = encode((self._fingerprint, whose, job.cache_salt, shaped, length, list(prompts)))
@@ -218,11 +220,13 @@ def _result(record: RequestRecord, choice: int, raw: bytes, end: str) -> bytes |
         return None
     frames: list[Frame] = decode_frames(raw)
     prompt_tokens = len(record.prompts[choice // record.job.sampling.n]) // ID_BYTES
+    message = read_message(record, choice, frames)
     return encode(
         Terminal(
-            rid=record.rid, id=record.job.id, choice=choice, finish_reason=end,
+            rid=record.rid, id=record.job.id, choice=choice, finish_reason=message.finish(end) or end,
             text="".join(frame.text for frame in frames), prompt_tokens=prompt_tokens,
             completion_tokens=sum(frame.token is not None for frame in frames), cached_tokens=prompt_tokens,
+            **message.fields,
         )
     )  # fmt: skip
 

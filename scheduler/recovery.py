@@ -114,14 +114,19 @@ def terminal_row(
     )
 
 
+def read_message(record: RequestRecord, choice: int, frames: list[Frame]) -> ParsedMessage:
+    """What the frames of a whole choice hold, where its answer has a format; else nothing."""
+    job = record.job
+    if job.format is None or not record.prompts:
+        return ParsedMessage()
+    shown = [(frame.token, frame.text) for frame in frames]
+    return parsed_message(record.rid, choice, job.format, functions_of(job.tools), record.thinking, shown)
+
+
 def _terminal(
     record: RequestRecord, choice: int, frames: list[Frame], held: str, reason: str, error: dict[str, str | None] | None
 ) -> Terminal:
-    prompts, job, message = record.prompts, record.job, ParsedMessage()
-    if job.format is not None and prompts:
-        shown = [*((frame.token, frame.text) for frame in frames), (None, held)]
-        functions = functions_of(job.tools)
-        message = parsed_message(record.rid, choice, job.format, functions, record.thinking, shown)
+    prompts, message = record.prompts, read_message(record, choice, [*frames, Frame(None, held)])
     return Terminal(
         rid=record.rid,
         id=record.job.id,

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 import redis
 
 from gateway.app import Gateway, GatewayConfig
-from protocol.messages import Job, encode, new_rid
+from protocol.formats.families import TOOLS
+from protocol.formats.spec import FormatSpec
+from protocol.messages import Frame, Job, Terminal, encode, new_rid, pack_ids
 from protocol.records import RequestRecord
 from protocol.sampling import SamplingParams
-from scheduler.answers import model_fingerprint
+from scheduler.answers import _result, model_fingerprint
 from tests.conftest import MODEL, leaked_keys
 from tests.scheduler.conftest import HASTY, Stage
 from tests.scheduler.scripted_worker import ScriptedWorker, expected_tokens
@@ -326,3 +329,14 @@ def test_another_model_under_the_same_name_has_another_fingerprint(tmp_path: Pat
     (tmp_path / "c" / "model.safetensors").write_bytes(b"x" * 99_999 + b"y")
     a, b, c = (model_fingerprint(str(tmp_path / name)) for name in ("a", "b", "c"))
     assert a == b != c
+
+
+def test_a_cached_answers_result_tells_its_calls() -> None:
+    text = 'Wait.\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
+    job = Job(messages=[], tools=tools, format=FormatSpec(name="hermes", tools=TOOLS["hermes"]), results="r")
+    record = RequestRecord("a" * 32, job, "default", 1, [pack_ids([1, 2])], 0, 0, 0, None, 1, 0, [0], [None])
+    raw = b"".join(encode(Frame(token, part)) for token, part in enumerate((text[:20], text[20:])))
+    result = msgspec.msgpack.decode(_result(record, 0, raw, "stop") or b"", type=Terminal)
+    assert (result.finish_reason, result.text, result.content) == ("tool_calls", text, "Wait.")
+    assert [call["function"] for call in result.tool_calls or ()] == [{"name": "now", "arguments": "{}"}]
