@@ -27,10 +27,10 @@ from gateway.routing.upstream import UpstreamDown, Upstreams, check_hops
 from gateway.tracing import AnswerTrace
 from protocol.errors import Expired, InvalidRequest, NotFound, Overloaded, Unavailable
 from protocol.keys import NAME
+from protocol.levels import release
 from protocol.messages import ID_BYTES, Job, ModelCard
 from protocol.records import RequestRecord
 from protocol.telemetry.traces import Traces
-from protocol.version import release
 
 log = logging.getLogger("headrace.gateway")
 

@@ -20,7 +20,7 @@ from prometheus_client import (
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector as MetricSource
 
-from protocol.version import release
+from protocol.levels import release
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)

@@ -87,7 +87,7 @@ def _refuse_what_is_not_read(message: Message, at: str) -> None:
             raise _unsupported(f"{at}.{field}", "is not supported")
     for field in CONTINUED:
         if message.get(field):
-            raise _unsupported(f"{at}.{field}", "is not supported: a message is answered, not continued")
+            raise _unsupported(f"{at}.{field}", "is not supported: ask by continue_final_message")
 
 
 # ------------------------------------------------------------------ content

@@ -112,6 +112,8 @@ def check_job(job: Job, *, vocab_size: int | None = None) -> None:
     job.sampling.check(vocab_size)
     for stop in job.sampling.stop:
         check_text(stop, "stop")
+    for word in job.sampling.bad_words:
+        check_text(word, "bad_words")
     if (job.prompt is None) == (job.messages is None):
         raise InvalidRequest("exactly one of prompt and messages must be given", param="prompt")
     if job.messages is not None:
@@ -125,6 +127,7 @@ def check_job(job: Job, *, vocab_size: int | None = None) -> None:
         check_text(job.suffix, "suffix")
     if job.choices > MAX_REQUEST_CHOICES:
         raise InvalidRequest(f"prompts times n must not exceed {MAX_REQUEST_CHOICES}", param="n")
+    check_making(job)
     if job.chat_template_kwargs is not None:
         if job.messages is None:
             raise InvalidRequest("chat_template_kwargs needs messages", param="chat_template_kwargs")
@@ -133,6 +136,26 @@ def check_job(job: Job, *, vocab_size: int | None = None) -> None:
         _check_tools(job)
     if job.view is not None:
         check_tree(job.view, "view")
+
+
+def check_making(job: Job) -> None:
+    """How the prompt is made of what was sent. InvalidRequest."""
+    kept = job.truncate_prompt_tokens
+    if kept is not None and kept != -1 and not 1 <= kept <= INT32_MAX:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens must lie in [1, {INT32_MAX}], or be -1", param="truncate_prompt_tokens"
+        )
+    if job.messages is not None and not job.add_special_tokens:
+        raise InvalidRequest(
+            "add_special_tokens is for prompts: the chat template writes a chat's", param="add_special_tokens"
+        )
+    if job.continue_final_message:
+        if job.messages is None:
+            raise InvalidRequest("continue_final_message needs messages", param="continue_final_message")
+        if (job.chat_template_kwargs or {}).get("add_generation_prompt"):
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+            )
 
 
 def _check_names(job: Job) -> None:

@@ -1,4 +1,4 @@
-"""What services of different versions understand of each other's jobs, for updates under load.
+"""The installed release, and what services of different ones understand of each other's jobs, for updates under load.
 
 A job and its sampling refuse unknown fields, so an older scheduler or worker must never be given a newer one. Every
 release that adds such a field raises LEVEL. A leader notes its level beside its epoch and accept refuses, for the
@@ -7,30 +7,41 @@ moment, a job that needs more; a worker tells its level in its capacity and is g
 
 from __future__ import annotations
 
+import functools
+from importlib.metadata import PackageNotFoundError, version
+
 import msgspec
 
 from protocol.messages import Job
 from protocol.sampling import SamplingParams
 
-LEVEL = 3
+LEVEL = 4
 # What each adds: 1 structure, tools, formats of calls and thoughts, more than four stops; 2 default length;
-# 3 traceparent, cache of answers, suffix, tokenize
+# 3 traceparent, cache of answers, suffix, tokenize;
+# 4 bad_words, logprobs of prompts and of named ids, max_tokens 0, how a prompt is made
 STOPS_BEFORE = 4
 
 
 def sampling_level(params: SamplingParams) -> int:
     """The least level of a worker that can read ``params``."""
+    if params.bad_words or params.max_tokens == 0:
+        return 4
+    if params.logprob_token_ids is not None or params.prompt_logprobs is not None:
+        return 4
     newer = params.structure is not None or params.content is not None or len(params.stop) > STOPS_BEFORE
     return int(newer or params.allowed_token_ids is not None)
 
 
 def job_level(job: Job) -> int:
     """The least level of a scheduler that can read ``job``."""
+    if not job.add_special_tokens or job.truncate_prompt_tokens is not None or job.continue_final_message:
+        return 4
+    of_sampling = sampling_level(job.sampling)
     if job.trace is not None or job.cache is not None or job.suffix is not None or job.tokenize:
-        return 3
+        return max(3, of_sampling)
     if job.default_max_tokens is not None:
-        return 2
-    return max(sampling_level(job.sampling), int(job.tools is not None or job.format is not None))
+        return max(2, of_sampling)
+    return max(of_sampling, int(job.tools is not None or job.format is not None))
 
 
 def plainer(job: Job) -> Job:
@@ -42,3 +53,13 @@ def plainer(job: Job) -> Job:
     if job.default_max_tokens is not None:
         return msgspec.structs.replace(job, default_max_tokens=None)
     return job if job.tools is not None else msgspec.structs.replace(job, format=None)
+
+
+@functools.cache
+def release() -> str:
+    """The version of the package, as /version and the metric build_info tell it; "unknown" where it runs from a
+    checkout that was never installed."""
+    try:
+        return version("headrace")
+    except PackageNotFoundError:
+        return "unknown"

@@ -117,6 +117,9 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     )
     suffix: str | None = None  # the text that follows what is to be generated (fill in the middle)
     tokenize: bool = False  # ends at admission: only the prompt's ids are asked for
+    add_special_tokens: bool = True  # a text gets what the tokenizer adds by default, a bos often
+    truncate_prompt_tokens: int | None = None  # only so many last tokens are kept; -1: as many as fit
+    continue_final_message: bool = False  # the last message is gone on with, not answered
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list, one per prompt; [] for a chat."""
@@ -253,7 +256,8 @@ class Frame(Struct, array_like=True):
 
     ``extra`` keys: ``held`` (text held back so far: an incomplete character, or what may become a stop string),
     ``lp`` (the token's logprob), ``tok`` (the token's own bytes), ``top`` ([[id, bytes, logprob], ...]),
-    ``cached`` (prefix-cache tokens, first frame only), ``stop`` (the stop string or id that matched), and for
+    ``cached`` (prefix-cache tokens, first frame only), ``plp`` (logprobs of the prompt, first frame only:
+    protocol/prompt_logprobs.py), ``stop`` (the stop string or id that matched), and for
     finish reason ``error``: ``code``, ``message``, ``param``.
     """
 

@@ -17,6 +17,9 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_ALLOWED = 4096
 MAX_TOP_LOGPROBS = 20
+MAX_NAMED_LOGPROBS = 128
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 128
 INT64_MAX = 2**63 - 1
 
 
@@ -37,7 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     sampled token's own logprob (None: report nothing; 0: only the sampled one's).
     """
 
-    max_tokens: int | None = None  # None: as many as the context allows
+    max_tokens: int | None = None  # None: as many as the context allows; 0: the prompt is computed, nothing drawn
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -58,6 +61,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     allowed_token_ids: list[int] | None = None  # no other id is drawn
     structure: Structure | None = None  # what the text must look like
     content: Content | None = None  # how an answer is read by the worker; not for requests to set
+    bad_words: list[str] = []  # the token that would complete one is not drawn
+    logprob_token_ids: list[int] | None = None  # ids whose logprobs are told beside the most probable ones
+    prompt_logprobs: int | None = None  # alternatives to report beside the logprob of each prompt token
 
     @property
     def greedy(self) -> bool:
@@ -70,7 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     def check(self, vocab_size: int | None = None) -> None:
         """Raise InvalidRequest that names the first field out of range. Types were checked by decoding."""
-        _range("max_tokens", self.max_tokens, 1, INT64_MAX)
+        _range("max_tokens", self.max_tokens, 0, INT64_MAX)
         _range("min_tokens", self.min_tokens, 0, INT64_MAX)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest("min_tokens must not exceed max_tokens", param="min_tokens")
@@ -84,6 +90,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         _range("seed", self.seed, -INT64_MAX - 1, INT64_MAX)
         _range("n", self.n, 1, MAX_CHOICES)
         _range("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        _range("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
         if len(self.stop) > MAX_STOPS:
             raise InvalidRequest(f"stop takes at most {MAX_STOPS} strings", param="stop")
         for stop in self.stop:
@@ -109,6 +116,19 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
                 raise InvalidRequest("allowed_token_ids beside a structure is not supported", param="allowed_token_ids")
         if self.structure is not None:
             self.structure.check(vocab_size)
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise InvalidRequest(f"bad_words takes at most {MAX_BAD_WORDS} words", param="bad_words")
+        if not all(1 <= len(word) <= MAX_BAD_WORD_CHARS for word in self.bad_words):
+            raise InvalidRequest(f"a bad word must have 1 to {MAX_BAD_WORD_CHARS} characters", param="bad_words")
+        if self.logprob_token_ids is not None:
+            if not 1 <= len(self.logprob_token_ids) <= MAX_NAMED_LOGPROBS:
+                raise InvalidRequest(
+                    f"logprob_token_ids takes 1 to {MAX_NAMED_LOGPROBS} ids", param="logprob_token_ids"
+                )
+            for token in self.logprob_token_ids:
+                _range("logprob_token_ids", token, 0, top)
+            if self.logprobs is None:
+                raise InvalidRequest("logprob_token_ids needs logprobs", param="logprob_token_ids")
 
 
 def _range(field: str, value: Any, low: float, high: float, open_low: bool = False) -> None:

@@ -28,8 +28,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from protocol.errors import SpecialTokensRefused, StartError
+from protocol.levels import release
 from protocol.messages import Plan
-from protocol.version import release
 from scheduler.core.events import RequestDone
 from scheduler.core.lifecycle import Counters
 from scheduler.core.scheduler import Stats

@@ -18,7 +18,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from protocol.version import release
+from protocol.levels import release
 
 log = logging.getLogger("headrace.worker")
 

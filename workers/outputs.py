@@ -27,8 +27,10 @@ from protocol.messages import (
     pack_ids,
     unpack_ids,
 )
+from protocol.prompt_logprobs import PromptLogprobs
 from workers.detokenizer import TextStream, Vocabulary, WindowVocabulary
-from workers.engines.base import Sampled
+from workers.engines.base import Sampled, Scores
+from workers.engines.checks import scores_prompt
 from workers.spoiled import Drops, SpoiledBlocks
 
 
@@ -74,7 +76,7 @@ class Output:
 
     __slots__ = (
         "awaited", "count", "cursor", "dropped", "end_ids", "eos", "min_tokens", "new", "parser", "plain", "row",
-        "seat", "shown", "steady_until", "stops", "stream", "tail",
+        "scores", "seat", "shown", "steady_until", "stops", "stream", "tail",
     )  # fmt: skip
 
     def __init__(self, new: NewSequence, vocabulary: Vocabulary | WindowVocabulary, eos: frozenset[int]) -> None:
@@ -102,6 +104,8 @@ class Output:
         self.shown: list[tuple[int | None, str]] | None = [] if new.wants_result else None
         self.plain = self.stops is None and self.shown is None and sampling.logprobs is None
         self.steady_until = sampling.max_tokens if sampling.max_tokens is not None else 2**63
+        # of the prompt, piece by piece as it is computed; None where they are not asked for, or are journaled
+        self.scores: list[Scores] | None = [] if scores_prompt(new) else None
         self.row: OutputRow | None = None  # gathers frames for the next commit
         self.dropped = False  # journal closed or no longer ours: nothing more of it is committed
         for at, token in enumerate(islice(ids, new.prompt_len, None), 1):
@@ -206,11 +210,14 @@ class Outputs:
         dropped = [seat for seat in sampled.dropped if seat not in seats or seats[seat] is not None]
         if (drops := self._tables.follow(plan, dropped)) is not None:
             self._drop(drops, dropped, sampled.failed)
+        for seat, scores in sampled.prompts.items():
+            if (output := seats.get(seat)) is not None and output.scores is not None:
+                output.scores.append(scores)
         tokens = 0
         for seat, token in zip(sampled.seats.tolist(), sampled.tokens.tolist(), strict=True):
             output = seats[seat]
             if output is not None and seat not in sampled.failed:
-                tokens += 1
+                tokens += output.steady_until > 0
                 self._append(output, token, sampled)
         for seat, (code, message) in sampled.failed.items():
             if (output := seats.get(seat)) is not None:
@@ -252,6 +259,9 @@ class Outputs:
                 self._empty(row.output)
 
     def _append(self, output: Output, token: int, sampled: Sampled) -> None:
+        if not output.steady_until:  # the prompt was all that was asked for
+            self._end(output, "length")
+            return
         output.count += 1
         if output.plain and output.count < output.steady_until and token not in output.end_ids and output.cursor:
             text = output.stream.push(token)
@@ -260,7 +270,7 @@ class Outputs:
             return
         text, finish, stop = self._advance(output, token)
         extra = self._logprobs(output, token, sampled)
-        extra |= _cached(output)
+        extra |= self._of_prompt(output)
         if stop is not None:
             extra["stop"] = stop
         if finish is None and (held := output.held):
@@ -294,13 +304,13 @@ class Outputs:
 
     def _end(self, output: Output, reason: str) -> None:
         """The terminal frame of a sequence that the scheduler ends: cancelled, or past its deadline."""
-        self._add(output, None, encode((None, self._flush(output), reason, _cached(output) or None)))
+        self._add(output, None, encode((None, self._flush(output), reason, self._of_prompt(output) or None)))
         self._close(output, reason)
 
     def _fail(self, output: Output, code: str, message: str) -> None:
         """The terminal frame of a sequence that its own request made impossible to continue."""
         error = {"code": code, "message": message, "param": None}
-        self._add(output, None, encode((None, self._flush(output), "error", error | _cached(output))))
+        self._add(output, None, encode((None, self._flush(output), "error", error | self._of_prompt(output))))
         self._close(output, "error", error)
 
     def _add(self, output: Output, token: int | None, frame: bytes) -> None:
@@ -326,17 +336,47 @@ class Outputs:
             self._seats[output.seat] = None
 
     def _logprobs(self, output: Output, token: int, sampled: Sampled) -> dict[str, Any]:
-        wanted = output.new.sampling.logprobs
-        if wanted is None or (found := sampled.logprobs.get(output.seat)) is None:
+        if output.new.sampling.logprobs is None or (found := sampled.logprobs.get(output.seat)) is None:
             return {}
         logprob, ids, values = found
         token_bytes = self._vocabulary.token_bytes
-        top = zip(ids[:wanted].tolist(), _finite(values[:wanted]), strict=True)
+        top = zip(ids.tolist(), _finite(values), strict=True)
         return {
             "lp": max(float(logprob), LOGPROB_FLOOR),
             "tok": token_bytes(token),
             "top": [[i, token_bytes(i), value] for i, value in top],
         }
+
+    def _of_prompt(self, output: Output) -> dict[str, Any]:
+        """What the first frame of a journal says of the prompt: how much of it the prefix cache had, and logprobs."""
+        if output.cursor:
+            return {}
+        told: dict[str, Any] = {"cached": output.new.cached_tokens} if output.new.cached_tokens else {}
+        if output.scores is not None and (scores := self._prompt_logprobs(output, output.scores)) is not None:
+            told["plp"] = scores.asdict()
+        return told
+
+    def _prompt_logprobs(self, output: Output, parts: list[Scores]) -> PromptLogprobs | None:
+        """All of a prompt's; None where it has been ended before it was computed."""
+        ids, k = unpack_ids(output.new.token_ids)[: output.new.prompt_len], output.new.sampling.prompt_logprobs or 0
+        if sum(len(part.logprobs) for part in parts) != len(ids) - 1:
+            return None
+        empty = Scores(np.zeros(0), np.zeros(0), np.zeros((0, k)), np.zeros((0, k)))
+        ranks, top = (np.concatenate([getattr(part, n) for part in (empty, *parts)]) for n in ("ranks", "top_ids"))
+        own, best = (np.concatenate([getattr(part, n) for part in (empty, *parts)]) for n in ("logprobs", "top"))
+        named = np.unique(np.concatenate([np.array(ids), top.reshape(-1)]).astype(np.int64)).tolist()
+        token_bytes = self._vocabulary.token_bytes
+        return PromptLogprobs(
+            k, pack_ids(ids), _packed(own), ranks.astype("<i4").tobytes(), top.astype("<i4").tobytes(), _packed(best),
+            [(token, token_bytes(token)) for token in named],
+        )  # fmt: skip
+
+
+def _packed(logprobs: np.ndarray) -> bytes:
+    """float32 bytes of what JSON can say."""
+    floor = LOGPROB_FLOOR
+    packed: bytes = np.maximum(np.nan_to_num(logprobs, nan=floor, posinf=0.0), floor).astype("<f4").tobytes()
+    return packed
 
 
 def _terminal(
@@ -353,11 +393,6 @@ def _terminal(
         text="".join(text for _, text in shown), prompt_tokens=new.prompt_len, completion_tokens=output.count,
         cached_tokens=new.cached_tokens, error=error, **message.fields,
     )  # fmt: skip
-
-
-def _cached(output: Output) -> dict[str, Any]:
-    """The first frame of a journal says how many prompt tokens the prefix cache had."""
-    return {"cached": output.new.cached_tokens} if output.cursor == 0 and output.new.cached_tokens else {}
 
 
 def _finite(values: np.ndarray) -> list[float]:

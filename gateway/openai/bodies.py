@@ -16,6 +16,7 @@ from gateway.openai.tools import Tool, template_arguments, tool_use
 from gateway.openai.view import View
 from protocol.chat import check_template_arguments, normal_messages
 from protocol.errors import ContextLengthExceeded, InvalidRequest, NoTokenLeft
+from protocol.jobs import check_making
 from protocol.keys import check_name
 from protocol.messages import (
     MAX_PROMPTS,
@@ -59,6 +60,9 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool | None = None
     cache: bool | None = None  # of answers: true allows it with a seed too, false forbids it
     allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logprob_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     # the request's life
@@ -68,6 +72,9 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cache_salt: str | None = None
     background: bool | None = None
     return_token_ids: bool | None = None
+    # how the prompt is made
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
     # accepted and ignored
     user: Any = None
     metadata: Any = None
@@ -85,10 +92,7 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     guided_choice: Any = None
     guided_grammar: Any = None
     # accepted only with values that have no effect
-    prompt_logprobs: Any = None
     use_beam_search: Any = None
-    add_special_tokens: bool | None = None
-    truncate_prompt_tokens: Any = None
     spaces_between_special_tokens: Any = None
 
     @property
@@ -122,8 +126,8 @@ class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool | None = None
     include_reasoning: bool | None = None
     thinking_token_budget: int | None = None
+    continue_final_message: bool | None = None
     # accepted only with values that have no effect
-    continue_final_message: Any = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -136,10 +140,7 @@ class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
 
 # The values, besides null, that leave an unsupported field without meaning.
 NO_OP: dict[str, tuple[Any, ...]] = {
-    "prompt_logprobs": (),
     "use_beam_search": (False,),
-    "continue_final_message": (False,),
-    "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True, False),  # text has none of its own between them
     "functions": ([],),
     "function_call": ("none",),
@@ -167,21 +168,24 @@ def completion_job(body: CompletionBody, card: ModelCard, tenant: str, created: 
     """The job of a /v1/completions body. InvalidRequest names the field."""
     _refuse_unsupported(body)
     prompt = _prompt(body.prompt, card)
-    if body.add_special_tokens is False and not isinstance(prompt[0], int | list):
-        raise _unsupported("add_special_tokens", ": send ids")
+    if body.echo and body.truncate_prompt_tokens is not None:
+        raise InvalidRequest("echo together with truncate_prompt_tokens is not supported", param="echo")
     if body.best_of is not None and body.best_of != (n := body.n or 1):
         if body.best_of < n:
             raise InvalidRequest("best_of must not be below n", param="best_of")
         raise _unsupported("best_of above n", ": every choice that is made is an answer", param="best_of")
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequest("echo together with logprobs is not supported", param="logprobs")
     sampling = _sampling(body, card, DEFAULT_MAX_TOKENS, body.logprobs, structure_of(body))
+    if body.echo and body.logprobs is not None:  # the prompt's tokens have them as well
+        alternatives = max(body.logprobs, body.prompt_logprobs or 0)
+        sampling = msgspec.structs.replace(sampling, prompt_logprobs=alternatives)
     job = _job(body, sampling, tenant)
     job.prompt = prompt
     if body.suffix:
         if not all(isinstance(one, str) for one in job.prompts()):
             raise InvalidRequest("suffix needs a prompt that is a text", param="suffix")
         job.suffix = body.suffix
+    job.add_special_tokens = body.add_special_tokens is not False
+    check_making(job)
     _check_size(job, card)
     job.view = View(
         kind="completion",
@@ -190,6 +194,7 @@ def completion_job(body: CompletionBody, card: ModelCard, tenant: str, created: 
         usage_so_far=body.usage_so_far,
         echo=bool(body.echo),
         logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
         ids=bool(body.return_token_ids),
     ).asdict()
     return job
@@ -206,8 +211,8 @@ def chat_job(body: ChatBody, card: ModelCard, tenant: str, created: int) -> Job:
     if body.max_completion_tokens is not None:
         if body.max_tokens not in (None, body.max_completion_tokens):
             raise InvalidRequest("max_tokens and max_completion_tokens differ", param="max_tokens")
-        if body.max_completion_tokens < 1:
-            raise InvalidRequest("max_completion_tokens must be at least 1", param="max_completion_tokens")
+        if body.max_completion_tokens < 0:
+            raise InvalidRequest("max_completion_tokens must not be negative", param="max_completion_tokens")
         body.max_tokens = body.max_completion_tokens
     use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, card, structure_of(body))
     sampling = _sampling(body, card, None, logprobs, _budgeted(body, card, use.structure), use.ends)
@@ -221,14 +226,19 @@ def chat_job(body: ChatBody, card: ModelCard, tenant: str, created: int) -> Job:
     job.chat_template_kwargs = template_arguments(
         body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking
     )
-    if body.add_generation_prompt is False:
-        job.chat_template_kwargs = {"add_generation_prompt": False, **(job.chat_template_kwargs or {})}
+    job.continue_final_message = bool(body.continue_final_message)
+    if body.add_generation_prompt is not None:
+        job.chat_template_kwargs = {
+            "add_generation_prompt": body.add_generation_prompt, **(job.chat_template_kwargs or {})
+        }  # fmt: skip
+    check_making(job)
     job.view = View(
         kind="chat",
         created=created,
         usage=body.include_usage,
         usage_so_far=body.usage_so_far,
         logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs,
         ids=bool(body.return_token_ids),
         thoughts=body.include_reasoning is not False,
         **use.view,
@@ -244,6 +254,8 @@ def _refuse_unsupported(body: GenerationBody) -> None:
         value = getattr(body, name, None)
         if value is not None and value not in no_ops:
             raise _unsupported(name, INSTEAD.get(name, ""))
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("prompt_logprobs cannot be streamed: leave stream out", param="prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream", param="stream_options")
 
@@ -331,6 +343,7 @@ def _job(body: GenerationBody, sampling: SamplingParams, tenant: str) -> Job:
         timeout_s=body.timeout_s,
         cache_salt=body.cache_salt,
         cache=None if body.cache is None else "on" if body.cache else "off",
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
     )
 
 
@@ -362,8 +375,9 @@ def _prompt(given: Any, card: ModelCard) -> Any:
 def _check_size(job: Job, card: ModelCard) -> None:
     if job.choices > MAX_REQUEST_CHOICES:
         raise InvalidRequest(f"prompts times n may be at most {MAX_REQUEST_CHOICES}", param="n")
-    for prompt in job.prompts():
-        if isinstance(prompt, list) and len(prompt) + (job.sampling.max_tokens or 1) > card.max_model_len:
+    for prompt in job.prompts() if job.truncate_prompt_tokens is None else ():
+        wanted = 1 if job.sampling.max_tokens is None else job.sampling.max_tokens
+        if isinstance(prompt, list) and len(prompt) + wanted > card.max_model_len:
             raise ContextLengthExceeded(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {job.sampling.max_tokens}; "
                 f"together they may be at most {card.max_model_len}",

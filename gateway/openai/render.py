@@ -12,7 +12,6 @@ A little over 400 lines: chunks and whole answers show the same things, and stay
 
 from __future__ import annotations
 
-import math
 import re
 import struct
 from dataclasses import dataclass
@@ -22,10 +21,19 @@ from zlib import crc32
 import msgspec
 
 from gateway.edge import encode_json, error_object
+from gateway.openai.logprobs import (
+    chat_logprob,
+    completion_logprobs,
+    echoed_logprobs,
+    joined,
+    token_text,
+    told_of_prompt,
+)
 from gateway.openai.parsed import ParsedAnswer, parsed_answer
 from gateway.openai.view import View
 from protocol.errors import InvalidRequest, StreamDiverged, http_status
-from protocol.messages import LOGPROB_FLOOR, Frame, Job, split_stream, unpack_ids
+from protocol.messages import Frame, Job, split_stream, unpack_ids
+from protocol.prompt_logprobs import prompt_logprobs_of
 
 decode_frame = msgspec.msgpack.Decoder(Frame).decode
 DONE = b"data: [DONE]\n\n"
@@ -168,7 +176,8 @@ class Chunks(Tally):
         self._unshown: list[bytes] = []  # events of a frame that was shown in part
         self.prompts = prompts
         chat = view.kind == "chat"
-        self._opening = chat or prompts is not None or view.ids
+        self._late_echo = view.echo_logprobs
+        self._opening = chat or (prompts is not None and not self._late_echo) or view.ids
         self.opened = 0 if self._opening else choices
         kind = "chat.completion.chunk" if chat else "text_completion"
         head = {"id": view.public_id(rid), "object": kind, "created": view.created, "model": model}
@@ -182,7 +191,7 @@ class Chunks(Tally):
             self._heads = [h + b'{"content":' for h in self._heads]
             self._plain = b"}" + self._plain
         self._simple = view.logprobs is None and not view.ids and not view.usage_so_far
-        self._offsets = [len(prompts[i // n]) if prompts else 0 for i in range(choices)]
+        self._offsets = [len(self._prompt_of(i)) for i in range(choices)]
 
     # -------------------------------------------------------------- events
 
@@ -196,7 +205,7 @@ class Chunks(Tally):
             if self.view.kind == "chat":
                 body = b'{"index":%d,"delta":{"role":"assistant","content":""}' % choice
             else:
-                echoed = self.prompts[choice // self.n] if self.prompts is not None else ""
+                echoed = self._prompt_of(choice) if not self._late_echo else ""
                 body = self._heads[choice][len(self._head) :] + encode_json(echoed)
             tail = b',"logprobs":null,"finish_reason":null' + self._prompt_ids(choice) + self._foot_of(choice)
             out += (self._id(), self._head, body, tail)
@@ -255,6 +264,10 @@ class Chunks(Tally):
         return b"".join(events)
 
     # -------------------------------------------------------------- parts
+
+    def _prompt_of(self, choice: int) -> str:
+        """The text that is echoed before ``choice``."""
+        return self.prompts[choice // self.n] if self.prompts else ""
 
     def _parsed_events(self, choice: int, frame: Frame) -> list[bytes]:
         return self._numbered(choice, frame, self._parse(choice, frame))
@@ -316,12 +329,15 @@ class Chunks(Tally):
 
     def _rest(self, choice: int, frame: Frame) -> bytes:
         """A choice after its head: text, logprobs, end, ids."""
-        logprobs = None
+        logprobs, text = None, frame.text
         if self.view.logprobs is not None and frame.extra is not None and "lp" in frame.extra:
             logprobs = self._logprobs(choice, frame)
+        if self._late_echo and (prompt := prompt_logprobs_of(frame.extra)) is not None:
+            logprobs = joined(echoed_logprobs(prompt, self.view.logprobs or 0, len(self._prompt_of(choice))), logprobs)
+            text = self._prompt_of(choice) + text
         self._advance(choice, frame)
         finish = None if frame.finish == "error" else frame.finish
-        out = encode_json(frame.text) + (b"}" if self.view.kind == "chat" else b"")
+        out = encode_json(text) + (b"}" if self.view.kind == "chat" else b"")
         out += b',"logprobs":' + encode_json(logprobs) + b',"finish_reason":' + encode_json(finish)
         if self.view.ids:
             out += b',"token_ids":' + encode_json([] if frame.token is None else [frame.token])
@@ -359,6 +375,7 @@ def whole_answer(
     tally.prompt_tokens = prompt_tokens
     tally.parsed = parsed_answer(rid, job, view, len(journals), thinking)
     choices = []
+    first_frames: list[Frame] = []
     for i, raw in enumerate(journals):
         frames = []
         for piece, frame in split_frames(raw) if raw else ():
@@ -370,8 +387,11 @@ def whole_answer(
             choice["finish_reason"] = tally.parsed.finish(i, tally.ends[i])
         if view.ids and view.kind != "chat":
             choice["prompt_token_ids"] = tally.prompt_ids(i)
+        if view.prompt_logprobs is not None and view.kind != "chat":
+            choice["prompt_logprobs"] = told_of_prompt(frames, view.prompt_logprobs)
         choices.append(choice)
-    body = {
+        first_frames = first_frames or frames[:1]
+    body: dict[str, Any] = {
         "id": view.public_id(rid),
         "object": "chat.completion" if view.kind == "chat" else "text_completion",
         "created": view.created,
@@ -381,6 +401,8 @@ def whole_answer(
         **({"prompt_token_ids": tally.prompt_ids(0)} if view.ids and view.kind == "chat" else {}),
         "usage": tally.usage(),
     }
+    if view.prompt_logprobs is not None and view.kind == "chat":
+        body["prompt_logprobs"] = told_of_prompt(first_frames, view.prompt_logprobs)
     return body, tally
 
 
@@ -396,42 +418,9 @@ def _whole_choice(index: int, view: View, frames: list[Frame], end: str | None, 
     else:
         choice["text"] = echoed + text
         choice["logprobs"] = None if view.logprobs is None else completion_logprobs(told, len(echoed))
+        if view.echo_logprobs and frames and (prompt := prompt_logprobs_of(frames[0].extra)) is not None:
+            choice["logprobs"] = joined(echoed_logprobs(prompt, view.logprobs or 0, len(echoed)), choice["logprobs"])
     choice["finish_reason"] = end
     if view.ids:
         choice["token_ids"] = [frame.token for frame in frames if frame.token is not None]
     return choice
-
-
-def chat_logprob(frame: Frame) -> dict[str, Any]:
-    extra = frame.extra or {}
-    entry = _logprob_entry(extra.get("tok", b""), extra["lp"])
-    entry["top_logprobs"] = [_logprob_entry(raw, lp) for _, raw, lp in extra.get("top", ())]
-    return entry
-
-
-def completion_logprobs(frames: list[Frame], offset: int) -> dict[str, Any]:
-    """The older parallel lists. ``offset``: characters before the first of ``frames``."""
-    lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for frame in frames:
-        extra = frame.extra or {}
-        text = token_text(extra.get("tok", b""))
-        lists["tokens"].append(text)
-        lists["token_logprobs"].append(finite(extra["lp"]))
-        top = {token_text(raw): finite(lp) for _, raw, lp in extra.get("top", ())}
-        lists["top_logprobs"].append({**top, text: finite(extra["lp"])})
-        lists["text_offset"].append(offset)
-        offset += len(text)
-    return lists
-
-
-def token_text(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")
-
-
-def finite(value: float) -> float:
-    """JSON has no infinities; a logprob of minus infinity becomes OpenAI's value for it."""
-    return value if math.isfinite(value) else LOGPROB_FLOOR
-
-
-def _logprob_entry(raw: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": token_text(raw), "logprob": finite(logprob), "bytes": list(raw)}

@@ -18,6 +18,7 @@ class View(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     fingerprint: str = ""  # of what generates: bodies show it as system_fingerprint
     echo: bool = False  # the prompt comes before its completion
     logprobs: int | None = None  # None: not shown
+    prompt_logprobs: int | None = None  # of the prompt's own tokens, in vLLM's form
     ids: bool = False  # token ids are shown
     strings: bool = False  # and their tokens, as the vocabulary has them
     grace_s: float = 0.0  # how long the request continues without a reader
@@ -43,9 +44,15 @@ class View(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
             kind="chat" if job.messages is not None else "completion",
             created=record.created_ms // 1000,
             logprobs=job.sampling.logprobs,
+            prompt_logprobs=job.sampling.prompt_logprobs,
             detached=True,
             calls="whole" if job.format is not None and job.tools else "",
         )
+
+    @property
+    def echo_logprobs(self) -> bool:
+        """The echoed prompt has logprobs, which come with the first frame: so does the echo."""
+        return self.echo and self.logprobs is not None
 
     def public_id(self, rid: str) -> str:
         """The `id` of response bodies."""

@@ -68,7 +68,13 @@ class LLM:
             self._serve.stop()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Sampling = None, **sampling: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Sampling = None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        add_special_tokens: bool = True,
+        **sampling: Any,
     ) -> list[Result]:
         """Continue each prompt; results in the order of the prompts.
 
@@ -78,21 +84,28 @@ class LLM:
         """
         single = isinstance(prompts, str | Mapping) or _ids(prompts)
         many: Sequence[Any] = [prompts] if single else prompts  # type: ignore[assignment]
-        return self._run([{"prompt": _prompt(p)} for p in many], sampling_params, sampling)
+        made = {"truncate_prompt_tokens": truncate_prompt_tokens, "add_special_tokens": add_special_tokens}
+        return self._run([{"prompt": _prompt(p), **made} for p in many], sampling_params, sampling)
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
         sampling_params: Sampling = None,
         *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         tool_choice: Any = None,
         **sampling: Any,
     ) -> list[Result]:
-        """The next message of each conversation. A conversation is a list of messages as OpenAI's; one or several.
-        ``tools`` and ``tool_choice`` are OpenAI's: what is called is in ``outputs[0].tool_calls``."""
+        """The next message of each conversation, or the rest of its last one. A conversation is a list of messages as
+        OpenAI's; one or several. ``tools`` and ``tool_choice`` are OpenAI's: what is called is in
+        ``outputs[0].tool_calls``."""
         many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self._run([{"messages": m} for m in many], sampling_params, sampling, tools, tool_choice)
+        made: dict[str, Any] = {"continue_final_message": continue_final_message}
+        if not add_generation_prompt:
+            made["chat_template_kwargs"] = {"add_generation_prompt": False}
+        return self._run([{"messages": m, **made} for m in many], sampling_params, sampling, tools, tool_choice)
 
     def _run(
         self,

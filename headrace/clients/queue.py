@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,7 @@ from protocol.messages import (
     new_rid,
     unpack_ids,
 )
+from protocol.prompt_logprobs import prompt_logprobs_of
 from protocol.records import RequestRecord
 from protocol.sampling import SamplingParams
 
@@ -55,15 +56,25 @@ LOOK_S = 0.1  # how often a leader is looked at, to see that it lives
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """``rank``: 1 for the most probable; None where it is not known."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+@dataclass(frozen=True)
 class Piece:
     """One token of one choice, or its end. ``token_id`` is None in a piece that only ends the choice; ``error`` is the
-    message where ``finish_reason`` is "error"."""
+    message where ``finish_reason`` is "error". ``frame`` is what the journal holds."""
 
     choice: int
     text: str
     token_id: int | None = None
     finish_reason: str | None = None
     error: HeadraceError | None = None
+    frame: Frame | None = None
 
 
 @dataclass
@@ -72,7 +83,8 @@ class Choice:
 
     ``text`` is all that was generated. ``content``, ``reasoning_content`` and ``tool_calls`` (OpenAI's) are what it
     holds, read in the model's own format: None but for a chat with tools or of a model that thinks. A turn of calls
-    has the finish reason "tool_calls".
+    has the finish reason "tool_calls". ``logprobs``: for each token those that were asked for, by id;
+    ``prompt_logprobs``: the same of its prompt, None at the first.
     """
 
     text: str = ""
@@ -83,6 +95,33 @@ class Choice:
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Take the next piece of this choice."""
+        self.text += piece.text
+        if piece.token_id is not None:
+            self.token_ids.append(piece.token_id)
+        self.finish_reason, self.error = piece.finish_reason, piece.error
+        extra = piece.frame.extra if piece.frame is not None else None
+        if extra is not None and "lp" in extra and piece.token_id is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs.append(_logprobs_of(piece.token_id, extra))
+        if (prompt := prompt_logprobs_of(extra)) is not None:
+            told = ({one.token: _logprob(one.logprob, one.rank, one.raw) for one in (own, *top)}
+                    for own, top in prompt.positions())  # fmt: skip
+            self.prompt_logprobs = [None, *told]
+
+
+def _logprob(logprob: float, rank: int | None, raw: bytes) -> Logprob:
+    return Logprob(logprob, rank, raw.decode(errors="replace"))
+
+
+def _logprobs_of(token: int, extra: Mapping[str, Any]) -> dict[int, Logprob]:
+    """Of the token that was drawn and of its alternatives. Only the order of the most probable ones is known."""
+    found = {token: _logprob(extra["lp"], None, extra["tok"])}
+    return found | {id: _logprob(logprob, None, raw) for id, raw, logprob in extra.get("top", ())}
 
 
 @dataclass(frozen=True)
@@ -91,7 +130,8 @@ class Result:
 
     ``outputs`` is ``choices`` under the name that vLLM's RequestOutput gives it. ``prompt_token_ids`` are the ids as
     the scheduler stored them, chat template and special tokens included; None where the request was refused before it
-    had any, or has expired in the meantime. For a job of several prompts: those of the first.
+    had any, or has expired in the meantime. For a job of several prompts: those of the first. ``prompt_logprobs`` are
+    those of the first choice.
     """
 
     request_id: str
@@ -106,6 +146,10 @@ class Result:
     @property
     def text(self) -> str:
         return self.choices[0].text
+
+    @property
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        return self.choices[0].prompt_logprobs
 
 
 class AsyncClient:
@@ -177,17 +221,26 @@ class AsyncClient:
         priority: Priority = "standard",
         timeout_s: float | None = None,
         results: str | None = None,
+        truncate_prompt_tokens: int | None = None,
+        add_special_tokens: bool = True,
+        continue_final_message: bool = False,
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> str:
         """Make a request durable; returns its request id. Sampling is given whole, or by field (``max_tokens=64``);
-        ``structure`` may be a dict of the fields of Structure. ``tools`` and ``tool_choice`` are OpenAI's.
+        ``structure`` may be a dict of the fields of Structure. Of a prompt the last ``truncate_prompt_tokens`` are kept
+        (-1: as many as fit); ``continue_final_message`` goes on with the last message. ``tools`` and ``tool_choice``
+        are OpenAI's.
 
         ``id`` makes it idempotent: the same id and content again give the same request, never a second run.
         Raises InvalidRequest, Conflict (same id, other content), Overloaded, Unavailable.
         """
         content = {"prompt": prompt, "messages": messages, "id": id, "results": results}
-        job = self.job(sampling_params, sampling, **content, priority=priority, timeout_s=timeout_s)
+        made = {
+            "truncate_prompt_tokens": truncate_prompt_tokens, "add_special_tokens": add_special_tokens,
+            "continue_final_message": continue_final_message,
+        }  # fmt: skip
+        job = self.job(sampling_params, sampling, **content, **made, priority=priority, timeout_s=timeout_s)
         return await self.submit_job(self.with_tools(job, tools, tool_choice))
 
     def job(self, sampling_params: SamplingParams | None, sampling: dict[str, Any], **fields: Any) -> Job:
@@ -238,19 +291,15 @@ class AsyncClient:
         """
         async for choice, frame in self._frames(request_id):
             error = _error_of(frame) if frame.finish == "error" else None
-            yield Piece(choice, frame.text, frame.token, frame.finish, error)
+            yield Piece(choice, frame.text, frame.token, frame.finish, error, frame)
 
     async def result(self, request_id: str) -> Result:
         """Wait for the end; returns all choices. An error is in its choice, not raised."""
         choices: dict[int, Choice] = {}
         shown: dict[int, list[tuple[int | None, str]]] = {}
         async for piece in self.stream(request_id):
-            choice = choices.setdefault(piece.choice, Choice(index=piece.choice))
-            choice.text += piece.text
+            choices.setdefault(piece.choice, Choice(index=piece.choice)).add(piece)
             shown.setdefault(piece.choice, []).append((piece.token_id, piece.text))
-            if piece.token_id is not None:
-                choice.token_ids.append(piece.token_id)
-            choice.finish_reason, choice.error = piece.finish_reason, piece.error
         record = await self._open_bus.read_request(request_id)
         ids = list(unpack_ids(record.prompts[0])) if record and record.prompts else None
         prompt = record.job.prompt if record and isinstance(record.job.prompt, str) else None

@@ -15,8 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from protocol.levels import release
 from protocol.telemetry.context import Place, new_span_id, parse
-from protocol.version import release
 
 log = logging.getLogger("headrace")
 

@@ -99,11 +99,12 @@ class BatchBuilder:
 
     def _prefills(self, worker: WorkerState, decodes: int) -> tuple[list[tuple[Sequence, int]], list[NewSequence]]:
         spent = 0
+        logits = worker.most_seqs - decodes  # rows that may be left: a worker has memory for so many
         rows: list[tuple[Sequence, int]] = []
         new: list[NewSequence] = []
         begun = sorted(worker.prefilling, key=lambda s: s.waiting_level) if worker.prefilling else []
         begun.reverse()
-        while spent < worker.budget - decodes:
+        while spent < worker.budget - decodes and logits > 0:
             waiting = worker.assigned[0] if worker.assigned else self._lifecycle.queue.head()
             head = None
             if waiting is not None and not (begun and begun[-1].waiting_level <= waiting.waiting_level):
@@ -116,9 +117,10 @@ class BatchBuilder:
                 break
             if sequence is head:
                 new.append(self._start(worker, sequence))
-            count = self._chunk(worker, sequence, room)
+            count = self._chunk(worker, sequence, room, logits)
             rows.append((sequence, count))
             spent += count
+            logits -= count if sequence.scores_prompt else 1
         return rows, new
 
     def _allowance(self, worker: WorkerState, decodes: int, sequence: Sequence) -> int:
@@ -217,10 +219,14 @@ class BatchBuilder:
             wants_result=request.wants_result,
         )
 
-    def _chunk(self, worker: WorkerState, sequence: Sequence, budget: int) -> int:
-        """Plan the next up to ``budget`` tokens of a prefill. Blocks that this fills can be shared from now on."""
+    def _chunk(self, worker: WorkerState, sequence: Sequence, budget: int, logits: int) -> int:
+        """Plan the next up to ``budget`` tokens of a prefill. Blocks that this fills can be shared from now on.
+
+        ``logits``: rows of logits that the step may have. A prompt whose own logprobs are asked for needs one for each
+        of its tokens.
+        """
         size = worker.block_size
-        count = min(sequence.known - sequence.computed, budget)
+        count = min(sequence.known - sequence.computed, budget, logits if sequence.scores_prompt else budget)
         first = sequence.computed // size
         sequence.computed += count
         hashes = sequence.prefix_hashes(size)
@@ -239,7 +245,7 @@ class BatchBuilder:
             if not placement.can_start(sequence, worker):
                 return [], []
             new.append(self._start(worker, sequence))
-        return [(sequence, self._chunk(worker, sequence, worker.budget))], new
+        return [(sequence, self._chunk(worker, sequence, worker.budget, worker.most_seqs))], new
 
     # ----------------------------------------------------- the plan
 

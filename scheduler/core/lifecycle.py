@@ -61,9 +61,10 @@ class Lifecycle:
             return
         prompt, asked = len(sequence.prompt), sequence.request.sampling.max_tokens
         room = self.limit - prompt
-        if room < 1 or (asked is not None and asked > room):
+        short = room < (0 if asked == 0 else 1)
+        if short or (asked is not None and asked > room):
             self.withdraw(sequence)
-            if room < 1:
+            if short:
                 error = ContextLengthExceeded(
                     f"the prompt has {prompt} tokens; with one to generate, the limit is {self.limit}", param="prompt"
                 )
@@ -77,7 +78,7 @@ class Lifecycle:
         if sequence.max_tokens is None or (asked is None and sequence.placement == 0):
             sequence.max_tokens = asked if asked is not None else _default_length(sequence.request, room)
             sequence.sampling = msgspec.structs.replace(sequence.request.sampling, max_tokens=sequence.max_tokens)
-        if len(sequence.output) >= sequence.max_tokens:
+        if len(sequence.output) >= max(1, sequence.max_tokens):  # where none is asked for, its prompt is still computed
             self.withdraw(sequence)
             self.finish(sequence, "length")
 

@@ -20,7 +20,10 @@ def cached_blocks(sequence: Sequence, worker: WorkerState) -> int:
     """Leading blocks of ``sequence`` that ``worker`` holds; never all of its tokens: the last must be computed.
 
     Choosing a worker, checking for room and starting all ask; the answer is looked up once, until hashes come or go.
+    None count for a prompt whose own logprobs are asked for: what is cached has none.
     """
+    if sequence.scores_prompt:
+        return 0
     blocks, known = worker.blocks, sequence.known_tokens
     seen = sequence.prefix_hits.get(worker.wid)
     if seen is not None and seen.blocks is blocks and (seen.version, seen.known) == (blocks.version, known):

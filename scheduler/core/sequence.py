@@ -207,6 +207,11 @@ class Sequence:
         return len(self.prompt) + self.max_tokens
 
     @property
+    def scores_prompt(self) -> bool:
+        """Logprobs of its prompt are still to be journaled, so all of it has to be computed."""
+        return self.sampling.prompt_logprobs is not None and self.cursor == 0
+
+    @property
     def known_tokens(self) -> int:
         return len(self.prompt) + len(self.output)
 

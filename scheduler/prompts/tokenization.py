@@ -29,6 +29,7 @@ from protocol.errors import (
 from protocol.formats.rules import sampling_of
 from protocol.jobs import check_job
 from protocol.messages import Job, ModelCard
+from protocol.prompt_logprobs import check_size
 from protocol.structures.grammar import Grammars
 from scheduler.prompts.chat_format import AUTO, ChatFormat, Tokens, find_format
 from scheduler.prompts.fill_in_middle import FillInMiddle
@@ -245,6 +246,8 @@ class Prompts:
         field = "prompt" if job.messages is None else "messages"
         if not prompts or not all(prompts):
             raise InvalidRequest(f"{field} must hold at least one token", param=field)
+        kept = self._kept(job)
+        prompts = [prompt[-kept:] for prompt in prompts]
         for prompt in prompts:
             self._check_fit(len(prompt), job)
             if max(prompt) >= self.vocab_size:
@@ -253,10 +256,18 @@ class Prompts:
                     f"{self.vocab_size - 1}",
                     param=field,
                 )
+        if job.sampling.prompt_logprobs is not None:
+            check_size(map(len, prompts), job.sampling.n, job.sampling.prompt_logprobs)
         structure = sampling_of(job, prompts[0]).structure
         if structure is not None and structure.constrains:
             self.grammars().check(structure)
         return prompts
+
+    def _kept(self, job: Job) -> int:
+        """How many of a prompt's last tokens are kept; 0: all of them."""
+        if job.truncate_prompt_tokens != -1:
+            return job.truncate_prompt_tokens or 0
+        return max(1, self.max_model_len - _least_output(job))
 
     def grammars(self) -> Grammars:
         """Compiled grammars over this tokenizer. StructureNotSupported if there can be none: no end token, or a
@@ -278,11 +289,11 @@ class Prompts:
         return Grammars(text.decode(), self.vocab_size, self.eos_token_ids)
 
     def _prompt(self, prompt: str | list[int], job: Job) -> array[int]:
-        """Ids are used as they are; a text gets what the tokenizer adds by default (a bos, often)."""
+        """Ids are used as they are; a text gets what the tokenizer adds by default, unless that is not wanted."""
         if job.suffix and isinstance(prompt, str):
             return self._filled(prompt, job.suffix, job)
         if isinstance(prompt, str):
-            return self._encode(prompt, job, special=True)
+            return self._encode(prompt, job, special=job.add_special_tokens)
         return array("i", prompt)
 
     def _filled(self, prompt: str, suffix: str, job: Job) -> array[int]:
@@ -307,7 +318,9 @@ class Prompts:
         """The ids of a chat, special tokens written by the template. Those in messages are text, if guarded."""
         if not self.chat:
             raise InvalidRequest("this model has no chat template: use /v1/completions", param="messages")
-        arguments = {"add_generation_prompt": True, **(job.chat_template_kwargs or {})}
+        arguments = {"add_generation_prompt": not job.continue_final_message, **(job.chat_template_kwargs or {})}
+        if job.continue_final_message:
+            arguments["continue_final_message"] = True  # transformers cuts the chat after the message's own text
         messages = normal_messages(job.messages)
         if self.format is not None:
             messages, tools = self.format.prepare(messages, job.tools)
@@ -342,8 +355,8 @@ class Prompts:
         return f": {complaint}" if complaint and complaint in str(self.tokenizer.chat_template) else ""
 
     def _check_length(self, text: str, job: Job) -> None:
-        """Refuse a text that by its length alone has more tokens than a context."""
-        if self.longest_token is not None and len(text) > self.max_model_len:
+        """Refuse a text that by its length alone has more tokens than a context, if it is not to be cut."""
+        if job.truncate_prompt_tokens is None and self.longest_token is not None and len(text) > self.max_model_len:
             least = -(-len(text.encode()) // self.longest_token)
             if least >= self.max_model_len:
                 self._check_fit(least, job, "at least ")
@@ -351,12 +364,18 @@ class Prompts:
     def _check_fit(self, tokens: int, job: Job, counted: str = "") -> None:
         wanted, limit = job.sampling.max_tokens, self.max_model_len
         field = "prompt" if job.messages is None else "messages"
-        if tokens + max(wanted or 1, job.sampling.min_tokens) > limit:
+        if tokens + _least_output(job) > limit:
             asked = "" if wanted is None else f" and max_tokens is {wanted}"
             raise ContextLengthExceeded(
                 f"the model's context holds {limit} tokens: the prompt has {counted}{tokens}{asked}",
-                param=field if wanted is None or tokens >= limit else "max_tokens",
+                param=field if not wanted or tokens >= limit else "max_tokens",
             )
+
+
+def _least_output(job: Job) -> int:
+    """Tokens that must fit beside the prompt."""
+    wanted = job.sampling.max_tokens
+    return max(1 if wanted is None else wanted, job.sampling.min_tokens)
 
 
 REMOTE_CODE = (

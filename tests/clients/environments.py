@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import site
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,15 +27,18 @@ class NotInstalled(Exception):
     """Why an environment cannot be had."""
 
 
-def python_of(client: str) -> Path:
+def python_of(client: str, *, shares: bool = False) -> Path:
     """The interpreter of the environment that ``requirements/CLIENT.txt`` describes, and CLIENT.alone.txt: what is
-    installed without its dependencies, since the client needs few of them."""
+    installed without its dependencies, since the client needs few of them. ``shares``: what it needs and this one has
+    (torch, transformers) is this one's, which is not fetched twice."""
     listed = HERE / "requirements" / f"{client}.txt"
     alone = HERE / "requirements" / f"{client}.alone.txt"
 
     def install(place: Path) -> None:
         _run([sys.executable, "-m", "venv", "--without-pip", str(place)])
         python = str(place / "bin" / "python")
+        for packages in place.glob("lib/python*/site-packages") if shares else ():
+            (packages / "shared.pth").write_text("".join(f"{path}\n" for path in site.getsitepackages()))
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile"]
         _run([*pip, "-r", str(listed)])
         if alone.exists():
@@ -42,6 +46,7 @@ def python_of(client: str) -> Path:
 
     version = "{}.{}".format(*sys.version_info)
     content = listed.read_bytes() + (alone.read_bytes() if alone.exists() else b"") + version.encode()
+    content += str(site.getsitepackages()).encode() if shares else b""
     return _kept(client, content, install) / "bin" / "python"
 
 

@@ -111,7 +111,7 @@ async def test_completion_logprobs(client: openai.AsyncOpenAI) -> None:
     assert found.tokens == [word(0, 0), word(0, 1)]
     assert found.token_logprobs == [-0.5, -1.5]
     assert found.text_offset == [0, len(word(0, 0))]
-    assert found.top_logprobs == [{"hi": -0.25, "\ufffd": -9999.0, word(0, i): -0.5 - i} for i in range(2)]
+    assert found.top_logprobs == [{"hi": -0.25, "bytes:\\xc3": -9999.0, word(0, i): -0.5 - i} for i in range(2)]
     stream = await client.completions.create(model=MODEL, prompt="x", logprobs=2, max_tokens=2, stream=True)
     pieces = [c.choices[0].logprobs async for c in stream]
     assert [p.text_offset for p in pieces if p] == [[0], [len(word(0, 0))]]

@@ -132,7 +132,7 @@ BAD = [  # payload, param
     (pack({"prompt": "hi", "timeout_s": 1e9}), "timeout_s"),
     (pack({"prompt": "hi", "cache_salt": ""}), "cache_salt"),
     *((pack({"prompt": "hi", "sampling": {name: value}}), name) for name, value in [
-        ("n", 0), ("n", 9), ("n", True), ("n", 1.5), ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.0),
+        ("n", 0), ("n", 9), ("n", True), ("n", 1.5), ("max_tokens", -1), ("max_tokens", 1.0),
         ("max_tokens", True), ("min_tokens", -1), ("temperature", -0.1), ("temperature", 2.1), ("temperature", "hot"),
         ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
         ("min_p", 1.1), ("frequency_penalty", 2.1), ("presence_penalty", -2.1), ("repetition_penalty", 0),

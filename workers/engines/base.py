@@ -54,6 +54,16 @@ ALONE = Place()
 
 
 @dataclass
+class Scores:
+    """What the model says of some prompt tokens that follow each other, the first one's successor first: m of them."""
+
+    logprobs: np.ndarray  # float32 [m]
+    ranks: np.ndarray  # int32 [m]: 1 for the most probable
+    top_ids: np.ndarray  # int32 [m, k]: the most probable ids, best first
+    top: np.ndarray  # float32 [m, k]
+
+
+@dataclass
 class Sampled:
     """What one step drew. Arrays have one entry per row of the plan that samples, in plan order."""
 
@@ -69,6 +79,8 @@ class Sampled:
     dropped: list[int] = field(default_factory=list)
     mask_us: int = 0  # longest time that the mask of one of its constrained rows took
     mask_wait_us: int = 0  # time that the draw waited for masks
+    # of sequences that ask for logprobs of their prompt, in steps that computed some of it: seat -> its next tokens
+    prompts: dict[int, Scores] = field(default_factory=dict)
 
 
 class StepOutput(Protocol):

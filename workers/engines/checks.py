@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from protocol.errors import InvalidRequest, NonFiniteLogits
+from protocol.errors import InvalidRequest, NonFiniteLogits, NoTokenLeft
 from protocol.messages import ID_BYTES, NewSequence
 
 Failure = tuple[str, str]  # error code, message
 
 NON_FINITE: Failure = (NonFiniteLogits.code, "the model's output for this sequence is not a number")
+NO_TOKEN_LEFT: Failure = (
+    NoTokenLeft.code, "what is ruled out (by bad_words, allowed_token_ids, min_tokens, a structure) leaves no token"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ def _within(ids: np.ndarray, size: int) -> bool:
     return not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < size
 
 
+def scores_prompt(new: NewSequence) -> bool:
+    """Whether logprobs of its prompt are still to be journaled."""
+    return new.sampling.prompt_logprobs is not None and new.cursor == 0
+
+
 Check = Callable[[NewSequence, Limits], bool]
 
 # (what must hold, check): in this order, since later ones rely on those before
@@ -64,6 +72,10 @@ OURS: tuple[tuple[str, Check], ...] = (
     ("it fits the context", lambda new, limits: len(new.token_ids) // ID_BYTES <= limits.longest),
     ("a token is left to compute", lambda new, limits: 0 <= new.computed < len(new.token_ids) // ID_BYTES),
     ("what is computed fills blocks", lambda new, limits: new.computed % limits.block_size == 0),
+    (
+        "a prompt whose own logprobs are asked for is computed from its start",
+        lambda new, limits: not (new.computed and scores_prompt(new)),
+    ),
     (
         "what is computed has blocks",
         lambda new, limits: new.computed <= len(new.block_table) // ID_BYTES * limits.block_size,

@@ -34,7 +34,7 @@ import numpy as np
 from protocol.errors import EngineFailed, HeadraceError, ModelRefused, StartError
 from protocol.messages import Capacity, Plan, encode
 from protocol.preloaded import die_with
-from workers.engines.base import ALONE, Engine, Place, Progress, Sampled, StepOutput
+from workers.engines.base import ALONE, Engine, Place, Progress, Sampled, Scores, StepOutput
 
 log = logging.getLogger("headrace.engine")
 
@@ -268,7 +268,7 @@ class ProcessEngine:
         return EngineFailed(f"the engine's process {how(code)}; its log is above")
 
     def _result(self) -> Sampled:
-        _, seats, tokens, exec_us, rows, failed, dropped, mask_us, mask_wait_us = self._receive()
+        _, seats, tokens, exec_us, rows, failed, dropped, mask_us, mask_wait_us, prompts = self._receive()
         logprobs = {
             seat: (drawn, np.frombuffer(ids, np.int32), np.frombuffer(top, np.float32))
             for seat, drawn, ids, top in rows
@@ -276,7 +276,24 @@ class ProcessEngine:
         return Sampled(
             np.frombuffer(seats, np.int32), np.frombuffer(tokens, np.int32), logprobs, exec_us,
             {seat: (code, message) for seat, code, message in failed}, dropped, mask_us, mask_wait_us,
+            {seat: _unpack_scores(*packed) for seat, *packed in prompts},
         )  # fmt: skip
+
+
+def _pack_scores(scores: Scores) -> tuple[bytes, bytes, bytes, bytes]:
+    return (
+        np.asarray(scores.logprobs, np.float32).tobytes(), np.asarray(scores.ranks, np.int32).tobytes(),
+        np.asarray(scores.top_ids, np.int32).tobytes(), np.asarray(scores.top, np.float32).tobytes(),
+    )  # fmt: skip
+
+
+def _unpack_scores(logprobs: bytes, ranks: bytes, top_ids: bytes, top: bytes) -> Scores:
+    own = np.frombuffer(logprobs, np.float32)
+    shape = len(own), len(top) // max(1, len(logprobs))
+    return Scores(
+        own, np.frombuffer(ranks, np.int32), np.frombuffer(top_ids, np.int32).reshape(shape),
+        np.frombuffer(top, np.float32).reshape(shape),
+    )  # fmt: skip
 
 
 def how(code: int) -> str:
@@ -364,7 +381,8 @@ def _send_results(channel: Channel, running: SimpleQueue[StepOutput], steps: Ste
             seats, tokens = (np.asarray(a, np.int32).tobytes() for a in (sampled.seats, sampled.tokens))
             failed = [(seat, *why) for seat, why in sampled.failed.items()]
             masks = (sampled.mask_us, sampled.mask_wait_us)
-            channel.send("step", seats, tokens, sampled.exec_us, rows, failed, sampled.dropped, *masks)
+            prompts = [(seat, *_pack_scores(scores)) for seat, scores in sampled.prompts.items()]
+            channel.send("step", seats, tokens, sampled.exec_us, rows, failed, sampled.dropped, *masks, prompts)
     except BaseException as error:
         log.critical("a step failed", exc_info=True)
         _say(channel, error)

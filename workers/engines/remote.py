@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from protocol.errors import StartError
-from protocol.version import release
+from protocol.levels import release
 from workers.engines.base import Place
 from workers.engines.process import PING_S, REFUSED, Channel, ProcessEngine, Shown
 

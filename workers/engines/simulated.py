@@ -33,8 +33,8 @@ from protocol.messages import (
 )
 from protocol.structures.grammar import Grammars, TokenVocabulary
 from workers.detokenizer import Vocabulary
-from workers.engines.base import Progress, Sampled
-from workers.engines.checks import NON_FINITE
+from workers.engines.base import Progress, Sampled, Scores
+from workers.engines.checks import NON_FINITE, scores_prompt
 from workers.masks import Masks, StepMasks
 
 EOS = 256  # of the built-in byte vocabulary: ids 0 to 255 are bytes
@@ -140,6 +140,7 @@ class SimulatedEngine:
         self._keys = np.zeros(seats, np.uint64)
         self._sampled_at = np.zeros(seats)  # when the first stage knows the id sampled last
         self._wants_logprobs: dict[int, int] = {}
+        self._scored: dict[int, tuple[int, int]] = {}  # seat -> tokens of its prompt, alternatives
         self._failing: set[int] = set()  # seats
         self._given_up: set[int] = set()
         self.masks.clear()
@@ -195,9 +196,11 @@ class SimulatedEngine:
             self._blocks[seat] += len(ids) // ID_BYTES
         seats = np.frombuffer(plan.seats, "<u2")
         counts = np.frombuffer(plan.counts, "<i4") if plan.counts else np.ones(len(seats), np.int32)
+        prompts = self._score(seats, counts) if self._scored else {}
         self._compute(seats, counts)
         sampling = seats[np.frombuffer(plan.samples, np.uint8) != 0] if plan.samples else seats
         sampled = self._sample(sampling)
+        sampled.prompts = prompts
         for seat, _ in plan.ends:
             self._leave(seat)
         config = self.config
@@ -229,10 +232,13 @@ class SimulatedEngine:
         self._keys[seat] = choice_seed(new.seed, new.choice)
         if new.sampling.logprobs is not None:
             self._wants_logprobs[seat] = new.sampling.logprobs
+        if scores_prompt(new):
+            self._scored[seat] = (new.prompt_len, new.sampling.prompt_logprobs or 0)
 
     def _leave(self, seat: int) -> None:
         self._known[seat] = 0
         self._wants_logprobs.pop(seat, None)
+        self._scored.pop(seat, None)
         self.masks.drop(seat)
 
     def _compute(self, seats: np.ndarray, counts: np.ndarray) -> None:
@@ -244,6 +250,18 @@ class SimulatedEngine:
             raise ValueError("plan: a row computes tokens that are not known")
         if np.any(computed > self._blocks[seats] * self.config.block_size):
             raise ValueError("plan: a row has no block for its tokens")
+
+    def _score(self, seats: np.ndarray, counts: np.ndarray) -> dict[int, Scores]:
+        """Of each prompt token minus its position, and of its alternatives, ids 0, 1, ..., minus their rank."""
+        found = {}
+        for seat, count in zip(seats.tolist(), counts.tolist(), strict=True):
+            size, k = self._scored.get(seat, (0, 0))
+            first = int(self._computed[seat])
+            if (told := min(count, size - 1 - first)) > 0:
+                own = -1.0 - np.arange(first, first + told, dtype=np.float32)
+                ids = np.tile(np.arange(k, dtype=np.int32), (told, 1))
+                found[seat] = Scores(own, np.ones(told, np.int32), ids, -1.0 - ids.astype(np.float32))
+        return found
 
     def _sample(self, seats: np.ndarray) -> Sampled:
         if np.any(self._computed[seats] != self._known[seats]):

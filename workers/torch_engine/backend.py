@@ -23,7 +23,7 @@ from workers.torch_engine import loader
 from workers.torch_engine.attention import PagedAttention, adopt
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.draw import Draw
-from workers.torch_engine.inputs import Seats
+from workers.torch_engine.inputs import ScoredRow, Seats
 from workers.torch_engine.kv_pool import KVPool, block_bytes
 from workers.torch_engine.replace import FuseReport
 
@@ -34,10 +34,13 @@ class SampledRows(Protocol):
     seats: np.ndarray  # int64 [R]
     sampling_seats: np.ndarray  # int64 [k]
     sampling_positions: np.ndarray  # int64 [k]: position that the sampled token will take
+    scored: list[ScoredRow]  # s tokens in all, whose logits follow those that sample
 
 
 Step = TypeVar("Step", bound=SampledRows)
-Logits = tuple[torch.Tensor, torch.Tensor | None]  # [k, vocabulary]; int64 [k]: the largest of each row, where known
+Logits = tuple[
+    torch.Tensor, torch.Tensor | None
+]  # [k + s, vocabulary]; int64 [k + s]: the largest of each row, where known
 
 
 class Backend(ABC, Generic[Step]):

@@ -25,6 +25,7 @@ from workers.torch_engine import loader, verify
 from workers.torch_engine.backend import Backend
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.kv_pool import blocks_within
+from workers.torch_engine.logits.prompt_scores import PromptScores
 from workers.torch_engine.memory import (
     Card,
     alone_on,
@@ -61,6 +62,7 @@ class TorchEngine:
         self.overlaps = device.type != "cpu"
         self.masks = Masks(self._make_grammars)
         self._others = list(backends[1:])
+        self._prompt_tops: dict[int, int] = {}  # seat -> alternatives to each of its prompt's tokens
 
     @property
     def path(self) -> str:
@@ -93,7 +95,7 @@ class TorchEngine:
         )  # fmt: skip
         vocab_size = backend.vocab_size
         self.sampler = Sampler(
-            config.max_num_seqs, vocab_size, list(self.eos_token_ids), self.device, backend.draw
+            config.max_num_seqs, vocab_size, list(self.eos_token_ids), self.device, backend.draw, self._encode
         )  # fmt: skip
         if self.device.type != "cpu":
             self.sampler.warm_up(backend.model.dtype)
@@ -113,6 +115,13 @@ class TorchEngine:
             step_us=backend.step_us,
             stages=self.place.stages,
         )
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # transformers' own call changes settings of the object, which other threads use
+            return list(backend.encode(text, add_special_tokens=False).ids)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _make_grammars(self) -> Grammars:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -205,6 +214,8 @@ class TorchEngine:
         for new in plan.new:
             if seats.add(new) and self.group.samples:
                 self.sampler.add(new)
+                if new.sampling.prompt_logprobs is not None:
+                    self._prompt_tops[new.seat] = new.sampling.prompt_logprobs
                 self.masks.add(new)
         for seat, blocks in plan.blocks:
             seats.extend(seat, blocks)
@@ -222,9 +233,12 @@ class TorchEngine:
         if step is None or not len(step.seats):
             return TorchStepOutput(_NO_ROWS, None, _NO_ROWS, clock, refused)
         logits, best = backend.forward(step)
-        sampling = step.sampling_seats
+        sampling, prompts = step.sampling_seats, None
+        if step.scored and group.samples:
+            prompts = PromptScores.of(logits[len(sampling) :], step.scored, self._prompt_tops)
+            logits, best = logits[: len(sampling)], None if best is None else best[: len(sampling)]
         if not len(sampling):
-            return TorchStepOutput(_NO_ROWS, None, _NO_ROWS, clock, refused)
+            return TorchStepOutput(_NO_ROWS, None, _NO_ROWS, clock, refused, prompts=prompts)
         if not group.samples:
             group.expect(sampling)
             return TorchStepOutput(_NO_ROWS, None, _NO_ROWS, clock, refused)
@@ -232,7 +246,9 @@ class TorchEngine:
         drawn = sampler.sample(logits, sampling, step.sampling_positions, best, masks)
         group.tell(drawn.tokens)
         backend.seats.note_sampled(sampling, drawn.tokens)
-        output = TorchStepOutput(sampling, drawn, sampler.tops(sampling), clock, refused, masks)
+        output = TorchStepOutput(
+            sampling, drawn, sampler.tops(sampling), clock, refused, masks, sampler.names(sampling), prompts
+        )  # fmt: skip
         if masks is not None:
             self.masks.drawn(sampling, output.tokens)
         return output
@@ -240,6 +256,7 @@ class TorchEngine:
     def _drop(self, seat: int) -> None:
         self.backend.seats.drop(seat)
         self.sampler.drop(seat)
+        self._prompt_tops.pop(seat, None)
         self.masks.drop(seat)
 
     def reset(self) -> None:

@@ -16,10 +16,19 @@ import numpy as np
 import torch
 
 from protocol.messages import ID_BYTES, SEAT_BYTES, NewSequence, Plan
-from workers.engines.checks import Failure, Limits, Refusals, refusal
+from workers.engines.checks import Failure, Limits, Refusals, refusal, scores_prompt
 from workers.torch_engine.staging import to_device
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """Tokens of one row whose logits are to say something of the prompt token that follows each."""
+
+    seat: int
+    first: int  # flat index of the first of these tokens
+    following: np.ndarray  # int64 [m]: the prompt tokens after them
 
 
 @dataclass
@@ -33,7 +42,7 @@ class StepInputs:
     input_ids: torch.Tensor  # int64 [1, T]
     positions: torch.Tensor  # int64 [1, T]
     slots: torch.Tensor  # int64 [T]: where each token's key and value go
-    logit_rows: torch.Tensor  # int64 [k]: flat indices of the tokens whose logits are wanted
+    logit_rows: torch.Tensor  # int64 [k + s]: flat indices of the tokens whose logits are wanted: samples, then scores
     seats: np.ndarray  # int64 [R]
     counts: np.ndarray  # int64 [R]: tokens of the row in this step
     contexts: np.ndarray  # int64 [R]: tokens of the sequence once the step is done
@@ -42,6 +51,7 @@ class StepInputs:
     block_size: int
     sampling_seats: np.ndarray  # int64 [k]
     sampling_positions: np.ndarray  # int64 [k]: position that the sampled token will take
+    scored: list[ScoredRow] = field(default_factory=list)  # s tokens in all
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -62,9 +72,10 @@ class HostStep:
     row_starts: np.ndarray  # int64 [R + 1]
     positions: np.ndarray  # int64 [T]
     slots: np.ndarray  # int64 [T]
-    logit_rows: Any  # int64 [k]
+    logit_rows: Any  # int64 [k + s]
     sampling_seats: np.ndarray  # int64 [k]
     sampling_positions: np.ndarray  # int64 [k]
+    scored: list[ScoredRow] = field(default_factory=list)  # s tokens in all
 
 
 _NO_IDS = np.zeros(0, np.int32)
@@ -83,6 +94,7 @@ class Seats:
         self.limits = limits
         self.refusals = Refusals()
         self._given_up: set[int] = set()
+        self._scored: dict[int, int] = {}  # seat -> tokens of its prompt, whose logprobs are asked for
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.device = device
@@ -127,6 +139,8 @@ class Seats:
         self.known[new.seat] = self.given[new.seat] = len(ids)
         self.computed[new.seat] = new.computed
         self.table_sizes[new.seat] = 0
+        if scores_prompt(new):
+            self._scored[new.seat] = new.prompt_len
         self.extend(new.seat, new.block_table)
         return True
 
@@ -170,6 +184,7 @@ class Seats:
         """Empty the seat; no error if it is empty already."""
         self._steady = None
         self._given_up.discard(seat)
+        self._scored.pop(seat, None)
         if 0 <= seat < len(self.ids):
             self.taken[seat] = False
             self.ids[seat] = _NO_IDS
@@ -200,6 +215,7 @@ class Seats:
             block_size=self.block_size,
             sampling_seats=step.sampling_seats,
             sampling_positions=step.sampling_positions,
+            scored=step.scored,
         )
 
     def arrange(self, plan: Plan) -> HostStep:
@@ -243,10 +259,25 @@ class Seats:
         slots += positions % self.block_size
         self.computed[seats] = contexts
         self.known[seats[samples]] += 1
+        scored = self._scored_rows(seats, counts, computed, row_starts) if self._scored else []
+        wanted = [row_starts[1:][samples] - 1]
+        wanted += [np.arange(row.first, row.first + len(row.following)) for row in scored]
         return HostStep(
-            seats, counts, computed, contexts, row_starts, positions, slots, row_starts[1:][samples] - 1,
-            seats[samples], contexts[samples],
+            seats, counts, computed, contexts, row_starts, positions, slots, np.concatenate(wanted),
+            seats[samples], contexts[samples], scored,
         )  # fmt: skip
+
+    def _scored_rows(
+        self, seats: np.ndarray, counts: np.ndarray, computed: np.ndarray, row_starts: np.ndarray
+    ) -> list[ScoredRow]:
+        """What of this step is followed by a prompt token whose logprob is asked for."""
+        found = []
+        for row, seat in enumerate(seats.tolist()):
+            at, size = int(computed[row]), self._scored.get(seat, 0)
+            if (count := min(int(counts[row]), size - 1 - at)) > 0:
+                following = self.ids[seat][at + 1 : at + 1 + count].astype(np.int64)
+                found.append(ScoredRow(seat, int(row_starts[row]), following))
+        return found
 
     def note_sampled(self, seats: np.ndarray, tokens: torch.Tensor) -> None:
         """Keep the ids just drawn, int64 [k] on the device, as the next inputs of their seats."""

@@ -1,7 +1,8 @@
 """Sampling: from logits to one token id per row, in batch, on the device, without waiting for it.
 
 Order, per row: logprobs are read off the model's own logits; then penalties, logit_bias, allowed_token_ids,
-min_tokens, the masks of constrained rows; then the draw (draw.py), which the engine's backend hands in.
+min_tokens, bad_words, the masks of constrained rows; then the draw (draw.py), which the engine's backend hands in. A
+row in which all this leaves nothing ends with an error.
 
 What no row of a step asks for is not computed. Counts of earlier tokens exist only for seats with penalties.
 """
@@ -20,9 +21,11 @@ from protocol.messages import NewSequence, choice_seed, pack_ids
 from protocol.sampling import SamplingParams
 from protocol.structures.grammar import MaskRow
 from workers.engines.base import Sampled
-from workers.engines.checks import NON_FINITE, Refusals
+from workers.engines.checks import NO_TOKEN_LEFT, NON_FINITE, Refusals
 from workers.masks import StepMasks
 from workers.torch_engine.draw import DRAW_FIELDS, Draw, RuleOut, rule_out
+from workers.torch_engine.logits.bad_words import BadWords, Encode
+from workers.torch_engine.logits.prompt_scores import PromptScores
 from workers.torch_engine.staging import Returned, to_device
 
 WARM_UP: tuple[dict[str, Any], ...] = (
@@ -43,12 +46,19 @@ class Drawn:
     lp_drawn: torch.Tensor | None = None  # float32 [m]
     lp_top_ids: torch.Tensor | None = None  # int64 [m, most]
     lp_top: torch.Tensor | None = None  # float32 [m, most]
+    lp_named: torch.Tensor | None = None  # float32 [m, most named]: of the ids that rows name
+    ruled_rows: np.ndarray | None = None  # int64 [r]: indices of the rows from which ids were ruled out
+    left: torch.Tensor | None = None  # bool [r]: whether any id is left there
 
 
 class Sampler:
     """Keeps what sampling needs by seat: parameters in arrays, penalty counts on the device."""
 
-    def __init__(self, seats: int, vocab_size: int, eos_token_ids: list[int], device: torch.device, draw: Draw) -> None:
+    def __init__(
+        self, seats: int, vocab_size: int, eos_token_ids: list[int], device: torch.device, draw: Draw,
+        encode: Encode | None = None,
+    ) -> None:  # fmt: skip
+        """``encode``: ids of the text of bad words."""
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.device = device
@@ -58,6 +68,8 @@ class Sampler:
         self.bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # seat -> ids, values
         self.banned: dict[int, tuple[int, np.ndarray]] = {}  # seat -> position of the first free token, banned ids
         self.allowed: dict[int, np.ndarray] = {}  # seat -> the only ids that may be drawn
+        self.named: dict[int, np.ndarray] = {}  # seat -> ids whose logprobs are told
+        self.bad_words = BadWords(vocab_size, device, encode)
         self._fields = np.zeros(0, DRAW_FIELDS)
         self._grow(seats)
 
@@ -87,9 +99,12 @@ class Sampler:
             ids = np.unique(np.array([*self.eos_token_ids, *params.stop_token_ids], np.int64))
             self.banned[new.seat] = (new.prompt_len + params.min_tokens, ids)
         if params.allowed_token_ids is not None:
-            allowed = self.allowed[new.seat] = np.unique(np.array(params.allowed_token_ids, np.int64))
-            if new.seat in self.banned and np.isin(allowed, self.banned[new.seat][1]).all():
-                del self.banned[new.seat]  # something must be left
+            self.allowed[new.seat] = np.unique(np.array(params.allowed_token_ids, np.int64))
+        if params.logprob_token_ids is not None:
+            self.named[new.seat] = np.array(list(dict.fromkeys(params.logprob_token_ids)), np.int64)
+        if params.bad_words:
+            drawn = np.frombuffer(new.token_ids, "<i4")[new.prompt_len :].astype(np.int64)
+            self.bad_words.add(new.seat, params.bad_words, drawn)
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Draw once with every option, from logits of ``dtype``, so that no request is the first to compile a kernel or
@@ -118,9 +133,13 @@ class Sampler:
         self.bias.pop(seat, None)
         self.banned.pop(seat, None)
         self.allowed.pop(seat, None)
+        self.named.pop(seat, None)
+        self.bad_words.drop(seat)
 
     def clear(self) -> None:
-        for seat in {*self.penalties.slots, *self.bias, *self.banned, *self.allowed}:
+        for seat in {
+            *self.penalties.slots, *self.bias, *self.banned, *self.allowed, *self.named, *self.bad_words.seats
+        }:  # fmt: skip
             self.drop(seat)
 
     def sample(
@@ -149,17 +168,36 @@ class Sampler:
         logprobs = torch.log_softmax(logits[self._index(lp_rows)].float(), dim=-1) if len(lp_rows) else None
         if self._has_processors:
             logits = self._process_logits(logits.float(), seats, positions)
-        if masks is not None and not self.draw.takes_masks:
+        ruled = self._ruled_rows(seats)
+        if masks is not None and (ruled is not None or not self.draw.takes_masks):
             self.rule_out(logits, masks)
+        left = logits[self._index(ruled)].amax(-1) > -torch.inf if ruled is not None else None
         tokens = self.draw(logits, fields, positions, masks if self.draw.takes_masks else None)
         self.penalties.count(seats, tokens)
+        self.bad_words.count(seats, tokens)
         if logprobs is None:
-            return Drawn(tokens, finite)
+            return Drawn(tokens, finite, ruled_rows=ruled, left=left)
         most = int(fields["logprobs"].max())
         of_rows = tokens[self._index(lp_rows)]
         top = logprobs.topk(most, dim=-1)
         drawn = logprobs.gather(-1, of_rows[:, None])[:, 0]
-        return Drawn(tokens, finite, lp_rows, drawn, top.indices, top.values)
+        named = self._of_named(logprobs, seats[lp_rows]) if self.named else None
+        return Drawn(tokens, finite, lp_rows, drawn, top.indices, top.values, named, ruled, left)
+
+    def _ruled_rows(self, seats: np.ndarray) -> np.ndarray | None:
+        """int64 [r]: indices of the rows from which ids may be ruled out by the request's own parameters."""
+        if not (self.allowed or self.bad_words.seats):
+            return None
+        rows = [r for r, seat in enumerate(seats.tolist()) if seat in self.allowed or seat in self.bad_words.seats]
+        return np.array(rows, np.int64) if rows else None
+
+    def _of_named(self, logprobs: torch.Tensor, seats: np.ndarray) -> torch.Tensor | None:
+        """float32 [m, most named]: logprobs of the ids that each seat names, then of id 0."""
+        names = [self.named.get(seat, _NO_IDS) for seat in seats.tolist()]
+        if not (most := max(map(len, names))):
+            return None
+        ids = np.stack([np.pad(own, (0, most - len(own))) for own in names])
+        return logprobs.gather(-1, self._index(ids))
 
     def _largest(self, logits: torch.Tensor, best: torch.Tensor, masks: StepMasks | None) -> torch.Tensor:
         """int64 [k]: the largest of each row, once what is ruled out is out. ``best``: those before."""
@@ -173,8 +211,13 @@ class Sampler:
         """How many alternatives each seat asked for; -1: no logprobs at all."""
         return np.asarray(self._fields["logprobs"][seats])
 
+    def names(self, seats: np.ndarray) -> dict[int, np.ndarray]:
+        """The ids that seats name, of those that name any."""
+        return {seat: self.named[seat] for seat in seats.tolist() if seat in self.named} if self.named else {}
+
     def _process_logits(self, logits: torch.Tensor, seats: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """Penalties, then logit_bias, allowed_token_ids and min_tokens. Copies before it changes anything."""
+        """Penalties, then logit_bias, allowed_token_ids, min_tokens and bad_words. Copies before it changes anything;
+        only bad words are written in place: the logprobs have been read."""
         rows = {int(seat): row for row, seat in enumerate(seats)} if self._has_processors else {}
         processed = self.penalties.apply(logits, rows)
         biased = [(row, *self.bias[seat]) for seat, row in rows.items() if seat in self.bias]
@@ -201,11 +244,12 @@ class Sampler:
             at = [self._index(np.repeat([b[0] for b in banned], [len(b[1]) for b in banned]))]
             at.append(self._index(np.concatenate([b[1] for b in banned])))
             processed.index_put_(tuple(at), torch.full((), -torch.inf, device=self.device))  # torch.tensor() would wait
+        self.bad_words.rule_out(processed, rows)
         return processed
 
     @property
     def _has_processors(self) -> bool:
-        return bool(self.penalties.slots or self.bias or self.banned or self.allowed)
+        return bool(self.penalties.slots or self.bias or self.banned or self.allowed or self.bad_words.seats)
 
     def _index(self, array: np.ndarray) -> torch.Tensor:
         return to_device(np.ascontiguousarray(array), self.device)
@@ -219,7 +263,8 @@ def _top(logits: torch.Tensor, best: torch.Tensor | None) -> tuple[torch.Tensor,
     return logits.gather(-1, best[:, None])[:, 0], best
 
 
-_NEVER: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+_NO_IDS = np.zeros(0, np.int64)
+_NEVER: tuple[int, np.ndarray] = (-1, _NO_IDS)
 
 
 class Penalties:
@@ -328,15 +373,25 @@ class TorchStepOutput:
         clock: StepClock,
         refused: Refusals,
         masks: StepMasks | None = None,
+        names: dict[int, np.ndarray] | None = None,
+        prompts: PromptScores | None = None,
     ) -> None:
+        """``tops`` and ``names``: what each row's seat asked for, as the sampler tells it."""
+        self._prompts = prompts
+        self._of_prompts = Returned(prompts.tensors) if prompts is not None else None
         self._refused = refused
+        self._names = names or {}
         self._seats = seats
         self._masks = masks
         self._tops = tops
         self._clock = clock
         self._lp_rows = drawn.lp_rows if drawn else None
+        self._ruled_rows = drawn.ruled_rows if drawn else None
         clock.stop()
-        results = (drawn.tokens, drawn.lp_drawn, drawn.lp_top_ids, drawn.lp_top, drawn.finite) if drawn else ()
+        results: tuple[torch.Tensor | None, ...] = ()
+        if drawn is not None:
+            logprobs = drawn.lp_drawn, drawn.lp_top_ids, drawn.lp_top, drawn.lp_named
+            results = (drawn.tokens, *logprobs, drawn.finite, drawn.left)
         self._results = Returned(results) if results else None
         self._tokens: np.ndarray | None = None  # once they have been read
         self._reading = threading.Lock()
@@ -353,22 +408,18 @@ class TorchStepOutput:
 
     def wait(self) -> Sampled:
         """Block until the step's ids are on the host."""
+        of_prompts = {}
+        if self._prompts is not None and self._of_prompts is not None:
+            of_prompts = self._prompts.by_seat(self._of_prompts.wait())
+            self._of_prompts.release()
         if self._results is None:
-            none = self._seats.astype(np.int32)
-            return Sampled(none, none, {}, self._clock.wait(), self._refused.failed, self._refused.dropped)
+            none, failed, dropped = self._seats.astype(np.int32), self._refused.failed, self._refused.dropped
+            return Sampled(none, none, {}, self._clock.wait(), failed, dropped, prompts=of_prompts)
         tokens = self.tokens()
-        _, drawn, top_ids, top, finite = self._results.wait()
+        _, drawn, top_ids, top, named, finite, left = self._results.wait()
         exec_us = self._clock.wait()
-        logprobs: dict[int, tuple[float, np.ndarray, np.ndarray]] = {}
-        if self._lp_rows is not None:
-            assert drawn is not None
-            assert top_ids is not None
-            assert top is not None
-            for at, row in enumerate(self._lp_rows):
-                asked = int(self._tops[row])
-                own = (float(drawn[at]), top_ids[at, :asked].astype(np.int32), top[at, :asked].copy())
-                logprobs[int(self._seats[row])] = own
-        sampled = Sampled(self._seats.astype(np.int32), tokens.astype(np.int32), logprobs, exec_us)
+        logprobs = {} if drawn is None else self._logprobs(drawn, top_ids, top, named)
+        sampled = Sampled(self._seats.astype(np.int32), tokens.astype(np.int32), logprobs, exec_us, prompts=of_prompts)
         assert finite is not None
         if self._refused or not finite.all():
             sampled.failed |= self._refused.failed
@@ -376,9 +427,27 @@ class TorchStepOutput:
             for seat in self._seats[~finite].tolist():
                 sampled.failed[seat] = NON_FINITE
                 sampled.dropped.append(seat)
+        if left is not None and self._ruled_rows is not None and not left.all():
+            sampled.failed |= dict.fromkeys(self._seats[self._ruled_rows[~left]].tolist(), NO_TOKEN_LEFT)
         self._results.release()
         if self._masks is not None:
             sampled.failed |= self._masks.failed
             sampled.mask_us = self._masks.mask_us
             sampled.mask_wait_us = self._masks.wait_us
         return sampled
+
+    def _logprobs(
+        self, drawn: np.ndarray, top_ids: Any, top: Any, named: np.ndarray | None
+    ) -> dict[int, tuple[float, np.ndarray, np.ndarray]]:
+        """By seat, as Sampled has them: the most probable ids, then those that the request names."""
+        assert self._lp_rows is not None
+        found = {}
+        for at, row in enumerate(self._lp_rows.tolist()):
+            asked, seat = int(self._tops[row]), int(self._seats[row])
+            ids, values = top_ids[at, :asked].astype(np.int32), top[at, :asked].copy()
+            if named is not None and (names := self._names.get(seat)) is not None:
+                other = ~np.isin(names, ids)
+                ids = np.concatenate([ids, names[other].astype(np.int32)])
+                values = np.concatenate([values, named[at, : len(names)][other]])
+            found[seat] = (float(drawn[at]), ids, values)
+        return found

@@ -52,6 +52,19 @@ def llm(model_dir: Path) -> Iterator[LLM]:
     made.close()  # changes nothing
 
 
+def test_logprobs_of_prompts_and_a_prompt_alone(llm: LLM) -> None:
+    (result,) = llm.generate([5, 6, 7], max_tokens=0, prompt_logprobs=1)
+    assert (result.outputs[0].finish_reason, result.text) == ("length", "")
+    first, *others = result.prompt_logprobs or []
+    assert first is None
+    assert [{id: one.logprob for id, one in (told or {}).items()} for told in others] == [
+        {6: -1.0, 0: -1.0}, {7: -2.0, 0: -1.0}
+    ]  # fmt: skip
+    (cut,) = llm.generate([5, 6, 7], max_tokens=2, logprobs=1, truncate_prompt_tokens=2)
+    assert cut.prompt_token_ids == [6, 7]
+    assert [len(told) in (1, 2) for told in cut.outputs[0].logprobs or ()] == [True, True]
+
+
 def test_generate_and_chat(llm: LLM) -> None:
     prompts = ["def add(a, b):", [1, 2, 3], "import os"]
     results = llm.generate(prompts, max_tokens=9, seed=1, ignore_eos=True)

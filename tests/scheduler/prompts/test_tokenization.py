@@ -81,8 +81,34 @@ def test_the_tokenizers_bos_goes_before_a_text_and_not_before_a_chat(model_dir: 
     loaded.save_pretrained(tmp_path)
     prompts = Prompts.load(str(tmp_path))
     assert ids(prompts, prompt="x") == [[BOS, ord("x")]]
+    assert ids(prompts, prompt="x", add_special_tokens=False) == [[ord("x")]]
     (chat,) = ids(prompts, messages=[{"role": "user", "content": "x"}])
     assert BOS not in chat
+
+
+def test_a_prompt_is_cut_to_its_last_tokens(prompts: Prompts) -> None:
+    assert ids(prompts, prompt=["abcd", "e"], truncate_prompt_tokens=2) == [[99, 100], [101]]
+    assert ids(prompts, prompt=[1, 2, 3], truncate_prompt_tokens=2) == [[2, 3]]
+    long, limit = "x" * 10_000, prompts.max_model_len
+    assert len(ids(prompts, prompt=long, truncate_prompt_tokens=-1, sampling={"max_tokens": 5})[0]) == limit - 5
+    assert len(ids(prompts, prompt=long, truncate_prompt_tokens=-1)[0]) == limit - 1
+    with pytest.raises(ContextLengthExceeded):
+        ids(prompts, prompt=long, truncate_prompt_tokens=limit)
+
+
+CONTINUED = [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", "content": "Sure, <|im_end|> is "}]
+
+
+def test_the_final_message_is_gone_on_with(prompts: Prompts) -> None:
+    """Its end is not written; what reads as a control token within it is text, as everywhere."""
+    plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure, "}]
+    whole = ids(prompts, messages=plain, chat_template_kwargs={"add_generation_prompt": False})[0]
+    (found,) = ids(prompts, messages=plain, continue_final_message=True)
+    assert found == whole[: len(found)]
+    assert bytes(found[-6:]) == b"Sure, "
+    (guarded,) = ids(prompts, messages=CONTINUED, continue_final_message=True)
+    assert guarded.count(IM_END) == 1  # the one that ends the user's turn
+    assert bytes(guarded[-len("<|im_end|> is ") :]) == b"<|im_end|> is "
 
 
 def test_template_kwargs_reach_the_template(model_dir: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from protocol.messages import NewSequence, pack_ids
 from protocol.sampling import SamplingParams
+from workers.engines.checks import NO_TOKEN_LEFT, Refusals
 from workers.native.library import KernelsUnavailable, load_kernels
 from workers.native.structs import DRAW
 from workers.torch_engine.cpu.backend import NativeDraw
@@ -21,7 +22,7 @@ from workers.torch_engine.draw import (
     threshold_by_histogram,
     uniforms,
 )
-from workers.torch_engine.sampler import Sampler
+from workers.torch_engine.sampler import Sampler, StepClock, TorchStepOutput
 
 V = 50
 CPU = torch.device("cpu")
@@ -230,7 +231,7 @@ def test_logit_bias_forces_and_forbids():
 
 
 def test_only_allowed_ids_are_drawn():
-    """Greedy and random, beside a free row that must stay as it is; before min_tokens, which never leaves nothing."""
+    """Greedy and random, beside a free row that must stay as it is. What leaves nothing is told of its own row."""
     free, logits = SamplingParams(temperature=0), logits_of(rows=3)
     greedy = SamplingParams(temperature=0, allowed_token_ids=[11, 4, 11, 30])
     made = make(greedy, free, SamplingParams(temperature=2.0, allowed_token_ids=[5, 7], min_tokens=4))
@@ -241,8 +242,63 @@ def test_only_allowed_ids_are_drawn():
         assert second == int(logits[1].argmax())
         assert third == 5 if position < 7 else third in (5, 7)
     assert torch.equal(logits, untouched)
-    ends = make(SamplingParams(temperature=0, allowed_token_ids=[7, 9], min_tokens=9))
-    assert int(sample(ends, logits[:1]).tokens) in (7, 9)
+    ends = make(free, SamplingParams(temperature=0, allowed_token_ids=[7, 9], min_tokens=9), greedy)
+    drawn = sample(ends, logits)
+    assert (drawn.ruled_rows.tolist(), drawn.left.tolist()) == ([1, 2], [False, True])
+
+
+def letters(text):
+    """A tokenizer of letters, a blank of its own included: a is 20."""
+    return [ord(char) - ord("a") + 20 if char != " " else 10 for char in text]
+
+
+def test_bad_words_rule_out_the_token_that_would_complete_them():
+    logits = torch.zeros(1, V)
+    logits[0, letters("abc")] = torch.tensor([3.0, 2.0, 1.0])
+    for params in (
+        SamplingParams(temperature=0, bad_words=["ab"]),
+        SamplingParams(temperature=0, bad_words=["ab", "b"]),
+    ):
+        made = Sampler(4, V, [7, 9], CPU, DRAWN_BY["this"], letters)
+        made.add(sequence(0, params, prompt=letters("a")))  # what the prompt ends with does not count
+        drawn = sample(made, logits.clone())
+        assert drawn.tokens.tolist() == letters("a")
+        logits[0, letters("a")] = 0.0
+        expected = "b" if "b" not in params.bad_words else "c"
+        # after an a no b; then again one, if b alone is no bad word
+        found = [int(sample(made, logits.clone(), 4 + i).tokens[0]) for i in range(2)]
+        assert found == letters("c" + expected)
+        logits[0, letters("a")] = 3.0
+    replayed = Sampler(4, V, [7, 9], CPU, DRAWN_BY["this"], letters)
+    replayed.add(sequence(0, SamplingParams(temperature=0, bad_words=["xab"]), outputs=letters("xa")))
+    logits[0, letters("a")] = 0.0
+    assert [int(sample(replayed, logits.clone(), 5 + i).tokens[0]) for i in range(2)] == letters("cb")
+
+
+def test_bad_words_that_leave_nothing_are_told_of_their_own_row():
+    made = Sampler(4, V, [7, 9], CPU, DRAWN_BY["this"], letters)
+    made.add(sequence(0, SamplingParams(bad_words=["a", "b"], allowed_token_ids=letters("ab"))))
+    made.add(sequence(1, SamplingParams(bad_words=["a", "b"], logprobs=0)))
+    drawn = sample(made, logits_of(rows=2))
+    assert (drawn.ruled_rows.tolist(), drawn.left.tolist()) == ([0, 1], [False, True])
+    clock, seats = StepClock(CPU), np.arange(2)
+    sampled = TorchStepOutput(seats, drawn, made.tops(seats), clock, Refusals()).wait()
+    assert (sampled.failed, sampled.dropped) == ({0: NO_TOKEN_LEFT}, [])
+
+
+def test_named_ids_are_told_beside_the_most_probable_ones():
+    logits = logits_of(rows=3)
+    best = int(logits[1].argmax())
+    named = SamplingParams(temperature=0, logprobs=1, logprob_token_ids=[11, best, 4, 11])
+    made = make(SamplingParams(temperature=0, logprobs=2), named, SamplingParams(logprobs=0, logprob_token_ids=[3]))
+    seats = np.arange(3)
+    drawn = sample(made, logits)
+    output = TorchStepOutput(seats, drawn, made.tops(seats), StepClock(CPU), Refusals(), names=made.names(seats))
+    told, own = output.wait().logprobs, torch.log_softmax(logits, -1)
+    ids = {0: own[0].topk(2).indices.tolist(), 1: [best, 11, 4], 2: [3]}
+    assert {seat: found.tolist() for seat, (_, found, _) in told.items()} == ids
+    for seat, (_, found, values) in told.items():
+        np.testing.assert_allclose(values, own[seat][found.tolist()].numpy(), rtol=1e-6)
 
 
 def test_min_tokens_bans_every_end_until_reached():
