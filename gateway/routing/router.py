@@ -102,8 +102,8 @@ class Router:
         for _ in range(DEEPEST):
             if name is None or name in self.models.cards or name not in self.table.aliases:
                 break
-            targets = self.table.aliases[name]
-            name = max(targets, key=lambda target: targets[target])
+            targets = self._targets(name)
+            name = max(targets, key=lambda target: targets[target], default="")
         model = await self.models.the_one(name)
         if not self.table.allows(model.name, caller.tenant):
             raise NotFound("this model is not served here", param="model", code="model_not_found")
@@ -130,7 +130,10 @@ class Router:
             log.error("the names of the table of routes lead on and on: %s", name)
             return []
         if name in table.aliases and name not in self.models.cards:
-            target = drawn(table.aliases[name], key and f"{asked.tenant} {key}")
+            targets = self._targets(name)
+            if not targets:
+                return []
+            target = drawn(targets, key and f"{asked.tenant} {key}")
             found = await self._follow(target, asked, key, depth + 1)
             return [replace(step, why=step.why if step.rule else "alias") for step in found]
         if name in table.routes and name not in self.models.cards:
@@ -141,6 +144,13 @@ class Router:
             return [Step(name, await self.models.get(name))]
         except HeadraceError:
             return []
+
+    def _targets(self, alias: str) -> dict[str, int]:
+        """What an alias stands for, by weight; a model that was removed is none, though an alias still names it."""
+        table = self.table
+        known = (self.models.cards, table.aliases, table.routes, table.upstreams)
+        weights = table.aliases[alias]
+        return {name: weights[name] for name in weights if weights[name] and any(name in names for names in known)}
 
     async def _by_rules(self, name: str, asked: Asked, key: str | None, depth: int) -> list[Step]:
         async def count(rule: Rule) -> int:

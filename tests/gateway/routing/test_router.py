@@ -58,7 +58,7 @@ async def test_an_alias_moves_for_all_gateways_and_a_repeat_stays_where_it_began
     status, first, headers = await ask(fronts[0], "prod", headers=key)
     assert (status, first["model"]) == (200, SMALL)
     assert headers["X-Headrace-Route"] == f"model={SMALL}; asked=prod; why=alias"
-    await state(redis_url, Routing(aliases={"prod": {BIG: 1}}), *fronts)
+    await state(redis_url, Routing(aliases={"prod": {BIG: 1, "org/removed": 1000}}), *fronts)
     for front in fronts:
         _, answer, _ = await ask(front, "prod")
         assert answer["model"] == BIG
