@@ -55,7 +55,8 @@ def test_no_two_options_of_a_command_share_a_flag_or_a_variable() -> None:
 
 
 SAMPLES = {"port": "9000", "count": "3", "whole": "3", "seconds": "90s", "size": "2GiB", "boolean": "yes",
-           "number": "0.5", "rate": "2.5", "span": "8:16", "json_object": '{"top_k": 1}', "str": "x"}  # fmt: skip
+           "number": "0.5", "share": "0.5", "rate": "2.5", "span": "8:16", "json_object": '{"top_k": 1}',
+           "str": "x"}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,9 @@ from protocol.errors import EX_CONFIG, StartError
 from protocol.keys import ROUTING
 from protocol.routing.store import decode
 from protocol.routing.table import Routing
+from tests.headrace.test_cli import SAMPLES
 
 ROOT = Path(__file__).parents[3]
-SAMPLES = {"port": 9000, "count": 3, "seconds": "90s", "size": "2GiB", "boolean": True, "number": 0.5,
-           "json_object": {"top_k": 1}, "str": "x"}  # fmt: skip
 SHORT = '[models.a]\nmodel = "a/b"\n'
 
 
@@ -33,7 +33,11 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def sample(option: Option) -> Any:
-    return option.choices[-1] if option.choices else SAMPLES[option.kind.__name__]
+    """A value as a file has it: what the command line takes as text, but for what TOML has a type of its own for."""
+    if option.choices:
+        return option.choices[-1]
+    text = SAMPLES[option.kind.__name__]
+    return True if option.switch else json.loads(text) if option.kind.__name__ == "json_object" else text
 
 
 def toml(value: Any) -> str:
