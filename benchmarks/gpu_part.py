@@ -140,7 +140,7 @@ def without_files(fields: dict[str, Any], dtype: torch.dtype, on: torch.device |
     """While entered, the loader draws the model, ``on`` the engine's device or another, and loads no tokenizer."""
     known = {n: getattr(loader, n) for n in ("load_config", "load_model", "load_tokenizer", "eos_token_ids")}
 
-    def load_model(config: Any, model_config: Any, device: torch.device, progress: Any) -> Any:
+    def load_model(config: Any, model_config: Any, device: torch.device, progress: Any, group: Any) -> Any:
         return draw_model(fields, on or device, dtype, NAME, lively=on is not None).to(device)
 
     plain = dict(fields)
