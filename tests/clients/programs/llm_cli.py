@@ -41,9 +41,11 @@ def stream() -> None:
 
 
 def tools() -> None:
-    """It has no way to ask for a call: whether this model makes one is its own affair, what it answers is not."""
-    asked = model.chain(SUM, tools=[add], temperature=0, max_tokens=TOKENS, chain_limit=0)
-    assert asked.text() is not None
+    """It has no way to ask for a call: whether this model makes one is its own affair, what becomes of it is not."""
+    chain = model.chain(SUM, tools=[add], options={"temperature": 0, "max_tokens": TOKENS})
+    first = next(iter(chain.responses()))
+    assert first.text() or first.tool_calls()
+    assert len(first.execute_tool_calls()) == len(first.tool_calls())
 
 
 def structured() -> None:
