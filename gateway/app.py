@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import logging
+import os
 import resource
 import secrets
 import signal
@@ -18,6 +19,7 @@ from aiohttp import web
 from gateway.answers import Answers
 from gateway.api import Api
 from gateway.auth import Caller, KeyRing
+from gateway.contracts.routes import Contract
 from gateway.edge import Routes, Server, error_answer
 from gateway.headers import Origins, arrived, parse_origins, tell
 from gateway.metrics import CONTENT_TYPE, exposition
@@ -65,6 +67,7 @@ class GatewayConfig:
     cors_origins: str | None = None  # other origins whose pages may call, with commas; * for all
     allowed_hosts: str | None = None  # without keys: hosts besides this machine that browsers may reach the page by
     ui: bool = True  # the page at /
+    contract: str | None = None  # endpoints of a hosting service besides: sagemaker, vertex, azureml
     stall_timeout: float = 30.0  # a client that reads nothing for so long is dropped
 
     @property
@@ -100,6 +103,7 @@ class Gateway:
         self._origins = Origins(parse_origins(config.cors_origins))
         self._hosts = None if self.keys.required else Hosts(parse_hosts(config.allowed_hosts), self._origins)
         self._routes = api.routes(metrics=not self._apart)
+        self._contract = Contract(api).routes(config.contract, os.environ) if config.contract else Routes()
         self._page = Page(self.models, self.keys, self._hosts).routes() if config.ui else Routes()
         self._runners: list[web.ServerRunner] = []
         self._sites: list[web.TCPSite] = []
@@ -181,9 +185,10 @@ class Gateway:
         if self._page.knows(request.path):
             handler, rest = self._page.find(request.method, request.path)
             return await handler(request, ANYONE, rest)
+        routes = self._contract if self._contract.knows(request.path) else self._routes
         open_to_all = request.path.rstrip("/") in OPEN_PATHS
         caller = ANYONE if open_to_all else self.keys.identify(request)
-        handler, rest = self._routes.find(request.method, request.path)
+        handler, rest = routes.find(request.method, request.path)
         return await handler(request, caller, rest)
 
     async def _serve_metrics(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -14,9 +14,9 @@ from protocol.errors import RatesLeft, RequestError, StartError
 from protocol.messages import new_rid
 from protocol.records import TenantLimits
 
-_new_key: Any = getattr(web, "RequestKey", lambda name, _: name)  # aiohttp before 3.14 keys a request by strings
-ARRIVED = _new_key("headrace.arrived", float)
-ORIGIN = _new_key("headrace.origin", dict)
+request_key: Any = getattr(web, "RequestKey", lambda name, _: name)  # aiohttp before 3.14 keys a request by strings
+ARRIVED = request_key("headrace.arrived", float)
+ORIGIN = request_key("headrace.origin", dict)
 RATE_HEADERS = [f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
 OWN_HEADERS = ["X-Request-Id", "X-Headrace-Route", "X-Headrace-Cache", "Retry-After", "openai-processing-ms"]
 EXPOSED = ", ".join([*OWN_HEADERS, *RATE_HEADERS])

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from headrace import early
+from headrace import contracts, early
 from headrace.config.arguments import config_parser, models_parser
 from headrace.option_table import options_of
 from headrace.options import Unusable, add_option, state_dir
@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         early.end_cleanly()
+    try:
+        for variable, value in contracts.defaults(given, os.environ).items():
+            os.environ.setdefault(variable, value)
+    except HeadraceError as error:
+        return _say(given[0], error)
     parser = build_parser()
     args, unknown = parser.parse_known_args(given)
     if unknown:

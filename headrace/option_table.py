@@ -198,6 +198,12 @@ OPTIONS: tuple[Option, ...] = (
         "(default: none)",
         metavar="HOSTS",
     ),
+    Option(
+        "--contract",
+        "serve gateway",
+        "the endpoints of a hosting service besides, and its port, host and model folder as defaults (docs/hosting.md)",
+        choices=("sagemaker", "vertex", "azureml"),
+    ),
     Option("--ui", "serve gateway", "the page at /: a playground and a dashboard", boolean, True),
     Option(
         "--resume-grace",

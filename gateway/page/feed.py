@@ -22,7 +22,7 @@ async def feed(models: Models, tenant: str, admin: bool) -> dict[str, Any]:
     shown: dict[str, Any] = {"at": time.time(), "admin": admin, "tenant": tenant}
     if admin:
         shown["gateway"] = _gateway()
-    cards = await models.listed()
+    cards = [card for card in await models.listed() if admin or models.routing.allows(card.model, tenant)]
     shown["models"] = await asyncio.gather(*(_model(models, card.model, tenant, admin) for card in cards))
     return shown
 

@@ -144,7 +144,6 @@ OF_COMPLETIONS: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"echo": True, "truncate_prompt_tokens": 5}, 400, "echo", "invalid_request"),
     ({"truncate_prompt_tokens": 0}, 400, "truncate_prompt_tokens", "invalid_request"),
     ({"truncate_prompt_tokens": -2}, 400, "truncate_prompt_tokens", "invalid_request"),
-    ({"suffix": "end"}, 400, "suffix", "unsupported_parameter"),
     ({"echo": True, "logprobs": 21}, 400, "logprobs", "invalid_request"),
     ({"messages": []}, 400, "messages", "unknown_parameter"),
 ]
@@ -332,7 +331,7 @@ async def test_headers(front: Front) -> None:
 
 async def test_routes_and_methods(front: Front) -> None:
     for method, path, status, allow in [
-        ("GET", "/", 404, None),
+        ("POST", "/", 405, "GET, HEAD"),
         ("GET", "/v2/models", 404, None),
         ("GET", "/v1/requests/", 404, None),
         ("POST", "/v1/embeddings", 404, None),

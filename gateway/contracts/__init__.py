@@ -1,0 +1,1 @@
+"""The endpoints that hosting services ask of a container, in front of the same API."""
