@@ -154,6 +154,7 @@ async def leftovers(bus: Bus, redis_client: object) -> list[str]:
     """What is not as it should be at rest: names of keys without a TTL that should have one, and the like."""
     keys, found = bus.keys, []
     allowed = {keys.jobs, keys.leader, keys.depth, keys.events, keys.dead, keys.workers, keys.tokenizer}
+    allowed.add(keys.tokenizer_info)
     workers = await bus.list_workers()
     for worker in workers:
         allowed |= {keys.worker(worker.wid), keys.plans(worker.wid)}
@@ -171,6 +172,7 @@ async def leftovers(bus: Bus, redis_client: object) -> list[str]:
         found.append(f"inbox: {pending['pending']} pending, {await bus.inbox_length()} long")
     depth = await client.hgetall(keys.depth)  # type: ignore[attr-defined]
     for name, value in depth.items():
-        if name.decode() != "rate" and float(value) != 0:
+        at_rest_too = name in (b"rate", b"led_at") or name.startswith(b"kv_blocks:")
+        if not at_rest_too and float(value) != 0:
             found.append(f"depth {name.decode()} = {value.decode()}")
     return found
