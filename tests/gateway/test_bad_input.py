@@ -138,6 +138,7 @@ OF_COMPLETIONS: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"logprobs": True}, 400, "logprobs", "invalid_request"),
     ({"best_of": 2}, 400, "best_of", "unsupported_parameter"),
     ({"best_of": 1, "n": 2}, 400, "best_of", "invalid_request"),
+    ({"prompt": [1], "suffix": "end"}, 400, "suffix", "invalid_request"),
     ({"logprobs": 1, "logprob_token_ids": []}, 400, "logprob_token_ids", "invalid_request"),
     ({"logprobs": 1, "logprob_token_ids": [VOCAB]}, 400, "logprob_token_ids", "invalid_request"),
     ({"logprobs": 1, "logprob_token_ids": [1] * 129}, 400, "logprob_token_ids", "invalid_request"),
