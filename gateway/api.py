@@ -426,6 +426,6 @@ def _idempotency_key(request: web.BaseRequest) -> str | None:
 
 
 def _system_fingerprint(card: ModelCard) -> str:
-    """Changes where the same request may give other tokens: with the version or the model."""
-    told = f"{release()} {card.model} {card.vocab_size} {card.max_model_len}"
+    """Changes where the same request may give other tokens: with the version, the model or its weights."""
+    told = f"{release()} {card.model} {card.vocab_size} {card.max_model_len} {card.fingerprint}"
     return "fp_" + hashlib.blake2b(told.encode(), digest_size=5).hexdigest()

@@ -275,6 +275,15 @@ OPTIONS: tuple[Option, ...] = (
         False,
     ),
     Option(
+        "--weights-grace",
+        "serve scheduler",
+        "how long a request that has begun waits for a worker with the weights that it began with, while only workers "
+        "with others serve; then it ends with an error",
+        seconds,
+        60.0,
+        metavar="SECONDS",
+    ),
+    Option(
         "--strict-durability",
         "serve gateway scheduler worker",
         "refuse a Redis that could lose what it acknowledged, instead of warning",

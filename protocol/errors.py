@@ -19,6 +19,7 @@
     │   ├── GrammarFailed         500   grammar_failed (a grammar that could not be followed to its end)
     │   ├── StoreFailed           500   store_failed (the server refused an operation: a key of a wrong type)
     │   ├── Unavailable           503   unavailable
+    │   │   └── WeightsChanged    503   weights_changed (it had begun with weights that no worker has any more)
     │   └── DeadlineExceeded      504   deadline_exceeded
     ├── StartError                      a failed start; the message says what to do
     │   └── ModelRefused                this model cannot be served, with the reason
@@ -153,6 +154,10 @@ class StoreFailed(ServiceError):
 
 class Unavailable(ServiceError):
     pass
+
+
+class WeightsChanged(Unavailable):
+    code = "weights_changed"
 
 
 class DeadlineExceeded(ServiceError):

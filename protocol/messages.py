@@ -160,6 +160,7 @@ class ModelCard(Struct, kw_only=True, omit_defaults=True):
     chat: bool = True  # whether there is a chat template
     format: FormatSpec | None = None  # how the model writes tool calls and thoughts
     sampling: dict[str, float] = {}  # defaults of this model, as its generation_config.json states them
+    fingerprint: str = ""  # what all serving workers run; "": none serves, or they differ (an update is under way)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -246,6 +247,7 @@ class Capacity(Struct, array_like=True):
     step_us: list[tuple[int, int]] = []  # (tokens, least microseconds) of the steps that the engine recorded and timed
     level: int = 0  # protocol.levels: sequences that need more are not placed here
     stages: int = 1  # of its pipeline: so many steps are computed at once, best of sequences that have none in common
+    fingerprint: str = ""  # of weights, tokenizer and precision (workers/fingerprint.py); "": an older worker's
 
 
 # ---------------------------------------------------------------- worker -> journal and subscribers

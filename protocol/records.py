@@ -53,6 +53,7 @@ class RequestRecord:
     cache: str = ""  # what the cache of answers said
     flight: str | None = None  # key of the answer that it makes, for others too
     joins: str | None = None  # rid of the request whose rows land for it as well
+    fingerprint: str = ""  # of the worker that it was placed on last (Capacity.fingerprint)
 
     @property
     def thinking(self) -> bool:
@@ -158,6 +159,7 @@ def _request_record(rid: str, fields: dict[bytes, bytes]) -> RequestRecord:
         cache=fields.get(b"cache", b"").decode(),
         flight=flight.decode() if (flight := fields.get(b"flight")) else None,
         joins=joins.decode() if (joins := fields.get(b"joins")) else None,
+        fingerprint=fields.get(b"fingerprint", b"").decode(),
     )
 
 

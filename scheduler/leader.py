@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from protocol import records as wire
 from protocol.bus import LeaderBus
 from protocol.messages import LANDED, body_hash, encode
@@ -69,6 +71,7 @@ class Process:
     trace_content: bool = False  # prompts and answers stand in them
     answers: AnswerSettings = field(default_factory=AnswerSettings)
     fingerprint: str = ""  # of the model, where answers are cached
+    weights_grace_s: float = 60.0  # how long a begun request waits for its weights beside workers with others
 
 
 class Term:
@@ -89,6 +92,7 @@ class Term:
                 max_model_len=tokenizers.max_model_len,
                 tenant_weights=weights,
                 inter_token_target_s=process.inter_token_target_s,
+                weights_grace_s=process.weights_grace_s,
             )
         )
         self._group = asyncio.TaskGroup()  # entered by run: all that the term does are its tasks
@@ -106,6 +110,7 @@ class Term:
         self._after = "0-0"  # last event read
         self._used: dict[str, tuple[int, int]] = {}  # tenant -> tokens in and out that ended since the last tick
         self._used_calls = 0
+        self._shown: tuple[int, str] | None = None  # what of the published card may change: context, fingerprint
 
     async def run(self) -> None:
         async with self._group as group:
@@ -147,8 +152,14 @@ class Term:
             log.info("put %d entries of running requests right", changed)
 
     async def _publish_card(self) -> None:
+        """Where the registry does not hold it yet."""
         known = self._tokenizers
-        await self._bus.publish_card(known.card(self._model), known.tokenizer_json, known.tokenizer_info)
+        shown = (known.max_model_len, self._registry.fingerprint)
+        if shown == self._shown:
+            return
+        self._shown = shown
+        card = msgspec.structs.replace(known.card(self._model), fingerprint=shown[1])
+        await self._bus.publish_card(card, known.tokenizer_json, known.tokenizer_info)
 
     async def _recover(self, rid: str, *, unfed: bool = False) -> None:
         """Give the core a request that was admitted before, from its record and journals. Others are skipped; so are
@@ -330,7 +341,7 @@ class Term:
         """Depth every 250 ms, where it changed; once a second inbox length, metrics, card, trimming, integrity."""
         rate, ticks, checked, led_at = TokenRate(), 0, 0, time.time()
         depth: dict[str, int | float] = {}
-        trimmed, card = self._after, self._tokenizers.max_model_len
+        trimmed = self._after
         while True:
             now, stats = time.monotonic(), self.core.stats()
             rate.note(now, stats.counters.output_tokens, idle=not stats.running)
@@ -341,9 +352,7 @@ class Term:
                 oldest = self.core.oldest_waiting()
                 waits = max(0.0, now - oldest) if oldest is not None else 0.0
                 self._metrics.observe(stats, rate.value, await self._bus.inbox_length(), waits)
-                if self._tokenizers.max_model_len != card:
-                    card = self._tokenizers.max_model_len
-                    await self._publish_card()
+                await self._publish_card()
                 if not (stats.running or stats.waiting) and checked != stats.counters.output_tokens:
                     checked = stats.counters.output_tokens  # once each time that it becomes idle
                     self.core.check_integrity()

@@ -54,6 +54,7 @@ def arrive(record: RequestRecord, clock: ServerClock, choices: list[ChoiceState]
         attempts=record.attempts,
         choices=choices,
         default_max_tokens=job.default_max_tokens,
+        fingerprint=record.fingerprint,
     )
 
 

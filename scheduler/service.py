@@ -58,6 +58,7 @@ class SchedulerConfig:
     response_cache_ttl: float = 3600.0  # seconds
     response_cache_memory: int | None = None  # bytes; None: a tenth of the server's maxmemory
     response_cache_shared: bool = False  # by all tenants
+    weights_grace: float = 60.0  # seconds that a begun request waits for a worker with its weights beside others
     timing: Timing = field(default_factory=Timing)
 
     @property
@@ -145,6 +146,7 @@ class _Life:
             self.bus, self.tokenizers, self.metrics, self.health, clock, timing, model,
             config.tenant_weights or {}, config.max_model_len, config.inter_token_target_ms / 1e3,
             self.traces, config.trace_content, config.answers, self.fingerprint,
+            config.weights_grace,
         )  # fmt: skip
         term = Term(process, epoch)
         deposed: BaseException | None = None

@@ -36,6 +36,7 @@ class Worker:
     wid: str
     gen: int
     watch: Watch
+    fingerprint: str = ""  # of what it runs; known once it serves
     state: str = ""  # the last one that the core was told: "serving", "draining", or "" (neither yet)
     outbox: list[Plan] = field(default_factory=list)
     filled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -85,7 +86,7 @@ class WorkerRegistry:
             if not plans:
                 continue
             try:
-                await self._bus.plan(self._epoch, worker.wid, worker.gen, *plans)
+                await self._bus.plan(self._epoch, worker.wid, worker.gen, *plans, fingerprint=worker.fingerprint)
             except Fenced as fenced:
                 if fenced.cause == "epoch":
                     raise
@@ -139,6 +140,7 @@ class WorkerRegistry:
             log.info("worker %s serves", record.wid)
             worker.state = record.state
             worker.watch = Watch(self._timing)
+            worker.fingerprint = record.capacity.fingerprint
             self.max_model_len = max(self.max_model_len or 0, _longest(record.capacity))
             self._apply(WorkerServing(record.wid, record.gen, record.capacity))
         elif record.state == "draining":
@@ -149,6 +151,12 @@ class WorkerRegistry:
             else:  # it never served in this term, so it holds no sequence
                 worker.state = record.state
                 self._group.create_task(self.release(ReleaseWorker(record.wid, record.gen)))
+
+    @property
+    def fingerprint(self) -> str:
+        """What all serving workers run; "" if none serves, or they differ."""
+        found = {worker.fingerprint for worker in self._workers.values() if worker.state == "serving"}
+        return found.pop() if len(found) == 1 else ""
 
     # -------------------------------------------------------------- who left
 

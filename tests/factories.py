@@ -26,6 +26,7 @@ def capacity(
     model_len: int = 256,
     level: int = LEVEL,
     stages: int = 1,
+    fingerprint: str = "",
 ) -> Capacity:
     return Capacity(
         model="m",
@@ -36,6 +37,7 @@ def capacity(
         vocab_size=1000,
         level=level,
         stages=stages,
+        fingerprint=fingerprint,
     )
 
 
@@ -52,6 +54,7 @@ def arrive(
     attempts: int = 0,
     choices: list[ChoiceState] | None = None,
     cache_salt: str = "",
+    fingerprint: str = "",
 ) -> Arrive:
     """A request. ``prompt`` is ids, or a length for ids that no other request of this run has."""
     number = next(_numbers)
@@ -69,6 +72,7 @@ def arrive(
         attempts=attempts,
         choices=choices,
         cache_salt=cache_salt,
+        fingerprint=fingerprint,
     )
 
 

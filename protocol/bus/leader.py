@@ -304,14 +304,14 @@ class LeaderBus(RequestReads):
         )
         self._handed_out.discard(entry_id)
 
-    async def plan(self, epoch: int, wid: str, gen: int, *plans: Plan) -> None:
+    async def plan(self, epoch: int, wid: str, gen: int, *plans: Plan, fingerprint: str = "") -> None:
         """Fence; record the placement of each of plan.new; XADD. Fenced("epoch") or Fenced("gen"). A worker's plans are
         sent one after another, several in one round trip where they are at hand: a step that is not above the last one
         sent counts as a repeat. A sequence whose journal is not as long as its cursor says is not placed: its rows
-        will come back STALE."""
+        will come back STALE; nor is a request that has begun with another ``fingerprint`` than this worker's."""
         calls: list[list[Argument]] = []
         for plan in plans:
-            call: list[Argument] = [self.keys.prefix, epoch, wid, gen, plan.step, encode(plan)]
+            call: list[Argument] = [self.keys.prefix, epoch, wid, gen, plan.step, encode(plan), fingerprint]
             for sequence in plan.new:
                 call += (sequence.rid, sequence.choice, sequence.placement, sequence.cursor)
             calls.append(call)

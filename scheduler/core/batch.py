@@ -146,9 +146,9 @@ class BatchBuilder:
             if head is None or worker.quarantined is not None:
                 return None
             serving = [other for other in self._workers.values() if not other.draining]
-            if not any(other.fits(head) for other in self._workers.values()):
+            if not any(other.fits(head) for other in serving or self._workers.values()):
                 queue.remove(head)
-                self._lifecycle.parked[head] = None
+                self._lifecycle.park(head, serving)
                 continue
             if head.needs_quarantine:
                 able = [other for other in serving if other.quarantined is None and other.fits(head)]
@@ -176,6 +176,8 @@ class BatchBuilder:
         if worker.quarantined is not sequence:
             worker.assigned.remove(sequence)
         lifecycle, request = self._lifecycle, sequence.request
+        request.place_at(worker.fingerprint)
+        sequence.stranded = None
         known = sequence.known_tokens
         hits = placement.cached_blocks(sequence, worker)
         cached = hits * worker.block_size

@@ -44,6 +44,7 @@ class Arrive:
     attempts: int = 0  # worker deaths that it was present at
     choices: list[ChoiceState] | None = None  # None: all fresh
     default_max_tokens: int | None = None
+    fingerprint: str = ""  # of the worker that it was placed on last; "": none, or unknown
 
 
 @dataclass(frozen=True)

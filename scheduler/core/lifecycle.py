@@ -7,11 +7,12 @@ seat and blocks consistent and appends the effects.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
 
-from protocol.errors import ContextLengthExceeded, EngineFailed, RequestError, ServiceError
+from protocol.errors import ContextLengthExceeded, EngineFailed, RequestError, ServiceError, WeightsChanged
 from scheduler.core.events import ChoiceState, Effect, FinishChoice, RequestDone, Resync
 from scheduler.core.sequence import Request, Sequence, State
 from scheduler.core.waiting import WaitingQueue
@@ -32,11 +33,13 @@ class Counters:
 
 
 class Lifecycle:
-    def __init__(self, queue: WaitingQueue, limit: int | None) -> None:
+    def __init__(self, queue: WaitingQueue, limit: int | None, weights_grace_s: float) -> None:
         self.queue = queue
+        self._weights_grace_s = weights_grace_s
         self.limit = limit  # most tokens of one sequence on any worker; None while that is unknown
         self.requests: dict[str, Request] = {}
-        self.parked: dict[Sequence, None] = {}  # too long for every present worker, but not for one of before
+        # no present worker can run them: they are too long, or began with other weights. When they are given up
+        self.parked: dict[Sequence, float | None] = {}
         self.worker_of: dict[Sequence, WorkerState] = {}  # assigned, running, or not yet off its worker
         self.counters = Counters()
         self.effects: list[Effect] = []
@@ -99,6 +102,28 @@ class Lifecycle:
         """Put a waiting sequence that was assigned or parked back in its place."""
         self.withdraw(sequence)
         self.queue.push(sequence, self.now)
+
+    def park(self, sequence: Sequence, serving: Iterable[WorkerState]) -> None:
+        """Set a sequence aside that none of the workers ``serving`` can run, until another one comes. Where that is
+        for their weights, no more than a grace: a worker that restarts brings the same weights back."""
+        other_weights = [worker for worker in serving if not sequence.request.may_run_at(worker.fingerprint)]
+        until = None
+        if other_weights and len(other_weights) == len(list(serving)):
+            sequence.stranded = self.now if sequence.stranded is None else sequence.stranded
+            until = sequence.stranded + self._weights_grace_s
+        self.parked[sequence] = until
+
+    def give_up_stranded(self) -> None:
+        """End what has waited for its weights for longer than the grace."""
+        for sequence in [s for s, until in self.parked.items() if until is not None and until <= self.now]:
+            self.withdraw(sequence)
+            self.fail(
+                sequence,
+                WeightsChanged(
+                    "the model was replaced while this request ran, and no worker is left that has the weights it "
+                    "began with; send it again"
+                ),
+            )
 
     # ----------------------------------------------------- off a worker
 

@@ -42,6 +42,7 @@ class CoreConfig:
     aging_s: float = 30.0
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     inter_token_target_s: float = 0.0  # longest step that prefill may cause beside decodes; 0: the knee decides
+    weights_grace_s: float = 60.0  # how long a begun request waits for a worker with its weights, if others serve
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Core:
     def __init__(self, config: CoreConfig | None = None) -> None:
         self.config = config or CoreConfig()
         self._queue = WaitingQueue(self.config.tenant_weights, self.config.aging_s)
-        self._lifecycle = Lifecycle(self._queue, self.config.max_model_len)
+        self._lifecycle = Lifecycle(self._queue, self.config.max_model_len, self.config.weights_grace_s)
         self._workers: dict[str, WorkerState] = {}
         self._workers_made = 0
         self._batches = BatchBuilder(self._lifecycle, self._workers, self.config.max_num_batched_tokens is None)
@@ -115,6 +116,7 @@ class Core:
         self._lifecycle.now = now
         while self._deadlines and self._deadlines[0][0] <= now:
             self._end_request(heapq.heappop(self._deadlines)[1], "deadline")
+        self._lifecycle.give_up_stranded()
         self._queue.age(now)
         progress = True
         while progress:  # again, since the plan of one worker may assign sequences to another
@@ -133,7 +135,8 @@ class Core:
     def next_wake(self, now: float) -> float | None:
         """When `plan` has something to do although no event came: a worker runs out of planned work, a deadline passes.
         Ageing needs no wake: it changes who is next, and room for the next comes with an event."""
-        wake = self._deadlines[0][0] if self._deadlines else None
+        dues = [until for until in self._lifecycle.parked.values() if until is not None]
+        wake = min([*dues, *(due for due, _ in self._deadlines[:1])], default=None)
         for worker in self._workers.values():
             if len(worker.in_flight) >= self._depth(worker) or (worker.quarantined is not None and worker.in_flight):
                 continue

@@ -67,6 +67,7 @@ class Request:
         "attempts",
         "deadline",
         "default_max_tokens",
+        "fingerprint",
         "first_planned",
         "first_token",
         "id",
@@ -98,6 +99,7 @@ class Request:
         self.salt = f"{event.tenant}\0{event.cache_salt}"
         self.attempts = event.attempts
         self.prompts = event.prompts
+        self.fingerprint = event.fingerprint  # of the worker that a choice was placed on last; "": unknown
         count = len(event.prompts) * event.sampling.n
         states = event.choices or [ChoiceState()] * count
         self.sequences = [
@@ -108,6 +110,22 @@ class Request:
         self.first_planned: float | None = None
         self.first_token: float | None = None
         self.preemptions = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether a choice has a token, or may get one: it is on a worker."""
+        return any(s.cursor or s.seat >= 0 or s.state is State.ENDED for s in self.sequences)
+
+    def may_run_at(self, fingerprint: str) -> bool:
+        """Whether a worker with these weights may run it: what has begun goes on with what it has begun with. Older
+        workers do not tell ("") and are trusted."""
+        known = self.fingerprint
+        return fingerprint == known or not (known and fingerprint and self.begun)
+
+    def place_at(self, fingerprint: str) -> None:
+        """One of its choices starts on a worker with these weights."""
+        if fingerprint or not self.begun:
+            self.fingerprint = fingerprint
 
 
 class PrefixHits(NamedTuple):
@@ -153,6 +171,7 @@ class Sequence:
         "seat",
         "served",
         "state",
+        "stranded",
         "top_placement",
         "uncached",
         "waiting_level",
@@ -190,6 +209,7 @@ class Sequence:
         self.cached_tokens: int | None = None  # prefix-cache hits at its first placement
         self.drops = 0  # placements in a row that a worker gave up without a token
         self.dropped_at = 0  # known tokens at the last of them
+        self.stranded: float | None = None  # since when only workers with other weights are left
         self.served = False  # its prompt has been charged to its tenant
         self.cleared = 0  # attempts of the request when it last completed a step alone
         self.waiting_level = request.level  # its class, raised by waiting

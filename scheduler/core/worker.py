@@ -65,6 +65,7 @@ class WorkerState:
         self.block_size = pool.unit_tokens
         self.blocks = BlockManager(pool.units, pool.unit_tokens)
         self.level = capacity.level
+        self.fingerprint = capacity.fingerprint
         self.limit = min(capacity.max_model_len, pool.units * pool.unit_tokens)  # tokens of one sequence, in all
         self.budget = min(capacity.max_num_batched_tokens, most_tokens or NEVER)
         self.most_seqs = min(capacity.max_num_seqs, most_seqs or NEVER, self.budget)
@@ -151,8 +152,10 @@ class WorkerState:
         return max(0.0, head.expected_s - elapsed) + sum(f.expected_s for f in waiting[1:])
 
     def fits(self, sequence: Sequence) -> bool:
-        """Whether ``sequence`` can run here at all: its context fits, and the worker's version can read it."""
-        return sequence.target <= self.limit and sequence.level <= self.level
+        """Whether ``sequence`` can run here at all: its context fits, the worker's version can read it, and if its
+        request has begun, it has begun with these weights."""
+        able = sequence.target <= self.limit and sequence.level <= self.level
+        return able and sequence.request.may_run_at(self.fingerprint)
 
     def is_empty(self) -> bool:
         return not (self.running or self.departing or self.assigned or self.quarantined)

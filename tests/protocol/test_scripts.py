@@ -9,7 +9,7 @@ import pytest
 
 from protocol import messages
 from protocol.errors import Conflict, Fenced, NotFound, Overloaded, StoreFailed
-from protocol.messages import CommitRow, Hint, HintRow, Job, Plan, Terminal, decode_rows, pack_ids
+from protocol.messages import CommitRow, Hint, HintRow, Job, NewSequence, Plan, Terminal, decode_rows, pack_ids
 from protocol.records import Limits
 from protocol.sampling import SamplingParams
 from tests.bus import Bus
@@ -502,6 +502,30 @@ class TestWorkers:
 
 
 class TestPlan:
+    async def test_what_has_begun_is_placed_only_at_its_fingerprint(self, stage: Stage) -> None:
+        rid = await stage.accept()
+        await stage.admit(rid)
+
+        async def placed(fingerprint: str, placement: int, cursor: int) -> bool:
+            stage.step += 1
+            new = [NewSequence(0, rid, 0, placement, b"", 3, SamplingParams(), 5, cursor, b"", 0)]
+            plan = Plan(stage.epoch, stage.gen, stage.step, new=new)
+            await stage.bus.plan(stage.epoch, "w0", stage.gen, plan, fingerprint=fingerprint)
+            return stage.field(rid, "p0") == str(placement)
+
+        assert await placed("a" * 64, 1, 0)
+        assert await placed("b" * 64, 2, 0), "no token yet: it may run anywhere"
+        row = CommitRow(rid, 0, 2, 0, frame(7), None)
+        assert await stage.commit(row) == "l"
+        cursor = len(frame(7))
+        assert not await placed("a" * 64, 3, cursor)
+        assert await placed("b" * 64, 4, cursor)
+        assert await placed("", 5, cursor), "an older worker does not tell"
+        assert not await placed("a" * 64, 6, cursor)
+        record = await stage.bus.read_request(rid)
+        assert record is not None
+        assert record.fingerprint == "b" * 64
+
     async def test_records_placements_and_beats_for_the_leader(self, stage: Stage) -> None:
         rid = await stage.accept(Job(prompt="x", sampling=SamplingParams(n=2)))
         await stage.admit(rid)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -35,6 +36,7 @@ from protocol.structures.grammar import Grammars, TokenVocabulary
 from workers.detokenizer import Vocabulary
 from workers.engines.base import Progress, Sampled, Scores
 from workers.engines.checks import NON_FINITE, scores_prompt
+from workers.fingerprint import fingerprint
 from workers.masks import Masks, StepMasks
 
 EOS = 256  # of the built-in byte vocabulary: ids 0 to 255 are bytes
@@ -107,7 +109,16 @@ class SimulatedEngine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             pools=[PoolCapacity("full", config.block_size, config.num_blocks)],
             vocab_size=self._vocab_size, engine="simulated", device="none", stages=self.stages,
+            fingerprint=self._fingerprint(),
         )  # fmt: skip
+
+    def _fingerprint(self) -> str:
+        """Of what decides which tokens it gives."""
+        config = self.config
+        ends = sorted(self.eos_token_ids)
+        computed = {"engine": "simulated", "tokens": f"{self._range} {ends} {config.eos_one_in} {config.random}"}
+        directory = Path(config.model).expanduser() if config.model is not None else None
+        return fingerprint(directory if directory is not None and directory.is_dir() else None, computed)
 
     def _load_tokenizer(self, model: str) -> None:
         from transformers import AutoTokenizer  # takes seconds to import

@@ -20,6 +20,7 @@ from protocol.errors import ModelRefused, StartError, StructureNotSupported
 from protocol.messages import Capacity, Plan, PoolCapacity
 from protocol.structures.grammar import Grammars
 from workers.engines.base import ALONE, Place, Progress
+from workers.fingerprint import fingerprint
 from workers.masks import Masks
 from workers.torch_engine import loader, verify
 from workers.torch_engine.backend import Backend
@@ -84,6 +85,7 @@ class TorchEngine:
         card = card_of(self.device, config.gpu_memory_utilization)
         if card is not None:
             self._check_room(card, model_config)
+        self._dtype = loader.choose_dtype(config.dtype, model_config, self.device)  # of the weights
         self._load_checked(model_config, progress)
         self.tokenizer = loader.load_tokenizer(config.model)
         self.eos_token_ids = loader.eos_token_ids(config.model, model_config)
@@ -114,6 +116,7 @@ class TorchEngine:
             device=str(self.device),
             step_us=backend.step_us,
             stages=self.place.stages,
+            fingerprint=self._fingerprint(),
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -122,6 +125,18 @@ class TorchEngine:
         if backend is not None:  # transformers' own call changes settings of the object, which other threads use
             return list(backend.encode(text, add_special_tokens=False).ids)
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _fingerprint(self) -> str:
+        """Of the checkpoint, and of all that decides what is computed from it."""
+        config, pool = self.config, self.backend.pool
+        computed = {
+            "engine": "torch",
+            "dtype": str(self._dtype),
+            "quantization": config.quantization or "",
+            "kv_dtype": str(pool.keys[0].dtype) if pool.keys else "",
+            "rotary": str(self.max_model_len) if self._rotary_fixed else "",  # tables that were chosen by the context
+        }
+        return fingerprint(loader.directory_of(config.model), computed)
 
     def _make_grammars(self) -> Grammars:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -175,7 +190,7 @@ class TorchEngine:
         device, longest = self.device, max(self.max_model_len, verify.LENGTH)
         model = loader.load_model(self.config, model_config, device, progress, self.group)
         backend.take(model)
-        loader.fix_rotary(model, self.max_model_len)
+        self._rotary_fixed = loader.fix_rotary(model, self.max_model_len)
         progress("check", 0.0)
         own = verify.own_logits(model, device) if backend.compares_original else None
         backend.replace_modules()

@@ -6,11 +6,13 @@ name before its weights are loaded, where the config tells; the rest is found by
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.hub import cached_file
 from transformers.utils import logging as transformers_logging
 
 from protocol.errors import HeadraceError, ModelRefused, StartError
@@ -44,6 +46,14 @@ def load_config(model: str) -> Any:
         raise StartError(f"{model}: cannot read the model's config: {_first_line(error)}") from error
     refuse_by_config(model, config)
     return config
+
+
+def directory_of(model: str) -> Path:
+    """Where the files of ``model`` are: the directory itself, or that of the hub's cache, once it was loaded."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    return Path(str(cached_file(model, "config.json", local_files_only=True))).parent
 
 
 def refuse_by_config(model: str, config: Any) -> None:
@@ -218,19 +228,21 @@ def eos_token_ids(model: str, config: Any) -> list[int]:
 
 
 @torch.no_grad()
-def fix_rotary(model: torch.nn.Module, max_model_len: int) -> None:
+def fix_rotary(model: torch.nn.Module, max_model_len: int) -> bool:
     """Make rotary tables that depend on the batch (longrope, dynamic) those of ``max_model_len``, for good.
 
     transformers picks them anew in each pass by the longest position in it, so that a long neighbour would
     change a short request. Each module is asked once at the longest position and told to stay so; asked again
-    with another length, it changes.
+    with another length, it changes. Returns whether there was any.
     """
+    fixed = False
     for module in model.modules():
         rope = module.__dict__.setdefault("headrace_rope", getattr(module, "rope_type", None))  # what it came with
         if rope is not None:
             module.rope_type = rope
         kinds: dict[str | None, str] = rope if isinstance(rope, dict) else {None: rope} if isinstance(rope, str) else {}
         moving = [layer for layer, kind in kinds.items() if kind == "longrope" or "dynamic" in kind]
+        fixed |= bool(moving)
         for layer in moving:
             position = torch.tensor([[max_model_len - 1]])
             buffer = next(module.buffers(), position)
@@ -240,6 +252,7 @@ def fix_rotary(model: torch.nn.Module, max_model_len: int) -> None:
             module.rope_type = {layer: "fixed" if layer in moving else kind for layer, kind in rope.items()}  # type: ignore[assignment]
         elif moving:
             module.rope_type = "fixed"  # type: ignore[assignment]
+    return fixed
 
 
 class _LoadingBar:
