@@ -17,6 +17,7 @@ from scheduler.core.waiting import CACHED_TOKEN_COST
 from scheduler.core.worker import InFlightBatch, WorkerState
 
 LEAST_SHARE = 64  # prefill tokens of a step: fewer are not worth evening out between the stages of a pipeline
+MOST_PASSED = 64  # heads of the queue that wait for other weights, in one look
 
 
 def _giving_way(sequence: Sequence) -> tuple[int, float, int, str]:
@@ -139,7 +140,15 @@ class BatchBuilder:
     def _assign_next(self, worker: WorkerState) -> Sequence | None:
         """Assign sequences from the queue's head to workers until ``worker`` has one; it, or None if none may start
         there. Heads that are better off elsewhere are assigned there, as far as the others have room: order is kept,
-        none overtakes the head."""
+        none overtakes the head, but where the head waits for weights that this worker does not have."""
+        passed: list[Sequence] = []
+        found = self._assign_past(worker, passed)
+        for sequence in passed:
+            self._lifecycle.queue.push(sequence, self._lifecycle.now)
+        return found
+
+    def _assign_past(self, worker: WorkerState, passed: list[Sequence]) -> Sequence | None:
+        """As _assign_next. ``passed`` gets heads with other weights, taken out of the queue."""
         queue = self._lifecycle.queue
         while not worker.assigned:
             head = queue.head()
@@ -155,9 +164,12 @@ class BatchBuilder:
             else:
                 able = [other for other in serving if self._has_room(head, other, worker)]
             chosen = placement.choose(head, able)
-            if chosen is None:
+            if chosen is None and (len(passed) == MOST_PASSED or head.request.may_run_at(worker.fingerprint)):
                 return None
             queue.remove(head)
+            if chosen is None:
+                passed.append(head)
+                continue
             self._lifecycle.worker_of[head] = chosen
             if head.needs_quarantine:
                 chosen.quarantined = head

@@ -9,6 +9,7 @@ from scheduler.core.scheduler import Core, CoreConfig
 from tests.factories import arrive, core, hint, only, plans, serving
 
 GRACE_S = 60.0
+JOURNAL = {("r", 0): ChoiceState(array("i", [1]), 10, 1)}
 
 
 def begun_on_old(**kwargs) -> Core:
@@ -20,9 +21,6 @@ def begun_on_old(**kwargs) -> Core:
     return c
 
 
-JOURNAL = {("r", 0): ChoiceState(array("i", [1]), 10, 1)}
-
-
 def test_a_lost_worker_s_request_waits_for_its_weights_and_goes_on_with_them():
     c = begun_on_old()
     c.apply(WorkerLost("w0", 1, JOURNAL), 1.0)
@@ -32,6 +30,19 @@ def test_a_lost_worker_s_request_waits_for_its_weights_and_goes_on_with_them():
     c.check_integrity()
     c.apply(serving("w2", 3, fingerprint="old"), 30.0)
     assert [new.rid for new in plans(c.plan(30.0), "w2")[0].new] == ["r"]
+    c.check_integrity()
+
+
+def test_others_overtake_it_on_workers_with_other_weights():
+    c = core(CoreConfig(max_num_batched_tokens=64), fingerprint="old", seqs=1)
+    c.apply(arrive("runs", 6, max_tokens=50), 0.0)
+    c.plan(0.0)
+    c.apply(serving("w1", 2, fingerprint="new", seqs=1), 0.0)
+    for number in range(3):
+        c.apply(arrive(f"begun {number}", 6, fingerprint="old", choices=[JOURNAL["r", 0]]), 0.0)
+    c.apply(arrive("another", 6, arrived=1.0), 1.0)
+    assert [new.rid for new in plans(c.plan(1.0), "w1")[0].new] == ["another"]
+    assert c.stats().waiting == 3
     c.check_integrity()
 
 
