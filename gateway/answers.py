@@ -19,7 +19,7 @@ from gateway.auth import Caller
 from gateway.edge import encode_json, error_answer, error_body, json_answer
 from gateway.headers import rate_headers
 from gateway.metrics import ACTIVE, DURATION, E2E, OUTPUT_TOKENS, PROMPT_TOKENS, REQUESTS
-from gateway.models import Model
+from gateway.models import Model, Models
 from gateway.openai.render import Chunks, EventId, Tally, whole_answer
 from gateway.openai.view import View
 from gateway.routing.money import Money
@@ -27,7 +27,9 @@ from gateway.routing.router import Step
 from gateway.sse import EventReader, ReaderStalled
 from gateway.streams import Collector, Follower
 from gateway.tracing import AnswerTrace
+from protocol.bus import HomeBus
 from protocol.errors import (
+    Conflict,
     HeadraceError,
     NotFound,
     Overloaded,
@@ -35,10 +37,11 @@ from protocol.errors import (
     ServiceError,
     StreamDiverged,
     Unavailable,
+    Voided,
     http_status,
 )
 from protocol.messages import Job, body_hash, encode, new_rid
-from protocol.records import Accepted, Limits
+from protocol.records import Accepted, Claim, Limits
 from protocol.telemetry.context import trace_id_of
 
 log = logging.getLogger("headrace.gateway")
@@ -85,11 +88,21 @@ class Draining(Unavailable):
     """This gateway shuts down; the request continues and can be resumed on any other."""
 
 
+class RunsElsewhere(Unavailable):
+    """The request of this idempotency key runs on ``model``, for which the client's name stood at the time."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__("the request of this idempotency key runs on another model")
+        self.model = model
+
+
 class Answers:
     """Answers requests of every model. ``name`` is this process's reply channel."""
 
-    def __init__(self, name: str, limits: Limits, stall_s: float, money: Money) -> None:
+    def __init__(self, name: str, limits: Limits, stall_s: float, money: Money, home: HomeBus, models: Models) -> None:
         self.name = name
+        self._home = home
+        self._models = models
         self.limits = limits
         self.money = money
         self.stall_s = stall_s
@@ -144,12 +157,13 @@ class Answers:
     async def _submit(self, ask: Ask) -> None:
         """Accept the job; its follower is registered before the first row can arrive. If the client disconnects
         meanwhile, the request is cancelled once accept has returned."""
-        rid = ask.fresh_rid
+        claim = await self._claim(ask) if ask.idempotency else None
+        rid, found = (ask.fresh_rid, False) if claim is None else (claim.rid, not claim.mine)
         follower = self._made(ask, rid, ask.job, ask.view)
         follower.accepted = False
         self._follow(ask, follower)
         began = time.monotonic()
-        accepting = self._spawn(self._accept(ask, rid))
+        accepting = self._spawn(self._accept(ask, rid, claim))
         try:
             accepted = await asyncio.shield(accepting)
         except BaseException as error:
@@ -157,7 +171,7 @@ class Answers:
             ask.model.outlet.remove(follower)
             if isinstance(error, asyncio.CancelledError):
                 self._spawn(self._give_up_when_accepted(ask, accepting))
-            elif isinstance(error, Unavailable):  # it may be there, only the reply was lost
+            elif isinstance(error, Unavailable) and not found:  # it may be there, only the reply was lost
                 self._spawn(self._give_up(ask.model, ask.caller.tenant, rid, 0, ask.view.grace_s))
             raise
         ask.rid = accepted.rid
@@ -165,24 +179,49 @@ class Answers:
         log.debug("request %s is %s", accepted.rid, "joined" if accepted.joined else "accepted")
         ask.rates = rate_headers(ask.caller.limits, accepted.left)
         follower.accepted = True
+        ask.model.outlet.saw(accepted.rid, accepted.attached)
         if accepted.joined:
             ask.model.outlet.remove(follower)
             await self._join(ask, accepted)
 
-    async def _accept(self, ask: Ask, rid: str) -> Accepted:
+    async def _claim(self, ask: Ask) -> Claim:
+        """The claim of the request's idempotency key: a new one, or that of whoever came first. One for another body or
+        model whose request was refused, or never came, is freed. RunsElsewhere, Conflict."""
+        asked = ask.step.asked if ask.step is not None else ""
+        body, model = _fingerprint(ask), ask.model.name
+        while True:
+            claim = await self._home.claim(
+                ask.caller.tenant, ask.idempotency or "", asked or model, model=model, rid=ask.fresh_rid, body=body
+            )
+            if (claim.model, claim.body) == (model, body):
+                return claim
+            holder = ask.model if claim.model == model else await self._models.get(claim.model)
+            if not await holder.bus.void(claim.rid):
+                if holder is not ask.model:
+                    raise RunsElsewhere(claim.model)
+                raise Conflict("this idempotency key was used with another body", param="Idempotency-Key")
+            await self._home.free(claim)
+
+    async def _accept(self, ask: Ask, rid: str, claim: Claim | None) -> Accepted:
         async with ask.model.accepting:
             if ask.follower is None:
                 raise Unavailable("the client has gone before its turn came")
-            return await ask.model.bus.accept(
-                ask.job,
-                rid=rid,
-                idempotency=ask.idempotency,
-                reply_to=self.name,
-                limits=(ask.step.limits if ask.step is not None else None) or self.limits,
-                tenant_limits=ask.caller.limits,
-                prompt_tokens=_prompt_tokens(ask.job),
-                fingerprint=_fingerprint(ask) if ask.idempotency else None,
-            )
+            try:
+                return await ask.model.bus.accept(
+                    ask.job,
+                    rid=rid,
+                    idempotency=ask.idempotency,
+                    reply_to=self.name,
+                    limits=(ask.step.limits if ask.step is not None else None) or self.limits,
+                    tenant_limits=ask.caller.limits,
+                    prompt_tokens=_prompt_tokens(ask.job),
+                    fingerprint=claim.body if claim is not None else None,
+                    claimed=claim is not None and not claim.mine,
+                )
+            except Voided:
+                if claim is not None:
+                    await self._home.free(claim)
+                raise
 
     async def _join(self, ask: Ask, accepted: Accepted) -> None:
         """Follow the request that an idempotency key named, from its beginning, and show it as it was asked for."""
@@ -331,6 +370,8 @@ class Answers:
             return answer
         except (RequestError, ServiceError) as error:
             ask.status = error.status
+            if isinstance(error, RunsElsewhere):
+                raise
             if isinstance(error, Overloaded):
                 if not ask.rid and not ask.last:
                     raise  # nothing was accepted: another candidate may take it

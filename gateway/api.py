@@ -7,12 +7,13 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from gateway.answers import Answers, Ask
+from gateway.answers import Answers, Ask, RunsElsewhere
 from gateway.auth import Caller
 from gateway.edge import Routes, decode_body, json_answer, read_body
 from gateway.metrics import CONTENT_TYPE, exposition
@@ -162,16 +163,33 @@ class Api:
             last = place == len(steps) - 1
             try:
                 if step.model is not None:
-                    made = job(step.model)
-                    return await self._answer(
-                        request, step.model, caller, made, bool(body.stream), detached, step, last
-                    )
+                    return await self._run(request, caller, step, last, body, detached, job)
                 return await self.upstreams.answer(step, request, caller, kind, raw or b"")
             except (Overloaded, UpstreamDown) as error:
                 if last:
                     raise
                 log.info("%s does not take a request (%s), the next candidate is asked", step.name, error.wire_code)
         raise AssertionError("the last candidate answers or raises")
+
+    async def _run(
+        self,
+        request: web.BaseRequest,
+        caller: Caller,
+        step: Step,
+        last: bool,
+        body: bodies.GenerationBody,
+        detached: bool,
+        job: Callable[[Model], Job],
+    ) -> web.StreamResponse:
+        """Answer by a served model: the candidate, or the one on which the request of this idempotency key runs."""
+        assert step.model is not None
+        stream = bool(body.stream)
+        try:
+            return await self._answer(request, step.model, caller, job(step.model), stream, detached, step, last)
+        except RunsElsewhere as error:
+            model = await self.models.get(error.model)
+            step = replace(step, name=error.model, model=model, why="its idempotency key")
+            return await self._answer(request, model, caller, job(model), stream, detached, step, last=True)
 
     async def _answer(
         self,

@@ -23,12 +23,13 @@ from gateway.contracts.routes import Contract
 from gateway.edge import Routes, Server, error_answer
 from gateway.headers import Origins, arrived, parse_origins, tell
 from gateway.metrics import CONTENT_TYPE, exposition
-from gateway.models import Models
+from gateway.models import PATIENCE_S, Models
 from gateway.page.hosts import Hosts, parse_hosts
 from gateway.page.routes import Page
 from gateway.routing.money import Money
 from gateway.routing.router import Router
 from gateway.routing.upstream import Upstreams
+from protocol.bus import HomeBus
 from protocol.errors import HeadraceError, NotFound, StartError
 from protocol.records import Limits
 from protocol.telemetry.traces import traces
@@ -86,7 +87,8 @@ class Gateway:
         self.keys = KeyRing(config.api_keys_file)
         self.models = Models(config.redis_url, self.name)
         self.money = Money(self.models)
-        self.answers = Answers(self.name, config.limits, config.stall_timeout, self.money)
+        self.home = HomeBus(config.redis_url, patience=PATIENCE_S)
+        self.answers = Answers(self.name, config.limits, config.stall_timeout, self.money, self.home, self.models)
         self.upstreams = Upstreams(self.money)
         self.traces = traces("gateway")
         self._apart = self.keys.required or config.metrics_port is not None
@@ -131,6 +133,7 @@ class Gateway:
         await self.answers.close()
         await self.upstreams.close()
         await self.money.close()
+        await self.home.close()
         await self.models.close()
         if self.traces is not None:
             await self.traces.close()

@@ -156,6 +156,10 @@ class Unavailable(ServiceError):
     pass
 
 
+class Voided(Unavailable):
+    """The claim of this request's idempotency key was freed before it was accepted."""
+
+
 class WeightsChanged(Unavailable):
     code = "weights_changed"
 

@@ -13,6 +13,7 @@ from protocol.errors import InvalidRequest
 MODEL_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
+HOME = "headrace:{@home}:"  # prefix of what is not of one model: its tag is no model's name
 REGISTRY = "headrace:models"  # hash: served model name -> ModelCard
 ROUTING = "{headrace:models}:routing"  # string: the table of aliases, routes, ...; in the slot of the registry
 GROUP = "scheduler"  # the one consumer group of the inbox
@@ -23,6 +24,14 @@ def check_name(value: str, field: str) -> str:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise InvalidRequest(f"{field} must match [A-Za-z0-9_-]{{1,64}}", param=field)
     return value
+
+
+def claim_name(tenant: str, key: str, name: str) -> str:
+    """Of the claim of an idempotency key: ``name`` is the model as the client wrote it. Below HOME."""
+    check_name(tenant, "tenant")
+    if not MODEL_NAME.fullmatch(name):
+        raise InvalidRequest("model must match [A-Za-z0-9._:/-]{1,128}", param="model")
+    return f"claim:{tenant}:{check_name(key, 'id')}:{name}"
 
 
 class Keys:

@@ -32,6 +32,17 @@ class Accepted:
     left: RatesLeft = NO_RATES
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What stands behind an idempotency key: the request ``rid`` of ``model``, accepted or about to be."""
+
+    name: str  # protocol.keys.claim_name
+    model: str
+    rid: str
+    body: str  # hash of the body
+    mine: bool = True  # made by this call; else by an earlier one, whose request may be there or not
+
+
 @dataclass
 class RequestRecord:
     """`r:<rid>` decoded. ``prompts`` is empty until admission. Lists have one entry per choice."""

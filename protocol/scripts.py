@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 NAMES = (
-    "accept", "admit", "attach", "cancel", "commit", "depth", "finish", "heartbeat", "join", "keep_answer", "lead",
-    "plan", "recount", "register", "reject", "release", "renew_lead", "retire", "shed", "spend", "trim",
+    "accept", "admit", "attach", "cancel", "claim", "commit", "depth", "finish", "heartbeat", "join", "keep_answer",
+    "lead", "plan", "recount", "register", "reject", "release", "renew_lead", "retire", "shed", "spend", "trim",
+    "unclaim", "void",
 )  # fmt: skip
 INCLUDES: dict[str, tuple[str, ...]] = {
     "accept": ("_channels", "_tenants"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from protocol import records as wire
-from protocol.bus import LeaderBus
+from protocol.bus import HomeBus, LeaderBus
 from protocol.messages import LANDED, body_hash, encode
 from protocol.telemetry.traces import Traces
 from scheduler.answers import Answers, AnswerSettings
@@ -41,6 +41,7 @@ from scheduler.intake import Intake
 from scheduler.metrics import Health, Metrics
 from scheduler.prompts.tokenizer_pool import TokenizerPool
 from scheduler.recovery import READS_AT_ONCE, UNREADABLE, arrive, read_choices, read_state, terminal_row
+from scheduler.sweep import sweep_often
 from scheduler.tracing import RequestTraces
 from scheduler.workers import WorkerRegistry
 
@@ -72,6 +73,7 @@ class Process:
     answers: AnswerSettings = field(default_factory=AnswerSettings)
     fingerprint: str = ""  # of the model, where answers are cached
     weights_grace_s: float = 60.0  # how long a begun request waits for its weights beside workers with others
+    home: HomeBus | None = None  # whose claims for this model the leader sweeps
 
 
 class Term:
@@ -81,6 +83,7 @@ class Term:
         self._bus = bus = process.bus
         self._epoch = epoch
         self._model = process.model
+        self._home = process.home
         self._tokenizers = tokenizers = process.tokenizers
         self._longest_wanted = process.max_model_len
         self._metrics = metrics = process.metrics
@@ -123,6 +126,8 @@ class Term:
             group.create_task(self._plan())
             group.create_task(self._inbox.run())
             group.create_task(self._tick())
+            if self._home is not None:
+                group.create_task(sweep_often(self._home, self._bus, self._model))
 
     # -------------------------------------------------------------- taking over
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from aiohttp.web import AppRunner
 
-from protocol.bus import LeaderBus
+from protocol.bus import HomeBus, LeaderBus
 from protocol.errors import Fenced
 from protocol.keys import check_name
 from protocol.preloaded import Preloaded
@@ -102,6 +102,7 @@ class _Life:
         name = check_name(config.name, "name") if config.name else socket.gethostname()
         # unique to this process: a restarted scheduler must not be taken for the one before
         self.owner = f"{name}.{secrets.token_hex(4)}"
+        self.claims = HomeBus(config.redis_url)
         self.bus = LeaderBus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
         self.tokenizers = TokenizerPool(
             config.model, config.max_model_len, config.special_tokens_in_content, home,
@@ -146,7 +147,7 @@ class _Life:
             self.bus, self.tokenizers, self.metrics, self.health, clock, timing, model,
             config.tenant_weights or {}, config.max_model_len, config.inter_token_target_ms / 1e3,
             self.traces, config.trace_content, config.answers, self.fingerprint,
-            config.weights_grace,
+            config.weights_grace, self.claims,
         )  # fmt: skip
         term = Term(process, epoch)
         deposed: BaseException | None = None
@@ -171,6 +172,7 @@ class _Life:
         if self.status is not None:
             await self.status.cleanup()
         await self.bus.close()
+        await self.claims.close()
         self.tokenizers.close()
 
 

@@ -14,7 +14,7 @@ import redis
 from headrace import default_model
 from headrace.model import cache_dir
 from headrace.serve.embedded import FAST, EmbeddedServer
-from protocol.keys import REGISTRY
+from protocol.keys import HOME, REGISTRY
 from tests.bus import Bus
 from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
 
@@ -82,7 +82,7 @@ async def bus(redis_url: str, raw: redis.Redis) -> AsyncIterator[Bus]:
 
 # keys that may stay for ever: the rest must be gone or carry a TTL once every request has ended
 PERMANENT = {"leader", "jobs", "events", "dead", "depth", "workers", "tokenizer", "tokenizer_info"}
-PERMANENT_PREFIXES = ("w:", "plans:")  # and sets of running requests are empty, so gone
+PERMANENT_PREFIXES = ("w:", "plans:")  # and sets of running requests are empty, so gone; claims are swept
 
 
 def leaked_keys(client: redis.Redis, model: str = MODEL) -> list[str]:
@@ -92,7 +92,7 @@ def leaked_keys(client: redis.Redis, model: str = MODEL) -> list[str]:
     for raw_key in client.scan_iter():
         key = raw_key.decode()
         name = key.removeprefix(prefix)
-        if key == REGISTRY or name in PERMANENT or name.startswith(PERMANENT_PREFIXES):
+        if key == REGISTRY or key.startswith(HOME) or name in PERMANENT or name.startswith(PERMANENT_PREFIXES):
             continue
         if client.ttl(key) == -1:
             leaks.append(key)

@@ -5,8 +5,9 @@ lost reply is answered by asking again (protocol/connection.py).
 """
 
 from protocol.bus.gateway import GatewayBus
+from protocol.bus.home import HomeBus
 from protocol.bus.leader import LeaderBus
 from protocol.bus.producer import ProducerBus
 from protocol.bus.worker import WorkerBus
 
-__all__ = ["GatewayBus", "LeaderBus", "ProducerBus", "WorkerBus"]
+__all__ = ["GatewayBus", "HomeBus", "LeaderBus", "ProducerBus", "WorkerBus"]

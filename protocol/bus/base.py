@@ -17,6 +17,7 @@ from protocol.records import LeaderRecord, RequestRecord, WorkerRecord
 from protocol.scripts import load
 
 OLDEST_SERVER = (6, 2)
+VOID_STAYS_MS = 86_400_000  # longer than any accept is under way
 OLDEST_IN_CLUSTER = (7, 0)  # sharded pub/sub
 
 
@@ -98,6 +99,11 @@ class RequestReads(Base):
 
     async def read_request(self, rid: str) -> RequestRecord | None:
         return records.request_record(rid, await self._link.command("HGETALL", self.keys.request(rid)))
+
+    async def void(self, rid: str) -> bool:
+        """See to it that ``rid``, which was claimed (HomeBus), is never accepted any more. False: there is such a
+        request."""
+        return bool(await self._run("void", rid, VOID_STAYS_MS, key=self.keys.live))
 
     async def read_journals(self, journals: Sequence[tuple[str, int]]) -> list[bytes]:
         """Whole journals of many (rid, choice), in one round trip."""

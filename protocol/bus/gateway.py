@@ -12,7 +12,7 @@ from protocol import records
 from protocol.bus.base import RequestReads, job_fingerprint
 from protocol.bus.producer import ProducerBus
 from protocol.connection import Argument, Link, OutOfMemory
-from protocol.errors import Conflict, InvalidRequest, NotFound, Overloaded, RatesLeft, Unavailable
+from protocol.errors import Conflict, InvalidRequest, NotFound, Overloaded, RatesLeft, Unavailable, Voided
 from protocol.keys import REGISTRY, check_name
 from protocol.levels import job_level, plainer
 from protocol.messages import Job, ModelCard, encode
@@ -32,7 +32,7 @@ _card_decoder = msgspec.msgpack.Decoder(ModelCard)
 class GatewayBus(RequestReads, ProducerBus):
     """The calls of a gateway."""
 
-    SCRIPTS: ClassVar[tuple[str, ...]] = ("accept", "attach", "cancel", "shed")
+    SCRIPTS: ClassVar[tuple[str, ...]] = ("accept", "attach", "cancel", "shed", "void")
 
     async def _accept(self, *args: Argument) -> Reply:
         """Cached answers go before any request is refused for want of memory."""
@@ -54,13 +54,15 @@ class GatewayBus(RequestReads, ProducerBus):
         tenant_limits: TenantLimits | None = None,
         prompt_tokens: int = 0,
         fingerprint: str | None = None,
+        claimed: bool = False,
     ) -> Accepted:
         """Make ``job`` durable. Raises Overloaded (with retry_after), Conflict (same key, other body), Unavailable, and
         InvalidRequest for a prompt beyond all the tokens that its tenant has in a minute. ``tenant_limits`` None: those
         that a gateway told last.
 
         Safe to repeat with the same ``rid``. ``fingerprint`` tells whether two bodies under one idempotency key are
-        the same; by default it is the hash of the job without its view and reply channel.
+        the same; by default it is the hash of the job without its view and reply channel. ``claimed``: ``rid`` is that
+        of a claim which another call made (HomeBus), so the request may be there already. Voided: the claim was freed.
         """
         channel = reply_to or job.reply_to or ""
         idem = self._idempotency(job.tenant, idempotency) if idempotency else ""
@@ -71,15 +73,18 @@ class GatewayBus(RequestReads, ProducerBus):
                 *(int((job.timeout_s or 0) * 1000), channel, job.results or "", job.id or "", idem, prompt_tokens),
                 *("" if bound is None else bound for bound in (*bounds, *_limit_arguments(tenant_limits))),
                 job_level(job),
+                int(claimed),
             )
             if reply != [b"older"] or job_level(plainer(job)) == job_level(job):
                 break
             job = plainer(job)
         match reply:
             case [b"ok", _, *left]:
-                return Accepted(rid, joined=False, left=_left(left))
+                return Accepted(rid, joined=False, attached=int(claimed), left=_left(left))
             case [b"joined", owner, attached]:
                 return Accepted(owner.decode(), joined=True, attached=attached)
+            case [b"void"]:
+                raise Voided("this request waited too long to be accepted; send it again", retry_after=1.0)
             case [b"conflict"]:
                 raise Conflict("this idempotency key was used with another body", param="Idempotency-Key")
             case [b"full"]:

@@ -60,6 +60,7 @@ class LeaderBus(RequestReads):
         "shed",
         "spend",
         "trim",
+        "void",
     )
 
     def __init__(self, url: str, model: str, *, patience: float | None = None, retention_s: float = 600.0) -> None:

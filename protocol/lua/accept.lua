@@ -2,26 +2,37 @@
 -- ARGV: P, rid, n, tenant, body, hash, timeout_ms, channel, results, id, idempotency key name without prefix,
 --       prompt_tokens, the bounds requests, tokens, tenant_requests, tenant_tokens ('' = unbounded), and the tenant's
 --       limits: requests at once, requests and tokens per minute ('' = none), or '-' for all three: as they were told last,
---       and the least level of a leader that can read the body
+--       and the least level of a leader that can read the body; '1': the rid is that of an earlier claim of the key, so
+--       that another caller may have made the request, or make it at this moment
 -- -> {'ok', rid, requests left, tokens left} ('' where the tenant has no such limit; {'ok', rid} when repeated)
 --    | {'joined', rid, attached} | {'conflict'} | {'full'}
 --    | {'busy', waiting tokens, tokens per second, requests left, tokens left}
 --    | {'limit', which, milliseconds to wait, requests left, tokens left} | {'older'}: the leader cannot read it
+--    | {'void'}: the claim was freed
 local rid, n, tenant, body, hash, timeout = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
 local channel, results, id, idem, prompt_tokens = ARGV[8], ARGV[9], ARGV[10], ARGV[11], tonumber(ARGV[12])
 local live, record = P .. 'live', P .. 'r:' .. rid
 
-if redis.call('EXISTS', record) == 1 then return {'ok', rid} end -- repeated after a lost reply
+local claimed = ARGV[21] == '1'
+
+local function join(owner)
+  allow_when_full()
+  if channel ~= '' and not add_channel(owner, channel) then return {'full'} end
+  return {'joined', owner, redis.call('HINCRBY', P .. 'r:' .. owner, 'attached', 1)}
+end
+
+if redis.call('EXISTS', record) == 1 then
+  if not claimed then return {'ok', rid} end -- repeated after a lost reply
+  if redis.call('HGET', record, 'hash') ~= hash then return {'conflict'} end
+  return join(rid)
+end
+if redis.call('EXISTS', P .. 'void:' .. rid) == 1 then return {'void'} end
 
 if idem ~= '' then
   local owner, owner_hash = string.match(redis.call('GET', P .. idem) or '', '^(%S+) (%S+)$')
   if owner and owner_hash ~= hash then return {'conflict'} end
   if owner == '-' then return {'conflict'} end -- the id of a push that was rejected
-  if owner and redis.call('EXISTS', P .. 'r:' .. owner) == 1 then
-    allow_when_full()
-    if channel ~= '' and not add_channel(owner, channel) then return {'full'} end
-    return {'joined', owner, redis.call('HINCRBY', P .. 'r:' .. owner, 'attached', 1)}
-  end
+  if owner and redis.call('EXISTS', P .. 'r:' .. owner) == 1 then return join(owner) end
 end
 
 if tonumber(ARGV[20]) > 0 then
@@ -56,7 +67,7 @@ local which, wait = met_limit(tenant, prompt_tokens, tonumber(now))
 if which then return {'limit', which, wait, rate_left(tenant, tonumber(now))} end
 local deadline = timeout > 0 and string.format('%.0f', tonumber(now) + timeout) or '0'
 redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', id, 'deadline', deadline, 'created', now,
-  'attempts', 0, 'n', n, 'open', n, 'attached', 0, 'results', results, 'idem', idem,
+  'attempts', 0, 'n', n, 'open', n, 'attached', claimed and 1 or 0, 'results', results, 'idem', idem,
   'charged', begin_request(tenant, rid, prompt_tokens, tonumber(now)))
 redis.call('HSET', live, rid, channel)
 if idem ~= '' then redis.call('SET', P .. idem, rid .. ' ' .. hash) end

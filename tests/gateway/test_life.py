@@ -12,7 +12,10 @@ import aiohttp
 import openai
 import pytest
 
+from protocol.errors import Unavailable
+from protocol.keys import HOME
 from protocol.messages import CommitRow, Frame, Hint, encode
+from scheduler.sweep import sweep
 from tests.gateway.backend import MODEL, Backend, word
 from tests.gateway.front import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of
 
@@ -224,6 +227,70 @@ async def test_streams_join_too(front: Front, backend: Backend) -> None:
     second = await front.events("POST", "/v1/chat/completions", json=CHAT, headers=headers)
     assert first == second
     assert len(backend.running) == 1
+
+
+async def fail_to_accept(front: Front, body: Any, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose gateway dies between its claim and accept."""
+
+    async def die(*_: Any, **__: Any) -> None:
+        raise Unavailable("it dies here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr((await front.gateway.models.get(MODEL)).bus, "accept", die)
+        status, _, _ = await front.post("/v1/completions", body, headers=headers)
+    assert status == 503
+
+
+def claimed(raw: Any) -> str:
+    """The rid of the only claim."""
+    (key,) = raw.scan_iter(f"{HOME}claim:*")
+    return str(raw.get(key).split()[1].decode())
+
+
+async def test_a_claim_without_its_request_is_completed_under_its_rid(
+    front: Front, open_gateway: Any, backend: Backend, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers, body = {"Idempotency-Key": "once-3"}, {**COMPLETION, "stream": False}
+    await fail_to_accept(front, body, headers, monkeypatch)
+    other = await open_gateway()
+    answers = [await gateway.post("/v1/completions", body, headers=headers) for gateway in (other, front)]
+    assert [(status, sent["X-Request-Id"]) for status, _, sent in answers] == [(200, claimed(raw))] * 2
+    assert answers[0][1] == answers[1][1]
+    assert len(backend.running) == 1
+
+
+async def test_a_key_whose_request_was_refused_is_free_for_another_body(
+    front: Front, backend: Backend, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers, body = {"Idempotency-Key": "once-5"}, {**COMPLETION, "stream": False}
+    await fail_to_accept(front, body, headers, monkeypatch)
+    status, _, sent = await front.post("/v1/completions", {**body, "prompt": "other"}, headers=headers)
+    assert (status, sent["X-Request-Id"]) == (200, claimed(raw))
+    status, refusal, _ = await front.post("/v1/completions", body, headers=headers)
+    assert (status, refusal["error"]["code"]) == (409, "idempotency_conflict")
+
+
+async def test_a_claim_that_nobody_completes_is_freed(
+    front: Front, backend: Backend, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers, body = {"Idempotency-Key": "once-4"}, {**COMPLETION, "stream": False}
+    home = front.gateway.answers._home
+    await fail_to_accept(front, body, headers, monkeypatch)
+    first = claimed(raw)
+    assert await sweep(home, backend.bus, MODEL) == 0, "not at once"
+    assert await backend.bus.void(first)  # a sweep that died before it freed the key
+    status, _, sent = await front.post("/v1/completions", body, headers=headers)
+    assert (status, sent["Retry-After"]) == (503, "1")
+    status, _, sent = await front.post("/v1/completions", body, headers=headers)
+    assert (status, sent["X-Request-Id"]) == (200, claimed(raw))
+    assert claimed(raw) != first
+    (name,) = raw.zrange(f"{HOME}sweep:{MODEL}", 0, -1)
+    raw.zadd(f"{HOME}sweep:{MODEL}", {name: 0})
+    assert await sweep(home, backend.bus, MODEL) == 0, "its request is kept"
+    raw.delete(backend.bus.keys.request(claimed(raw)), backend.bus.keys.idempotency("default", "once-4"))
+    raw.zadd(f"{HOME}sweep:{MODEL}", {name: 0})
+    assert await sweep(home, backend.bus, MODEL) == 1
+    assert not list(raw.scan_iter(f"{HOME}*"))
 
 
 # ------------------------------------------------------------------ failures

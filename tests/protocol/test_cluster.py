@@ -19,6 +19,7 @@ import redis
 from redis.crc import key_slot
 
 from headrace.serve.embedded import FAST, EmbeddedServer, find_server
+from protocol.bus import HomeBus
 from protocol.errors import StartError, Unavailable
 from protocol.keys import REGISTRY, Keys
 from protocol.messages import CommitRow, Job, ModelCard, new_rid
@@ -314,7 +315,24 @@ async def test_the_users_of_the_roles_are_fit_for_a_cluster(cluster: Cluster, ra
     subscription = gateway.subscribe("gw")
     await subscription.start()
     rid = new_rid()
+    homes = {
+        role: HomeBus(cluster.url.replace("://", f"://{role}:CHANGE-ME-{role}@"), patience=30.0)
+        for role in ("gateway", "scheduler")
+    }
+    claim = await homes["gateway"].claim("default", "once", "alias", model=MODEL, rid=rid, body="h")
+    assert claim.mine
+    late = await homes["gateway"].claim("default", "never", "alias", model=MODEL, rid=new_rid(), body="h")
     await gateway.accept(Job(prompt="x", results="done"), rid=rid, reply_to="gw", idempotency="once")
+    assert not await roles["scheduler"].void(rid)
+    assert await roles["scheduler"].void(late.rid)
+    assert await gateway.void(late.rid)
+    await homes["gateway"].free(late)
+    await homes["scheduler"].look_later(claim)
+    assert await homes["scheduler"].due(MODEL, 10) == []  # not for a minute
+    found = await homes["gateway"].find("default", "once", "alias")
+    assert found is not None
+    assert (found.model, found.rid, found.mine) == (MODEL, rid, False)
+    assert await homes["gateway"].find("default", "never", "alias") is None
     await stage.admit(rid)
     for name in ("a", "b", "c", "d"):  # those whom nobody hears make room
         await gateway.attach(rid, "default", name)
@@ -326,7 +344,7 @@ async def test_the_users_of_the_roles_are_fit_for_a_cluster(cluster: Cluster, ra
     assert len(await gateway.read_journal(rid, 0)) > 0
     assert await roles["scheduler"].scan_live() == {}
     await subscription.close()
-    for bus in roles.values():
+    for bus in (*roles.values(), *homes.values()):
         await bus.close()
     assert [node.execute_command("ACL", "LOG") for node in cluster.nodes] == [[], [], []]
 

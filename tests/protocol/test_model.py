@@ -10,7 +10,8 @@ import os
 import pytest
 
 from headrace.serve.embedded import EmbeddedServer
-from tests.protocol.model import MUTATIONS, run_seed
+from tests.protocol.model import run_seed
+from tests.protocol.model.homes import run_homes
 
 SEEDS = int(os.environ.get("HEADRACE_MODEL_SEEDS", "8"))
 # where each mutation is known to show; the seeds after it are tried should a change to the model move it
@@ -32,9 +33,21 @@ def test_a_run_is_decided_by_its_seed(server: EmbeddedServer) -> None:
     assert (first.calls, first.stats) == (second.calls, second.stats)
 
 
-@pytest.mark.parametrize("mutation", sorted(MUTATIONS))
+@pytest.mark.parametrize("mutation", sorted(SHOWS))
 def test_without_one_of_the_checks_it_fails(server: EmbeddedServer, mutation: str) -> None:
     for seed in range(SHOWS[mutation], SHOWS[mutation] + MOST_SEEDS):
         if run_seed(server.url, seed, mutation).wrong:
             return
     pytest.fail(f"{MOST_SEEDS} seeds did not notice that the {mutation} check is gone")
+
+
+@pytest.mark.parametrize("seed", range(max(2, SEEDS // 2)))
+def test_one_key_is_one_request_in_whatever_slot(server: EmbeddedServer, seed: int) -> None:
+    world = run_homes(server.url, seed)
+    assert world.wrong == {}
+    assert world.stats["requests"] == 48
+    assert world.stats["found"] > 5
+
+
+def test_without_the_mark_that_a_rid_is_void_a_key_runs_twice(server: EmbeddedServer) -> None:
+    assert any(run_homes(server.url, seed, "void").wrong for seed in range(1, MOST_SEEDS))

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from gateway.routing.router import Router
+from protocol.errors import Overloaded
 from protocol.routing.store import RoutingStore, day_of
 from protocol.routing.table import Price, Route, Routing, Rule, Tenant, Terms, Upstream
 from tests.gateway.backend import Backend
@@ -69,6 +71,35 @@ async def test_an_alias_moves_for_all_gateways_and_a_repeat_stays_where_it_began
     assert [model["id"] for model in listed["data"]] == [BIG, SMALL, "prod"]
     assert (await fronts[0].ask("GET", "/v1/models/prod"))[0] == 200
     assert (await fronts[0].post("/tokenize", {"model": "prod", "prompt": "abc"}))[1]["count"] == 3
+
+
+async def test_a_repeat_finds_the_request_by_its_claim_though_the_name_means_another_model(
+    redis_url: str, two: dict[str, Backend], open_gateway: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a look at the models' own keys does not show it: it came while the first was being accepted."""
+
+    async def unseen(*_: Any) -> None:
+        return None
+
+    async def full(*_: Any, **__: Any) -> None:
+        raise Overloaded("full", retry_after=1.0)
+
+    monkeypatch.setattr(Router, "_accepted_before", unseen)
+    fronts = [await open_gateway(), await open_gateway()]
+    await state(redis_url, Routing(aliases={"prod": {SMALL: 1}}), *fronts)
+    key, other = {"Idempotency-Key": "k1"}, {"Idempotency-Key": "k2"}
+    status, first, _ = await ask(fronts[0], "prod", headers=key)
+    assert (status, first["model"]) == (200, SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr((await fronts[0].gateway.models.get(SMALL)).bus, "accept", full)
+        assert (await ask(fronts[0], "prod", headers=other))[0] == 429
+    await state(redis_url, Routing(aliases={"prod": {BIG: 1}}), *fronts)
+    for front in fronts:
+        _, again, told = await ask(front, "prod", headers=key)
+        assert (again["id"], again["model"]) == (first["id"], SMALL)
+        assert "why=its idempotency key" in told["X-Headrace-Route"]
+    _, refused_before, _ = await ask(fronts[0], "prod", headers=other)
+    assert refused_before["model"] == BIG, "what was refused binds nobody"
 
 
 async def test_rules_choose_and_the_header_says_which(

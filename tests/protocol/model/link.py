@@ -33,6 +33,9 @@ FAULT_RATES = {
     "join": 0.05,
     "retire": 0.1,
     "register": 0.1,
+    "claim": 0.1,
+    "unclaim": 0.05,
+    "void": 0.1,
 }
 OTHER_FAULT_RATE = 0.002
 
@@ -50,6 +53,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "",
     ),
     "placement": ("_rows", "if not ours then return 's' end", ""),
+    "void": ("accept", "if redis.call('EXISTS', P .. 'void:' .. rid) == 1 then return {'void'} end\n", ""),
     "cursor": (
         "_rows",
         "if redis.call('STRLEN', journal) ~= cursor then return holds(journal, cursor, frames) and 'l' or 's' end",

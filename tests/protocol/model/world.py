@@ -60,8 +60,8 @@ class World:
         self.clients_left = 0
         self.agents: list[Coroutine[Any, Any, None]] = []
 
-    def bus(self) -> Bus:
-        made = Bus("unix:///model", MODEL)
+    def bus(self, model: str = MODEL) -> Bus:
+        made = Bus("unix:///model", model)
         made._link = ModelLink(self)  # type: ignore[assignment]
         made._scripts = self.scripts
         return made
