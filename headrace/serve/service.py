@@ -32,6 +32,7 @@ from headrace.serve.durability import check_durability
 from headrace.serve.fleet import STOP_MARGIN_S, Fleet
 from headrace.serve.layout import Deployment, Layout, check_values, resolve
 from headrace.serve.machine import exclusive, make_above, status_of
+from headrace.serve.notify import keep_watchdog, notify
 from headrace.serve.supervisor import Child, GaveUp, Program, Supervisor
 from protocol.bus import GatewayBus, LeaderBus
 from protocol.errors import EX_CONFIG, HeadraceError, InvalidRequest, StartError
@@ -94,7 +95,7 @@ class Stack:
             loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored: nohup
             loop.add_signal_handler(signal.SIGHUP, self._interrupt)
-        watching = asyncio.create_task(self._end_with_make())
+        watching = asyncio.gather(self._end_with_make(), keep_watchdog())
         starting: asyncio.Future[Any] = asyncio.create_task(self._start())
         stop: asyncio.Future[Any] = asyncio.create_task(self.interrupted.wait())
         try:
@@ -176,6 +177,7 @@ class Stack:
             self._started.set()
             self.view.close()
             self._print_block()
+            notify("READY=1")
             await self.fleet.watch_idle()  # until this task is cancelled
 
     async def _start_server(self) -> str:
@@ -372,6 +374,7 @@ class Stack:
     # -------------------------------------------------------------- end
 
     async def _drain(self) -> int:
+        notify("STOPPING=1")
         self.view.note("stopping: running requests may end (Ctrl-C again to stop at once)")
         patience = self.layout.values["drain_timeout"] + STOP_MARGIN_S
         for role, timeout in (
