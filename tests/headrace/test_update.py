@@ -46,7 +46,7 @@ class Services:
         self.folder, self.url, self.model_dir = folder, url, model_dir
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, role: str, code: Path, version: str, port: int = 0) -> None:
+    def start(self, role: str, code: Path, version: str, port: int = 0, *more: str) -> None:
         own = {
             "gateway": ["--port", str(port)],
             "scheduler": ["--model", str(self.model_dir), "--served-model-name", MODEL],
@@ -54,7 +54,7 @@ class Services:
                        "--drain-timeout", "20"],
         }[role]  # fmt: skip
         name = f"{role}-{version}"
-        command = [sys.executable, "-m", "headrace", role, "--redis-url", self.url, "--name", name, *own]
+        command = [sys.executable, "-m", "headrace", role, "--redis-url", self.url, "--name", name, *own, *more]
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 command, cwd=code, env={**os.environ, "PYTHONPATH": str(code)}, stdout=log, stderr=log
