@@ -62,23 +62,27 @@ class Answers:
         metrics: Metrics,
         settings: AnswerSettings,
         fingerprint: str,
+        weights: Callable[[], str],
         context: Callable[[], int],
     ) -> None:
-        """``context``: most tokens of a sequence now."""
+        """``fingerprint``: of the model's files. ``weights``: what all workers run now, "" where they differ.
+        ``context``: most tokens of a sequence now."""
         self._bus = bus
         self._epoch = epoch
         self._metrics = metrics
         self._settings = settings
         self._fingerprint = fingerprint
+        self._weights = weights
         self._context = context
         self._most = settings.memory or WITHOUT_MAXMEMORY
         self._making: dict[str, str] = {}  # rid -> the key of the answer that it makes
         self.joined: dict[str, int] = {}  # rid -> deadline in server ms, 0: none
 
-    def key(self, job: Job, tenant: str, prompts: Sequence[bytes]) -> str | None:
-        """The key of the answer to ``job``; None if it is not to be cached."""
+    def key(self, job: Job, tenant: str, prompts: Sequence[bytes], weights: str | None = None) -> str | None:
+        """The key of the answer to ``job`` by these weights (None: those of now); None if it is not to be cached."""
         sampling = job.sampling
-        if not self._settings.on or job.cache == "off":
+        weights = self._weights() if weights is None else weights
+        if not self._settings.on or job.cache == "off" or not weights:
             return None
         if not sampling.greedy and (sampling.seed is None or job.cache is None):
             return None
@@ -89,7 +93,7 @@ class Answers:
             shaped = msgspec.structs.replace(shaped, content=None)
         whose = "" if self._settings.shared else tenant
         length = (self._context(), job.default_max_tokens) if sampling.max_tokens is None else None
-        told = encode((self._fingerprint, whose, job.cache_salt, shaped, length, list(prompts)))
+        told = encode((self._fingerprint, weights, whose, job.cache_salt, shaped, length, list(prompts)))
         return hashlib.sha256(told).hexdigest()
 
     async def find(self, job: Job, key: str | None) -> Answer | None:
@@ -154,8 +158,8 @@ class Answers:
             return
         try:
             record = await self._bus.read_request(rid)
-            if record is None:
-                return
+            if record is None or key != self.key(record.job, record.tenant, record.prompts, record.fingerprint or ""):
+                return  # it was made by other weights than were expected when it came
             journals = await self._bus.read_journals([(rid, choice) for choice in range(len(ends))])
             fields: dict[str, bytes] = {}
             for choice, raw in enumerate(journals):

@@ -101,8 +101,9 @@ class Term:
         self._group = asyncio.TaskGroup()  # entered by run: all that the term does are its tasks
         self._traces = RequestTraces(process.traces, bus, process.model, epoch, process.trace_content)
         self._answers = Answers(
-            bus, epoch, metrics, process.answers, process.fingerprint, lambda: tokenizers.max_model_len
-        )
+            bus, epoch, metrics, process.answers, process.fingerprint, lambda: self._registry.fingerprint,
+            lambda: tokenizers.max_model_len,
+        )  # fmt: skip
         intake = Intake(bus, tokenizers, epoch, clock, metrics, self._traces, self._answers, self._admit, self._recover)
         self._inbox = Inbox(bus, f"epoch-{epoch}", intake, clock, weights)
         self._registry = WorkerRegistry(bus, epoch, self.core, process.timing, metrics, self._group, self._apply)

@@ -67,6 +67,7 @@ class ScriptedWorker:
     held_at: int | None = None  # output length at which it stops working (as if it hung)
     hold_text: bool = False  # frames from `held_at` on hold their text back
     step_s: float = 0.0
+    fingerprint: str = "weights"
     state: str = "serving"
     gen: int = 0
     epoch: int = 0
@@ -78,7 +79,8 @@ class ScriptedWorker:
 
     def capacity(self) -> Capacity:
         pool = PoolCapacity("full", self.block_size, self.blocks)
-        return Capacity("m", self.max_model_len, self.max_num_seqs, self.token_budget, [pool], VOCAB, "scripted")
+        sizes = self.max_model_len, self.max_num_seqs, self.token_budget
+        return Capacity("m", *sizes, [pool], VOCAB, "scripted", fingerprint=self.fingerprint)
 
     async def run(self) -> None:
         self.running.set()

@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from gateway.app import Gateway, GatewayConfig
+from protocol.bus import GatewayBus
 from protocol.formats.families import TOOLS
 from protocol.formats.spec import FormatSpec
 from protocol.messages import Frame, Job, Terminal, encode, new_rid, pack_ids
@@ -28,8 +29,15 @@ PROMPT = "the same question"
 WHOLE = expected_tokens(list(PROMPT.encode()), 7, 0, 40)
 
 
+async def weights(stage: Stage) -> str:
+    """What all workers run, as the model's card says; nothing is cached before."""
+    cards = await GatewayBus.models(stage.url)
+    return cards[MODEL].fingerprint if MODEL in cards else ""
+
+
 async def ask(stage: Stage, tokens: int = 40, **fields: Any) -> str:
     """A greedy request, with a seed that the scripted worker heeds all the same."""
+    await stage.until(lambda: weights(stage))
     sampling = SamplingParams(max_tokens=tokens, seed=7, **{"temperature": 0.0, **fields.pop("sampling", {})})
     rid = new_rid()
     await stage.bus.accept(Job(prompt=PROMPT, sampling=sampling, **fields), rid=rid)
@@ -278,6 +286,7 @@ async def post(stage: Stage, redis_url: str) -> AsyncIterator[Any]:
     async with Gateway(GatewayConfig(redis_url=redis_url, port=0)) as gateway, aiohttp.ClientSession() as session:
 
         async def send(headers: dict[str, str] | None = None, **fields: Any) -> tuple[Any, Any]:
+            await stage.until(lambda: weights(stage))
             body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "seed": 7, **fields}
             url = f"http://127.0.0.1:{gateway.port}/v1/completions"
             while True:
@@ -319,6 +328,24 @@ async def test_a_client_rules_what_the_cache_may_do(
     await stage.until(lambda: kept(stage))
     told, _ = await post(headers, **fields)
     assert told.get("X-Headrace-Cache") == expected
+
+
+async def test_an_answer_of_other_weights_is_another_answer(stage: Stage) -> None:
+    stage.scheduler(response_cache=True)
+    old = stage.worker(fingerprint="old")
+    assert await answered(stage) == ("miss", WHOLE)
+    await stage.until(lambda: kept(stage))
+    await old.drain()
+    assert old.task is not None
+    await old.task
+    stage.worker(wid="worker-1", fingerprint="new")
+
+    async def renewed() -> bool:
+        return await weights(stage) == "new"
+
+    await stage.until(renewed)
+    assert (await answered(stage))[0] == "miss"
+    assert (await answered(stage))[0] in ("hit", "joined")
 
 
 def test_another_model_under_the_same_name_has_another_fingerprint(tmp_path: Path) -> None:
