@@ -192,6 +192,8 @@ def _load_part(name: str, model_config: Any, group: Group, **options: Any) -> An
     vocabulary = model_config.get_text_config().vocab_size
     model.config.get_text_config().vocab_size = vocabulary  # all ids may come; the modules know their own rows
     join(model, group, shares, vocabulary)
+    # a stage between others has no weights of its own once its layers are fused: `model.dtype` is still to be known
+    model.precision = torch.nn.Parameter(torch.empty(0, dtype=model.dtype), requires_grad=False)
     return model, found
 
 
