@@ -83,7 +83,10 @@ class Fleet:
         first: dict[str, tuple[int, int]] = {}  # records of workers that died in an earlier run say "serving" as well
         try:
             while model.state == "starting":
-                workers = await bus.list_workers()
+                try:
+                    workers = await bus.list_workers()
+                except ServiceError:  # the server refuses: the model's own processes say so, and end
+                    workers = []
                 first = {w.wid: first.get(w.wid, (w.gen, w.beat)) for w in workers}
                 if any(w.state == "serving" and first[w.wid] != (w.gen, w.beat) for w in workers):
                     model.state = "serving"
