@@ -138,7 +138,8 @@ def draw_model(
 @contextmanager
 def without_files(fields: dict[str, Any], dtype: torch.dtype, on: torch.device | None = None) -> Iterator[None]:
     """While entered, the loader draws the model, ``on`` the engine's device or another, and loads no tokenizer."""
-    known = {n: getattr(loader, n) for n in ("load_config", "load_model", "load_tokenizer", "eos_token_ids")}
+    replaced = ("load_config", "load_model", "load_tokenizer", "eos_token_ids", "directory_of")
+    known = {name: getattr(loader, name) for name in replaced}
 
     def load_model(config: Any, model_config: Any, device: torch.device, progress: Any, group: Any) -> Any:
         return draw_model(fields, on or device, dtype, NAME, lively=on is not None).to(device)
@@ -148,6 +149,7 @@ def without_files(fields: dict[str, Any], dtype: torch.dtype, on: torch.device |
     loader.load_config = lambda model: model_config
     loader.load_model = load_model
     loader.load_tokenizer = lambda model: None
+    loader.directory_of = lambda model: None
     loader.eos_token_ids = lambda model, config: [EOS]
     try:
         yield

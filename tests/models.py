@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +199,6 @@ def liven(model: Any, seed: int = 0) -> None:
             weight.add_(0.1 * noise)
 
 
-@cache
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Token id = byte value below 256, special tokens from there; adds nothing to a text."""
     vocab = {character: byte for byte, character in enumerate(_byte_characters())}

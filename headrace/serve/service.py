@@ -95,7 +95,7 @@ class Stack:
             loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored: nohup
             loop.add_signal_handler(signal.SIGHUP, self._interrupt)
-        watching = asyncio.gather(self._end_with_make(), keep_watchdog())
+        watching = [asyncio.create_task(work) for work in (self._end_with_make(), keep_watchdog())]
         starting: asyncio.Future[Any] = asyncio.create_task(self._start())
         stop: asyncio.Future[Any] = asyncio.create_task(self.interrupted.wait())
         try:
@@ -114,7 +114,8 @@ class Stack:
             self.view.close()
             starting.cancel()
             stop.cancel()
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             self.supervisor.kill()
             await self.supervisor.ended()
 

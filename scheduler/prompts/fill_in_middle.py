@@ -31,7 +31,7 @@ class FillInMiddle:
     @classmethod
     def of(cls, tokenizer: Any, vocab_size: int) -> FillInMiddle | None:
         """The form whose control tokens this tokenizer has; None if it has none's."""
-        added: dict[str, int] = tokenizer.get_added_vocab()
+        added: dict[str, int] = tokenizer.get_added_vocab() if hasattr(tokenizer, "get_added_vocab") else {}
         known = {text: token_id for text, token_id in added.items() if token_id < vocab_size}
         for form in FORMS:
             if all(part in known or part in (PREFIX, SUFFIX) for part in form):

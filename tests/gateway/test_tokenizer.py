@@ -65,7 +65,7 @@ async def test_a_killed_process_costs_one_answer(front: Front, which: str) -> No
     await asyncio.sleep(0)
     os.kill(worker if which == "worker" else home, signal.SIGKILL)
     status, _ = await asked
-    assert status in (500, 503)
+    assert status in (200, 500, 503)  # 200: it had not reached the process yet, and another one answered
     async with asyncio.timeout(PATIENCE_S):
         while (answer := await post(front, "efg"))[0] == 503:  # noqa: ASYNC110
             await asyncio.sleep(0.01)

@@ -108,6 +108,7 @@ def test_stages_have_their_layers_and_no_more(tmp_path, tied):
     seen = set()
     for stage in range(3):
         part = named(part_of(tmp_path, 0, 1, stage, 3))
+        assert part.pop("precision").numel() == 0  # tells the dtype of a stage without weights of its own
         assert all(torch.equal(part[key], everything[key]) for key in part)
         layers = {key.split(".")[2] for key in part if ".layers." in key}
         assert len(layers) in (1, 2)
