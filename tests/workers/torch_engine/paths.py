@@ -31,7 +31,7 @@ from workers.torch_engine.replace import FuseReport
 
 TABLE = Path(__file__).with_name("paths.md")
 MORE = (
-    "arcee", "cohere", "exaone4", "gemma", "glm4", "granite", "hunyuan_v1_dense", "olmo2", "olmoe", "phi", "qwen3_moe",
+    "arcee", "cohere", "exaone4", "gemma", "glm4", "granite", "hunyuan_v1_dense", "olmo2", "olmoe", "phi",
     "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
 ARCHITECTURES = (*SERVED, *MORE)
