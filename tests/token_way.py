@@ -22,8 +22,8 @@ from tests.stack import Stack
 from tests.structure import PACKAGES, ROOT
 
 MOST_FILES = 14
-# entered on the way, and yet no token passes them: metrics count, checks.py says which rows have none, spoiled.py
-# follows the plan's block tables, and staging.py moves results to the host, where a CPU's are already
+# entered on the way and not counted: metrics count, checks.py says which rows have none, spoiled.py follows the plan's
+# block tables; staging.py copies results from a GPU to the host, and on a CPU hands the same tensors on as arrays
 BESIDE = {"metrics.py", "checks.py", "spoiled.py", "staging.py"}
 # (file, function) in which a token's step on its way begins, process by process
 STAGES = [

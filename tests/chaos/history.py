@@ -151,9 +151,6 @@ def _tokens(frames: list[Frame]) -> list[int]:
     return [f.token for f in frames if f.token is not None]
 
 
-CLAIMS = (HOME,)  # of idempotency keys: they go once the records of their requests have expired, by the sweep
-
-
 async def leftovers(bus: Bus, redis_client: object) -> list[str]:
     """What is not as it should be at rest: names of keys without a TTL that should have one, and the like."""
     keys, found = bus.keys, []
@@ -165,7 +162,11 @@ async def leftovers(bus: Bus, redis_client: object) -> list[str]:
     client = redis_client
     async for raw in client.scan_iter(match="headrace:*", count=1000):  # type: ignore[attr-defined]
         name = raw.decode()
-        if name in allowed or name == "headrace:models" or name.startswith((keys.results(""), *CLAIMS)):
+        if name in allowed or name == "headrace:models" or name.startswith((keys.results(""), f"{HOME}sweep:")):
+            continue
+        if name.startswith(HOME):  # a claim of an idempotency key goes by the sweep, once its request's record expired
+            if await client.zscore(f"{HOME}sweep:{keys.model}", name.removeprefix(HOME)) is None:  # type: ignore[attr-defined]
+                found.append(f"never swept: {name}")
             continue
         if await client.ttl(raw) == -1:  # type: ignore[attr-defined]
             found.append(f"no TTL: {name}")
