@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 THERE = ("torch", "transformers", "triton")  # with all that they ask for
 TESTS = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis")
 SANITIZER = "nvidia-cuda-sanitizer-api"  # compute-sanitizer, for memcheck; fetched without a pin
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+# pip takes a tag as it is written: a wheel for glibc 2.24 is not found under 2.28's
+PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(34, 16, -1)), "manylinux2014_x86_64")
 
 
 def needed() -> list[str]:
