@@ -31,7 +31,15 @@ COMMANDS: dict[str, dict[str, float]] = {  # part -> seconds that it may take
     "tests": {"parity": 100, "tests": 240, "memcheck": 240},
     "peers": {"loop-8b": 80, "transformers-8b": 130, "loop-500m": 60, "transformers-500m": 100},
 }
-MORE = {"machine": 60, "plain-8b": 90, "open-8b": 200, "long-8b": 160, "starts-8b": 160, "starts-500m": 120}
+MORE = {
+    "machine": 60,
+    "plain-8b": 90,
+    "open-8b": 200,
+    "long-8b": 160,
+    "starts-8b": 160,
+    "starts-500m": 120,
+    "profile-8b": 60,
+}
 SECONDS = {name: seconds for parts in (*COMMANDS.values(), MORE) for name, seconds in parts.items()}
 MINUTES = {"must": 7.0, "tests": 8.0, "peers": 7.0, "parts": 8.0}
 LOG_LINES = 400  # of each part

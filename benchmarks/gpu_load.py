@@ -28,6 +28,11 @@ from headrace.clients.workload import Vocabulary, Workload
 BODY = {"temperature": 0.0, "ignore_eos": True}
 POISSON = 1500  # requests
 LONG = 32768  # tokens of the long prompt
+TIMES = {
+    "admission": "headrace_admission_time_seconds", "queue": "headrace_request_queue_time_seconds",
+    "prefill": "headrace_request_prefill_time_seconds", "plan": "headrace_planning_time_seconds",
+    "step": "headrace_step_seconds",
+}  # fmt: skip
 
 
 class Served:
@@ -39,20 +44,31 @@ class Served:
         self.vocabulary = Vocabulary(size=vocab_size)
 
     def run(self, workload: Workload) -> dict[str, Any]:
-        """Figures of one run; Unavailable if a request failed."""
+        """Figures of one run, and where its first tokens' time went; Unavailable if a request failed."""
+        before = self.times()
         found = load.figures(load.run(self.target, workload, self.vocabulary))
         if found["failed"]:
             raise Unavailable(f"{found['failed']} requests failed: {found['errors'][:1]}")
-        return found
+        time.sleep(0.5)  # the last steps' hints
+        after = {name: (value - before[name][0], n - before[name][1]) for name, (value, n) in self.times().items()}
+        means = {f"{name}_ms": round(1e3 * value / max(1, n), 2) for name, (value, n) in after.items()}
+        return {**found, **means, "device_s": round(after["step"][0], 2)}
 
-    def device_seconds(self) -> float:
-        """Device time of all steps so far, as the worker counts it."""
-        (port,) = self.stack.metrics_ports("worker")
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
-            found = re.search(r"^headrace_step_seconds_sum\{.*\} (.*)$", reply.read().decode(), re.MULTILINE)
-        if found is None:
-            raise Unavailable("the worker does not tell its steps")
-        return float(found[1])
+    def times(self) -> dict[str, tuple[float, float]]:
+        """(seconds, how many) so far: steps on the device, rounds of plans, and the parts of a first token's time."""
+        text = ""
+        for role in ("scheduler", "worker"):
+            for port in self.stack.metrics_ports(role):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+                    text += reply.read().decode()
+        return {name: (_sum(text, metric, "sum"), _sum(text, metric, "count")) for name, metric in TIMES.items()}
+
+
+def _sum(text: str, metric: str, what: str) -> float:
+    found = re.findall(rf"^{metric}_{what}(?:\{{.*\}})? (.*)$", text, re.MULTILINE)
+    if not found:
+        raise Unavailable(f"nobody tells {metric}")
+    return sum(map(float, found))
 
 
 def make_files(part: Part, shape: str, path: Path) -> None:
@@ -139,9 +155,20 @@ def burst(served: Served, found: dict[str, Any], rounds: int = 3) -> None:
     runs: list[dict[str, Any]] = []
     for seed in range(1, (1 if served.part.tiny else rounds) + 1):
         runs.append(served.run(served.part.workload(seed=seed)))
-        for name in ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms"):
+        for name in (
+            "tokens_per_s",
+            "admission_ms",
+            "queue_ms",
+            "prefill_ms",
+            "plan_ms",
+            "ttft_p50_ms",
+            "ttft_p99_ms",
+            "itl_p50_ms",
+            "itl_p99_ms",
+        ):
             found[name] = statistics.median(run[name] for run in runs)
         found["rounds"] = [run["tokens_per_s"] for run in runs]
+        found["device_s"] = [run["device_s"] for run in runs]
         found["requests_per_s"] = found["tokens_per_s"] / (runs[0]["output_tokens"] / served.part.workload().requests)
 
 
@@ -159,11 +186,8 @@ def device_share(served: Served, found: dict[str, Any]) -> None:
     """Device time of the steps over the time from the requests' sending to the last token: a little less than from the
     first plan on."""
     asked = served.part.workload(requests=256, prompt_len=(64, 64), output_len=(384, 384), seed=3)
-    before = served.device_seconds()
-    summary = load.run(served.target, asked, served.vocabulary)
-    found |= load.figures(summary)
-    time.sleep(0.5)  # the last steps' hints
-    found["device_share"] = round((served.device_seconds() - before) / summary["duration_s"], 3)
+    found |= served.run(asked)
+    found["device_share"] = round(found["device_s"] * found["tokens_per_s"] / found["output_tokens"], 3)
 
 
 # ------------------------------------------------------------------ more

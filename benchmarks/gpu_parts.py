@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import gpu_load
+from benchmarks import gpu_load, gpu_profile
 from benchmarks.bare import BareLoop
 from benchmarks.gpu_parity import parity
 from benchmarks.gpu_part import MOE, Part, draw_model, load_engine, timed
@@ -71,13 +71,17 @@ def machine(part: Part) -> None:
 # ------------------------------------------------------------------ the engine alone
 
 
-def decode(part: Part, engine: Any, rows: int, context: int, kinds: list[SamplingParams]) -> dict[str, Any]:
+def decode(
+    part: Part, engine: Any, rows: int, context: int, kinds: list[SamplingParams], steps: int = STEPS,
+    profiler: Any = None,
+) -> dict[str, Any]:  # fmt: skip
     """Steps in which ``rows`` sequences of ``context`` tokens gain one each, two queued at a time; ``kinds`` in turn.
+    ``profiler`` is on while a step is queued.
 
     Each row has tokens of its own, so that a router does not send all of them to the same experts. What they attend to
     is not computed but claimed to be there: it does not matter what is in the pool.
     """
-    warm, steps = 4, 6 if part.tiny else STEPS
+    warm, steps = 4, 6 if part.tiny else steps
     new = sequences(engine, rows, context, kinds, warm + steps)
     seats = np.arange(rows, dtype="<u2").tobytes()
     running: deque[Any] = deque()
@@ -89,8 +93,12 @@ def decode(part: Part, engine: Any, rows: int, context: int, kinds: list[Samplin
             if stepper is not None:
                 stepper.trace = []
             began = time.perf_counter()
+        plan = Plan(0, 0, step + 1, seats, b"", b"", new if step == 0 else [])
         queued = time.perf_counter()
-        output = engine.execute(Plan(0, 0, step + 1, seats, b"", b"", new if step == 0 else []))
+        if profiler is not None and step >= warm:
+            output = profiler.runcall(engine.execute, plan)
+        else:
+            output = engine.execute(plan)
         running.append(output)
         if step >= warm:
             host.append(time.perf_counter() - queued)
@@ -101,7 +109,7 @@ def decode(part: Part, engine: Any, rows: int, context: int, kinds: list[Samplin
     while running:
         all_there(running.popleft().wait(), rows)
     part.wait()
-    found: dict[str, Any] = {"batch": rows, "context": new[0].prompt_len}
+    found: dict[str, Any] = {"batch": rows, "context": new[0].prompt_len, "steps": steps}
     found["step_ms"] = round((time.perf_counter() - began) / steps * 1e3, 3)
     found["execute_ms"] = round(1e3 * statistics.median(host), 3)
     if stepper is not None and stepper.trace:
@@ -382,6 +390,7 @@ KINDS_OF_PARTS: dict[str, Callable[[Part, str], None]] = {
     "fp8": lambda part, _: quantized(part, "fp8"),
     "int4": lambda part, _: quantized(part, "int4"),
     "loop": loop,
+    "profile": lambda part, shape: gpu_profile.profile(part, shape),
     "transformers": peer,
     "open": gpu_load.open_loops,
     "long": gpu_load.long_context,

@@ -15,6 +15,7 @@ from workers.torch_engine import verify
 from workers.torch_engine.attention import PagedAttention
 from workers.torch_engine.backend import Backend, Logits
 from workers.torch_engine.config import EngineConfig
+from workers.torch_engine.cuda import compiles
 from workers.torch_engine.cuda.attention import TableAttention
 from workers.torch_engine.cuda.graphs import Bucket, CudaRecorder, Rerun, TableSteps, choose_buckets
 from workers.torch_engine.cuda.modules import fuse
@@ -105,6 +106,8 @@ class CudaBackend(Backend[HostStep]):
         if self.step_us:
             told = ", ".join(f"{tokens} in {us / 1e3:.1f}" for tokens, us in self.step_us)
             log.info("steps of so many tokens in so many ms: %s", told)
+        if self.device.type == "cuda":
+            compiles.watch()
 
     def _buckets(self) -> list[Bucket]:
         return choose_buckets(self.config.max_num_batched_tokens, self.config.max_num_seqs)

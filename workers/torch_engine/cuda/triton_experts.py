@@ -55,16 +55,16 @@ def choose_rows(
     tl.store(weights + token * CHOICES + nth, (picked / total).to(weights.dtype.element_ty), mask=nth < CHOICES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "blocks_most"])  # one kernel for all buckets, but for ROWS
 def place_pairs(
-    chosen, slots, order, expert_of, pairs,
-    CHOICES: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    chosen, slots, order, expert_of, pairs, blocks_most,
+    CHOICES: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr,
     SCAN: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (experts + 1): the last program marks the blocks that are not needed.
 
     ``chosen`` int64 [pairs]; ``slots`` int64 [tokens], negative for padding where PADDED. ``order`` int32
-    [BLOCKS * ROWS]: the pair of each row, -1 for none; ``expert_of`` int32 [BLOCKS], -1 for none.
+    [blocks_most * ROWS]: the pair of each row, -1 for none; ``expert_of`` int32 [blocks_most], -1 for none.
     """
     own = tl.program_id(0)
     bins, at = tl.arange(0, BINS), tl.arange(0, SCAN)
@@ -80,7 +80,7 @@ def place_pairs(
     blocks = tl.where(bins < EXPERTS, (counts + ROWS - 1) // ROWS, 0)
     first = tl.sum(tl.where(bins < own, blocks, 0), 0)
     if own == EXPERTS:
-        for block in range(first, BLOCKS):
+        for block in range(first, blocks_most):
             tl.store(expert_of + block, -1)
         return
     held = tl.sum(tl.where(bins == own, blocks, 0), 0)
@@ -291,8 +291,8 @@ def experts_sum(
     expert_of = torch.empty(blocks, dtype=torch.int32, device=x.device)
     given, padded = (slots, True) if slots is not None else (chosen, False)  # a pointer is asked for; it is not read
     place_pairs[(experts + 1,)](
-        chosen, given, order, expert_of, pairs,
-        CHOICES=choices, EXPERTS=experts, BINS=triton.next_power_of_2(experts + 1), ROWS=rows, BLOCKS=blocks,
+        chosen, given, order, expert_of, pairs, blocks,
+        CHOICES=choices, EXPERTS=experts, BINS=triton.next_power_of_2(experts + 1), ROWS=rows,
         SCAN=SCAN, PADDED=padded, num_warps=4,
     )  # fmt: skip
     hidden, results = (torch.empty(pairs, n, dtype=x.dtype, device=x.device) for n in (width, size))

@@ -75,7 +75,7 @@ def experts(capability, kind, itemsize, rows):
     types = {name: "*" + kind for name in "x weight bias hidden out results".split()} | {"weights": "*fp32"}
     types |= {"chosen": "*i64", "slots": "*i64", "order": "*i32", "expert_of": "*i32"}
     types |= {"limit": "fp32", "alpha": "fp32"}
-    sizes = dict(CHOICES=8, EXPERTS=64, BINS=128, ROWS=rows, BLOCKS=100, SCAN=grouped.SCAN, PADDED=True)
+    sizes = dict(CHOICES=8, EXPERTS=64, BINS=128, ROWS=rows, SCAN=grouped.SCAN, PADDED=True)
     compile_for(capability, grouped.place_pairs, types, sizes, num_warps=4)
     columns, depth, stages = grouped.tiles(rows, itemsize)
     tile = dict(SIZE=2048, WIDTH=1024, ROWS=rows, COLUMNS=columns, DEPTH=depth)
