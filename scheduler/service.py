@@ -113,6 +113,7 @@ class _Life:
         self.traces = traces("scheduler")
         self.fingerprint = ""  # of the model, where answers are cached
         self.status: AppRunner | None = None
+        self.warming: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Ends only by cancellation, Fenced, or an error; the lead is released."""
@@ -120,6 +121,7 @@ class _Life:
         if config.metrics_port:
             self.status = await serve_status(self.metrics, self.health, config.metrics_host, config.metrics_port)
         await self.tokenizers.load()
+        self.warming = asyncio.create_task(self._warm_up())
         if config.response_cache:
             self.fingerprint = await fingerprint(config.model)
         if self.alone:
@@ -132,6 +134,12 @@ class _Life:
             with contextlib.suppress(TimeoutError):  # the server is unreachable: standbys will notice the missing beats
                 async with asyncio.timeout(RELEASE_S):
                     await self._release()
+
+    async def _warm_up(self) -> None:
+        try:
+            await self.tokenizers.warm_up()
+        except Exception:
+            log.warning("the processes that tokenize are forked at need", exc_info=True)
 
     async def _lead(self) -> None:
         config, clock = self.config, ServerClock()
@@ -167,6 +175,9 @@ class _Life:
             log.info("%s gave up the lead of %s", self.owner, self.config.served_model_name)
 
     async def close(self) -> None:
+        if self.warming is not None:
+            self.warming.cancel()
+            await asyncio.gather(self.warming, return_exceptions=True)
         if self.traces is not None:
             await self.traces.close()
         if self.status is not None:

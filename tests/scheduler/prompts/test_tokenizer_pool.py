@@ -179,3 +179,20 @@ async def test_a_model_that_cannot_be_loaded_is_a_start_error(tmp_path: Path) ->
     with pytest.raises(StartError, match=str(tmp_path)):
         await pool.load()
     pool.close()
+
+
+async def test_a_warmed_pool_forks_nothing_for_a_burst_of_short_jobs(
+    pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked = []
+    fork = pool.fork
+
+    async def counted(bounds: Any) -> Any:
+        forked.append(bounds)
+        return await fork(bounds)
+
+    monkeypatch.setattr(pool, "fork", counted)
+    await pool.warm_up()
+    assert len(forked) == 2
+    await asyncio.gather(*(pool.accepted(chat("one more")) for _ in range(16)))
+    assert len(forked) == 2
