@@ -185,29 +185,26 @@ class Answers:
             await self._join(ask, accepted)
 
     async def _claim(self, ask: Ask) -> Claim:
-        """The claim of the request's idempotency key: a new one, or that of whoever came first. One for another body or
-        model whose request was refused, or never came, is freed. RunsElsewhere, Conflict."""
+        """The claim of the request's idempotency key: a new one, or that of whoever came first. RunsElsewhere,
+        Conflict."""
         asked = ask.step.asked if ask.step is not None else ""
         body, model = _fingerprint(ask), ask.model.name
-        while True:
-            claim = await self._home.claim(
-                ask.caller.tenant, ask.idempotency or "", asked or model, model=model, rid=ask.fresh_rid, body=body
-            )
-            if (claim.model, claim.body) == (model, body):
-                return claim
-            holder = ask.model if claim.model == model else await self._models.get(claim.model)
-            if not await holder.bus.void(claim.rid):
-                if holder is not ask.model:
-                    raise RunsElsewhere(claim.model)
-                raise Conflict("this idempotency key was used with another body", param="Idempotency-Key")
-            await self._home.free(claim)
+        claim = await self._home.claim_or_find(
+            ask.caller.tenant, ask.idempotency or "", asked or model, model=model, rid=ask.fresh_rid, body=body
+        )
+        if claim.model != model:
+            raise RunsElsewhere(claim.model)
+        if claim.body != body:
+            raise Conflict("this idempotency key was used with another body", param="Idempotency-Key")
+        return claim
 
     async def _accept(self, ask: Ask, rid: str, claim: Claim | None) -> Accepted:
         async with ask.model.accepting:
             if ask.follower is None:
                 raise Unavailable("the client has gone before its turn came")
             try:
-                return await ask.model.bus.accept(
+                return await self._home.accept(
+                    ask.model.bus,
                     ask.job,
                     rid=rid,
                     idempotency=ask.idempotency,
@@ -215,8 +212,7 @@ class Answers:
                     limits=(ask.step.limits if ask.step is not None else None) or self.limits,
                     tenant_limits=ask.caller.limits,
                     prompt_tokens=_prompt_tokens(ask.job),
-                    fingerprint=claim.body if claim is not None else None,
-                    claimed=claim is not None and not claim.mine,
+                    claim=claim,
                 )
             except Voided:
                 if claim is not None:

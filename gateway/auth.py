@@ -2,9 +2,9 @@
 
 The file is JSON, ``[{"sha256": "<hex>", "tenant": "name", "concurrent": 8, "requests_per_minute": 60,
 "tokens_per_minute": 100000, "readers": 32, "admin": true}]``; ``admin`` shows the whole service on the dashboard; the
-limits are optional and hold for the tenant on each model, over
-all gateways (``readers``, streams of requests that were begun before, for one gateway process). Keys of one tenant must
-name the same limits. The file is read again when it changes; one that cannot be read leaves the last keys in force.
+limits are optional and hold for the tenant over all models and gateways (``readers``, streams of requests that were
+begun before, for one gateway process). Keys of one tenant must name the same limits. The file is read again when it
+changes; one that cannot be read leaves the last keys in force.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ApiKey(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass
 class Caller:
-    """One tenant. Its limits are kept in the store by the accept script, so that they hold over all gateways and for
+    """One tenant. Its limits are kept in the store (protocol/bus/home.py), so that they hold over all gateways and for
     requests that outlive their client; only its open readers are counted here."""
 
     tenant: str = DEFAULT_TENANT

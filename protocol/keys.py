@@ -70,10 +70,6 @@ class Keys:
         """Set of the tenant's rids that have not ended."""
         return f"{self.prefix}run:{tenant}"
 
-    def limits(self, tenant: str) -> str:
-        """Hash: the tenant's limits and what is left of them."""
-        return f"{self.prefix}t:{tenant}"
-
     def used(self, day: int) -> str:
         """Hash: tokens that tenants have used on this day (of Unix time), `in:<tenant>` and `out:<tenant>`."""
         return f"{self.prefix}used:{day}"

@@ -43,6 +43,22 @@ class Claim:
     mine: bool = True  # made by this call; else by an earlier one, whose request may be there or not
 
 
+@dataclass(frozen=True)
+class Reservation:
+    """What a request holds of its tenant's limits; ``tokens`` None: the tenant has none."""
+
+    tokens: int | None
+    left: RatesLeft = NO_RATES
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A reservation as the sweep finds it."""
+
+    tenant: str
+    rid: str
+
+
 @dataclass
 class RequestRecord:
     """`r:<rid>` decoded. ``prompts`` is empty until admission. Lists have one entry per choice."""
@@ -75,7 +91,7 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class TenantLimits:
-    """What one tenant may use of one model, over all gateways. None: as much as it likes."""
+    """What one tenant may use of all models, over all gateways. None: as much as it likes."""
 
     concurrent: int | None = None  # requests that have not ended, detached ones included
     requests_per_minute: int | None = None

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 NAMES = (
-    "accept", "admit", "attach", "cancel", "claim", "commit", "depth", "finish", "heartbeat", "join", "keep_answer",
-    "lead", "plan", "recount", "register", "reject", "release", "renew_lead", "retire", "shed", "spend", "trim",
-    "unclaim", "void",
+    "accept", "admit", "attach", "cancel", "claim", "collect", "commit", "depth", "finish", "heartbeat", "join",
+    "keep_answer", "lead", "plan", "recount", "register", "reject", "release", "renew_lead", "reserve", "retire",
+    "settle", "shed", "spend", "trim", "unclaim", "unreserve", "void",
 )  # fmt: skip
 INCLUDES: dict[str, tuple[str, ...]] = {
     "accept": ("_channels", "_tenants"),
@@ -19,7 +19,10 @@ INCLUDES: dict[str, tuple[str, ...]] = {
     "commit": ("_rows",),
     "finish": ("_rows",),
     "keep_answer": ("_answers",),
+    "reserve": ("_limits",),
+    "settle": ("_limits",),
     "shed": ("_answers",),
+    "unreserve": ("_limits",),
 }
 
 

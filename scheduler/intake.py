@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from protocol.bus import LeaderBus
+from protocol.bus import HomeBus, LeaderBus
+from protocol.bus.base import job_fingerprint
 from protocol.errors import (
     Conflict,
     DeadlineExceeded,
@@ -18,14 +19,15 @@ from protocol.errors import (
     Fenced,
     InvalidRequest,
     NotFound,
+    Overloaded,
     RequestError,
     ServiceError,
     TooLarge,
 )
 from protocol.jobs import MAX_TIMEOUT_S
 from protocol.keys import NAME
-from protocol.messages import DEFAULT_TENANT, MAX_JOB_BYTES, Job, body_hash, encode, new_rid, unpack_ids
-from protocol.records import InboxEntry, RequestRecord
+from protocol.messages import DEFAULT_TENANT, ID_BYTES, MAX_JOB_BYTES, Job, body_hash, encode, new_rid, unpack_ids
+from protocol.records import Claim, InboxEntry, RequestRecord, Reservation
 from scheduler.answers import Answer, Answers
 from scheduler.core.events import Arrive
 from scheduler.election import ServerClock
@@ -38,6 +40,11 @@ log = logging.getLogger("headrace.scheduler")
 
 
 MAX_ADDRESS_BYTES = 16 << 20  # a larger payload is rejected without being decoded
+
+
+class Elsewhere(Exception):
+    """The request of a push's id runs in another slot."""
+
 
 CONFLICT = Conflict("this id was used for a job with another body", param="id")
 NEITHER = InvalidRequest("an entry holds a rid (written by accept) or a job, never both")
@@ -60,6 +67,7 @@ class Intake:
         answers: Answers,
         admit: Callable[[Arrive], None],
         recover: Callable[[str], Awaitable[None]],
+        home: HomeBus | None = None,
     ) -> None:
         self._bus = bus
         self._tokenizers = tokenizers
@@ -70,6 +78,7 @@ class Intake:
         self._answers = answers
         self._admit = admit
         self._recover = recover
+        self._home = home
 
     async def take(self, entry: InboxEntry) -> float:
         """Admit or end one entry; returns 0, or for how many seconds a push has to wait whose tenant is at a limit.
@@ -189,19 +198,31 @@ class Intake:
         assert job is not None
         key = self._answers.key(job, job.tenant, prepared.prompts)
         answer = await self._answers.find(job, key)
-        verdict, rid = await self._bus.admit(
+        try:
+            rid, held, claim = await self._claim_and_reserve(job, sum(map(len, prepared.prompts)) // ID_BYTES)
+        except Elsewhere:
+            await self._bus.finish(self._epoch, [], entry_id=entry.entry_id)
+            return 0.0
+        except (RequestError, Overloaded) as e:
+            if isinstance(e, Overloaded):
+                return e.retry_after or 1.0
+            await self._reject(entry, payload, e)
+            return 0.0
+        verdict, owner = await self._bus.admit(
             self._epoch,
             entry.entry_id,
-            rid=new_rid(),
+            rid=rid,
             prompts=prepared.prompts,
             seed=_seed(job),
             job=job,
             payload_hash=body_hash(payload),
+            reserved=held.tokens,
             cache="hit" if answer else "",
             tell=_told_at_once(job, key, answer),
         )
-        if verdict == "wait":
-            return int(rid) / 1000
+        if self._home is not None and owner != rid:
+            await self._home.withdraw(self._bus, job.tenant, rid, held, claim)
+        rid = owner
         if verdict == "new":
             self._traces.admitted(rid, job, job.tenant, entry_ms(entry), began, made)
             record = await self._bus.read_request(rid) if key is not None else None
@@ -212,6 +233,24 @@ class Intake:
         elif verdict == "conflict":
             await self._reject(entry, payload, CONFLICT)
         return 0.0
+
+    async def _claim_and_reserve(self, job: Job, tokens: int) -> tuple[str, Reservation, Claim | None]:
+        """The rid under which a push is to be admitted, what it holds of its tenant's limits, and the claim of its id:
+        it is made first, as for a request with an idempotency key. Elsewhere, Conflict, Overloaded."""
+        rid, claim, home = new_rid(), None, self._home
+        if home is None:
+            return rid, Reservation(None), None
+        slot, body = self._bus.keys.model, job_fingerprint(job)
+        if job.id is not None:
+            claim = await home.claim_or_find(job.tenant, job.id, slot, model=slot, rid=rid, body=body)
+            if claim.body != body:
+                raise CONFLICT
+            if claim.model != slot:
+                raise Elsewhere
+            rid = claim.rid
+            if not claim.mine and await self._bus.read_request(rid) is not None:  # it has its reservation
+                return rid, Reservation(None), claim
+        return rid, await home.reserve(job.tenant, rid, slot, tokens), claim
 
     async def _reject(self, entry: InboxEntry, payload: bytes, error: RequestError | ServiceError) -> None:
         """Write a dead letter, and one error result if the payload names a producer that can be told."""

@@ -104,7 +104,10 @@ class Term:
             bus, epoch, metrics, process.answers, process.fingerprint, lambda: self._registry.fingerprint,
             lambda: tokenizers.max_model_len,
         )  # fmt: skip
-        intake = Intake(bus, tokenizers, epoch, clock, metrics, self._traces, self._answers, self._admit, self._recover)
+        intake = Intake(
+            bus, tokenizers, epoch, clock, metrics, self._traces, self._answers, self._admit, self._recover,
+            process.home,
+        )  # fmt: skip
         self._inbox = Inbox(bus, f"epoch-{epoch}", intake, clock, weights)
         self._registry = WorkerRegistry(bus, epoch, self.core, process.timing, metrics, self._group, self._apply)
         self._known: set[str] = set()  # rids that the core holds
@@ -128,7 +131,7 @@ class Term:
             group.create_task(self._inbox.run())
             group.create_task(self._tick())
             if self._home is not None:
-                group.create_task(sweep_often(self._home, self._bus, self._model))
+                group.create_task(sweep_often(self._home, self._bus, self._model, self._epoch))
 
     # -------------------------------------------------------------- taking over
 

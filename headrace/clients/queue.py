@@ -24,8 +24,10 @@ from typing import Any
 import msgspec
 
 from gateway.openai.tools import tools_in_use
-from protocol.bus import GatewayBus
+from protocol.bus import GatewayBus, HomeBus
+from protocol.bus.base import job_fingerprint
 from protocol.errors import (
+    Conflict,
     EngineFailed,
     Expired,
     HeadraceError,
@@ -52,6 +54,7 @@ from protocol.records import RequestRecord
 from protocol.sampling import SamplingParams
 
 CHECK_S = 1.0  # a silent stream is compared with its journal this often
+PATIENCE_S = 30.0  # how long a call waits for a server that does not answer
 LOOK_S = 0.1  # how often a leader is looked at, to see that it lives
 
 
@@ -161,6 +164,7 @@ class AsyncClient:
         self.tenant = tenant
         self._channel = f"client-{secrets.token_hex(8)}"
         self._bus: GatewayBus | None = None
+        self._home = HomeBus(redis_url, patience=PATIENCE_S)
         self._card: ModelCard | None = None
         self._listener: asyncio.Task[None] | None = None
         self._readers: dict[str, set[asyncio.Queue[Row | None]]] = {}  # by rid; None: read the journal
@@ -180,7 +184,7 @@ class AsyncClient:
             raise InvalidRequest(f"name the model, one of: {', '.join(served) or 'none is served here'}", param="model")
         self.model = self.model or served[0]
         self._card = cards.get(self.model)
-        self._bus = GatewayBus(self.redis_url, self.model, patience=30.0)
+        self._bus = GatewayBus(self.redis_url, self.model, patience=PATIENCE_S)
         await self._bus.connect()
         self._subscription = self._bus.subscribe(self._channel)
         await self._subscription.start()
@@ -207,6 +211,7 @@ class AsyncClient:
         if self._bus is not None:
             await self._subscription.close()
             await self._bus.close()
+        await self._home.close()
 
     # -------------------------------------------------------------- requests
 
@@ -273,7 +278,16 @@ class AsyncClient:
         if (job.prompt is None) == (job.messages is None):
             raise InvalidRequest("a job needs either prompt or messages", param="prompt")
         job.sampling.check()
-        accepted = await self._open_bus.accept(job, rid=new_rid(), idempotency=job.id, reply_to=self._channel)
+        bus, rid, claim = self._open_bus, new_rid(), None
+        if job.id is not None:
+            body, model = job_fingerprint(job), bus.keys.model
+            claim = await self._home.claim_or_find(job.tenant, job.id, model, model=model, rid=rid, body=body)
+            if claim.body != body:
+                raise Conflict("this id was used for a job with another body", param="id")
+            rid = claim.rid
+        accepted = await self._home.accept(
+            bus, job, rid=rid, claim=claim, idempotency=job.id, reply_to=self._channel
+        )  # fmt: skip
         return accepted.rid
 
     async def submit_when_possible(self, job: Job) -> str:

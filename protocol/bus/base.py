@@ -105,6 +105,11 @@ class RequestReads(Base):
         request."""
         return bool(await self._run("void", rid, VOID_STAYS_MS, key=self.keys.live))
 
+    async def ended(self, rids: Sequence[str]) -> list[str]:
+        """Those of these requests that have ended and are still kept."""
+        found = await self._link.pipeline([("HGET", self.keys.request(rid), "open") for rid in rids])
+        return [rid for rid, left in zip(rids, found, strict=True) if left == b"0"]
+
     async def read_journals(self, journals: Sequence[tuple[str, int]]) -> list[bytes]:
         """Whole journals of many (rid, choice), in one round trip."""
         return await self._link.pipeline([("GET", self.keys.journal(*j)) for j in journals])

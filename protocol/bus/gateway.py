@@ -12,19 +12,13 @@ from protocol import records
 from protocol.bus.base import RequestReads, job_fingerprint
 from protocol.bus.producer import ProducerBus
 from protocol.connection import Argument, Link, OutOfMemory
-from protocol.errors import Conflict, InvalidRequest, NotFound, Overloaded, RatesLeft, Unavailable, Voided
+from protocol.errors import Conflict, NotFound, Overloaded, Unavailable, Voided
 from protocol.keys import REGISTRY, check_name
 from protocol.levels import job_level, plainer
 from protocol.messages import Job, ModelCard, encode
-from protocol.records import Accepted, Limits, Reply, RequestRecord, TenantLimits
+from protocol.records import Accepted, Limits, Reply, RequestRecord
 
 SHED_AT_ONCE = 32  # cached answers
-
-LIMIT_MET = {
-    "concurrent": "as many requests are running with this key as may at once",
-    "requests": "the requests per minute of this key are used up",
-    "tokens": "the tokens per minute of this key are used up",
-}
 
 _card_decoder = msgspec.msgpack.Decoder(ModelCard)
 
@@ -51,14 +45,14 @@ class GatewayBus(RequestReads, ProducerBus):
         idempotency: str | None = None,
         reply_to: str | None = None,
         limits: Limits = Limits(),  # noqa: B008 (immutable)
-        tenant_limits: TenantLimits | None = None,
         prompt_tokens: int = 0,
+        reserved: int | None = None,
         fingerprint: str | None = None,
         claimed: bool = False,
     ) -> Accepted:
-        """Make ``job`` durable. Raises Overloaded (with retry_after), Conflict (same key, other body), Unavailable, and
-        InvalidRequest for a prompt beyond all the tokens that its tenant has in a minute. ``tenant_limits`` None: those
-        that a gateway told last.
+        """Make ``job`` durable. Raises Overloaded (with retry_after), Conflict (same key, other body), Unavailable.
+        ``reserved``: tokens of its reservation in the home slot (`HomeBus.accept` makes one and calls this); None:
+        there is none.
 
         Safe to repeat with the same ``rid``. ``fingerprint`` tells whether two bodies under one idempotency key are
         the same; by default it is the hash of the job without its view and reply channel. ``claimed``: ``rid`` is that
@@ -71,7 +65,7 @@ class GatewayBus(RequestReads, ProducerBus):
             reply = await self._accept(
                 *(rid, job.choices, job.tenant, encode(job), fingerprint or job_fingerprint(job)),
                 *(int((job.timeout_s or 0) * 1000), channel, job.results or "", job.id or "", idem, prompt_tokens),
-                *("" if bound is None else bound for bound in (*bounds, *_limit_arguments(tenant_limits))),
+                *("" if bound is None else bound for bound in (*bounds, reserved)),
                 job_level(job),
                 int(claimed),
             )
@@ -79,8 +73,8 @@ class GatewayBus(RequestReads, ProducerBus):
                 break
             job = plainer(job)
         match reply:
-            case [b"ok", _, *left]:
-                return Accepted(rid, joined=False, attached=int(claimed), left=_left(left))
+            case [b"ok", _]:
+                return Accepted(rid, joined=False, attached=int(claimed))
             case [b"joined", owner, attached]:
                 return Accepted(owner.decode(), joined=True, attached=attached)
             case [b"void"]:
@@ -89,15 +83,11 @@ class GatewayBus(RequestReads, ProducerBus):
                 raise Conflict("this idempotency key was used with another body", param="Idempotency-Key")
             case [b"full"]:
                 raise Overloaded("this request has as many readers as it may", retry_after=1.0)
-            case [b"busy", waiting, rate, *left]:
+            case [b"busy", waiting, rate]:
                 again = _retry_after(float(waiting), float(rate))
-                raise Overloaded("too much work is waiting", retry_after=again, left=_left(left))
+                raise Overloaded("too much work is waiting", retry_after=again)
             case [b"older"]:
                 raise Unavailable("the scheduler is being updated and cannot read this request yet", retry_after=5.0)
-            case [b"limit", b"prompt", *_]:
-                raise InvalidRequest("the prompt has more tokens than this key has in a minute", param="prompt")
-            case [b"limit", which, wait_ms, *left]:
-                raise Overloaded(LIMIT_MET[which.decode()], retry_after=max(1.0, wait_ms / 1000), left=_left(left))
         raise AssertionError(f"accept replied {reply!r}")
 
     async def cancel(self, rid: str, tenant: str, *, reason: str = "abort", attached: int | None = None) -> bool:
@@ -167,15 +157,3 @@ def _retry_after(waiting_tokens: float, rate: float) -> float:
     """Seconds until a busy service may have room: waiting tokens over measured rate, 1 to 60, jittered by a tenth."""
     seconds = waiting_tokens / rate if rate > 0 else 1.0
     return min(60.0, max(1.0, seconds * random.uniform(0.9, 1.1)))
-
-
-def _left(told: Sequence[bytes]) -> RatesLeft:
-    """What accept tells of the limits per minute."""
-    requests, tokens = ((float(text) if text else None) for text in told or (b"", b""))
-    return RatesLeft(requests, tokens)
-
-
-def _limit_arguments(limits: TenantLimits | None) -> tuple[int | str | None, ...]:
-    if limits is None:
-        return ("-", "-", "-")
-    return (limits.concurrent, limits.requests_per_minute, limits.tokens_per_minute)

@@ -1,33 +1,75 @@
-"""The home slot: which request stands behind an idempotency key, whatever model or slot it runs in.
+"""The home slot: which request stands behind an idempotency key, and what a tenant may still use, whatever slot a
+request runs in.
 
 The request itself lies in its model's slot, and no script reaches over two slots. So a key is *claimed* first, with the
 rid that the request will have, and accepted under that rid afterwards. Whoever finds a claim without a request (its
 maker died in between) completes it with the same rid; that is safe since a rid is accepted once. A claim stays as long
 as its request: the sweep of the model's leader frees it once the request is gone, and only after the rid was made void
 in the model's slot, so that an accept which is still on its way cannot come after the key was given to another.
+
+Limits of a tenant are *reserved* here, under the rid, before the request is accepted. A reservation ends with its
+request: its slot notes that, and the tokens that land, in the same script; the leader collects them in numbered batches
+and settles them here, each once. What no request stands behind (its maker died in between) the sweep gives back.
 """
 
 from __future__ import annotations
 
-from protocol.connection import Link
-from protocol.keys import HOME, claim_name
-from protocol.records import Claim
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from protocol.bus.base import RequestReads
+from protocol.bus.gateway import GatewayBus
+from protocol.connection import Argument, Link
+from protocol.errors import HeadraceError, InvalidRequest, Overloaded, RatesLeft, Unavailable
+from protocol.keys import HOME, check_name, claim_name
+from protocol.messages import Job
+from protocol.records import Accepted, Claim, Hold, Limits, Reservation, TenantLimits
 from protocol.scripts import load
 
-FIRST_LOOK_MS = 60_000  # a claim without a request is no older than this when it is freed
+FIRST_LOOK_MS = 60_000  # a claim or reservation without a request is no older than this when it is freed
+MOST_HOLDS = 256  # requests of a tenant that are looked at when it is at its limit
+LOOK_AGAIN_S = 0.05  # not more often than this
+MOST_TENANTS = 10_000  # without limits, that are remembered
+FREE_S = 1.0  # how long it is believed that a tenant has no limits
+NO_LIMITS = TenantLimits()
+LIMIT_MET = {
+    "concurrent": "as many requests are running with this key as may at once",
+    "requests": "the requests per minute of this key are used up",
+    "tokens": "the tokens per minute of this key are used up",
+}
+
+
+class SlotReads(RequestReads):
+    """What is looked up in the slots that claims and reservations name."""
+
+    SCRIPTS = ("void",)
 
 
 class HomeBus:
-    """Claims. Calls are repeated as those of Base, with the same errors; every one is safe to repeat."""
+    """Claims and reservations. Calls are repeated as those of Base, with the same errors; every one is safe to
+    repeat."""
 
-    SCRIPTS = ("claim", "unclaim")
+    SCRIPTS = ("claim", "reserve", "settle", "unclaim", "unreserve")
 
     def __init__(self, url: str, *, patience: float | None = None) -> None:
+        self._url, self._patience = url, patience
         self._link = Link(url, patience, HOME)
+        self._slots: dict[str, SlotReads] = {}
         self._scripts = load(self.SCRIPTS, sharded=self._link.in_cluster)
+        self._free: dict[str, float] = {}  # tenant that has no limits -> when it was told so
+        self._looked: dict[str, float] = {}  # tenant -> when its reservations were looked at
 
     async def close(self) -> None:
         await self._link.close()
+        for slot in self._slots.values():
+            await slot.close()
+
+    def slot(self, name: str) -> RequestReads:
+        """Reads of another slot: of a model, or of one of its shards."""
+        if name not in self._slots:
+            self._slots[name] = SlotReads(self._url, name, patience=self._patience)
+        return self._slots[name]
 
     async def find(self, tenant: str, key: str, name: str) -> Claim | None:
         """The claim of a key, if there is one. ``name``: the model as the client wrote it."""
@@ -43,13 +85,18 @@ class HomeBus:
         held_by, owner, held_body = (part.decode() for part in found)
         return Claim(claim, held_by, owner, held_body, mine=owner == rid)
 
+    async def claim_or_find(self, tenant: str, key: str, name: str, *, model: str, rid: str, body: str) -> Claim:
+        """As `claim`; a claim for another model or body is freed if its request was refused, or never came. So the
+        claim is for this ``model`` and ``body``, or there is its request."""
+        while True:
+            claim = await self.claim(tenant, key, name, model=model, rid=rid, body=body)
+            if (claim.model, claim.body) == (model, body) or not await self.slot(claim.model).void(claim.rid):
+                return claim
+            await self.free(claim)
+
     async def due(self, model: str, count: int) -> list[Claim]:
         """Claims for requests of ``model`` that it is time to look at, the longest due first."""
-        seconds, micros = await self._link.command("TIME")
-        now = int(seconds) * 1000 + int(micros) // 1000
-        names = await self._link.command(
-            "ZRANGEBYSCORE", f"{HOME}sweep:{model}", "-inf", now, "LIMIT", 0, count
-        )  # fmt: skip
+        names = await self._due(f"sweep:{model}", count)
         values = await self._link.pipeline([("GET", HOME + name.decode()) for name in names])
         return [
             _claim(name.decode(), value or f"{model} - -".encode()) for name, value in zip(names, values, strict=True)
@@ -63,6 +110,129 @@ class HomeBus:
         """Its rid is void: the key may be claimed anew. Nothing if it was."""
         await self._run_unclaim(claim, "")
 
+    # -------------------------------------------------------------- limits of tenants
+
+    async def accept(
+        self,
+        bus: GatewayBus,
+        job: Job,
+        *,
+        rid: str,
+        claim: Claim | None = None,
+        tenant_limits: TenantLimits | None = None,
+        prompt_tokens: int = 0,
+        idempotency: str | None = None,
+        reply_to: str | None = None,
+        limits: Limits = Limits(),  # noqa: B008 (immutable)
+    ) -> Accepted:
+        """`GatewayBus.accept` under a reservation, where the tenant has limits. ``claim``: of its idempotency key.
+        ``tenant_limits`` None: those that a gateway told last. InvalidRequest for a prompt beyond all the tokens that
+        its tenant has in a minute."""
+        held, claimed = Reservation(None), claim is not None and not claim.mine
+        if not (claimed and await bus.read_request(rid) is not None):  # else it has its reservation, or has ended
+            held = await self.reserve(job.tenant, rid, bus.keys.model, prompt_tokens, tenant_limits)
+        try:
+            accepted = await bus.accept(
+                job, rid=rid, idempotency=idempotency, reply_to=reply_to, limits=limits, prompt_tokens=prompt_tokens,
+                reserved=held.tokens, fingerprint=claim.body if claim is not None else None, claimed=claimed,
+            )  # fmt: skip
+        except Unavailable:
+            raise  # it may have been accepted: the sweep sees to it
+        except HeadraceError as error:
+            await self.withdraw(bus, job.tenant, rid, held, claim)
+            if isinstance(error, Overloaded):
+                error.left = held.left
+            raise
+        if accepted.rid != rid:
+            await self.withdraw(bus, job.tenant, rid, held, claim)
+        return replace(accepted, left=held.left)
+
+    async def withdraw(
+        self, bus: RequestReads, tenant: str, rid: str, held: Reservation, claim: Claim | None = None
+    ) -> None:
+        """Give back what a request had reserved that was not accepted. Where others may know its rid, by ``claim``,
+        that is made void first: nobody can run it without its reservation then."""
+        if held.tokens is None:
+            return
+        if claim is not None:
+            if not await bus.void(rid):
+                return
+            await self.free(claim)
+        await self.give_back(tenant, rid)
+
+    async def reserve(
+        self, tenant: str, rid: str, slot: str, tokens: int, limits: TenantLimits | None = None
+    ) -> Reservation:
+        """Reserve request ``rid`` with so many prompt tokens, before it is accepted in ``slot``. Overloaded,
+        InvalidRequest. At the limit of requests at once it is looked whether some have ended, which is settled only a
+        moment later."""
+        known = self._free.get(tenant)
+        if known is not None and (limits == NO_LIMITS or (limits is None and time.monotonic() - known < FREE_S)):
+            return Reservation(None)
+        told = ("-", "-", "-") if limits is None else _texts(limits)
+        args = (HOME, check_name(tenant, "tenant"), rid, slot, tokens, *told, FIRST_LOOK_MS)
+        reply = await self._link.script(self._scripts["reserve"], HOME + tenant, args)
+        if reply[:2] == [b"limit", b"concurrent"] and await self._free_ended(tenant):
+            reply = await self._link.script(self._scripts["reserve"], HOME + tenant, args)
+        self._free.pop(tenant, None)
+        match reply:
+            case [b"held", *left]:
+                return Reservation(tokens, _left(left))
+            case [b"limit", b"prompt", *_]:
+                raise InvalidRequest("the prompt has more tokens than this key has in a minute", param="prompt")
+            case [b"limit", which, wait_ms, *left]:
+                raise Overloaded(LIMIT_MET[which.decode()], retry_after=max(1.0, wait_ms / 1000), left=_left(left))
+        if len(self._free) >= MOST_TENANTS:
+            self._free.clear()
+        self._free[tenant] = time.monotonic()
+        return Reservation(None)
+
+    async def give_back(self, tenant: str, rid: str, *, ended: bool = False) -> None:
+        """End a reservation whose request was not accepted, or (``ended``) whose tokens stay used."""
+        await self._run_unreserve(tenant, rid, "ended" if ended else "back")
+
+    async def settle(self, slot: str, number: int, owed: Sequence[bytes]) -> None:
+        """Take in a batch that `LeaderBus.collect` told of ``slot``."""
+        await self._link.script(self._scripts["settle"], HOME + slot, (HOME, slot, number, *owed))
+
+    async def due_holds(self, slot: str, count: int) -> list[Hold]:
+        """Reservations of ``slot`` that it is time to look at, the longest due first."""
+        names = await self._due(f"holds:{slot}", count)
+        return [Hold(*name.decode().split(" ")) for name in names]
+
+    async def look_at_later(self, hold: Hold) -> None:
+        """Its request is there and runs: look again after a while."""
+        await self._run_unreserve(hold.tenant, hold.rid, FIRST_LOOK_MS)
+
+    async def _free_ended(self, tenant: str) -> bool:
+        """Look at some of a tenant's requests; the reservations of those that have ended are freed."""
+        now = time.monotonic()
+        if now - self._looked.get(tenant, float("-inf")) < LOOK_AGAIN_S:
+            return False
+        self._looked[tenant] = now
+        _, flat = await self._link.command("HSCAN", f"{HOME}run:{tenant}", 0, "COUNT", MOST_HOLDS)
+        of: dict[str, list[str]] = {}
+        for rid, held in zip(flat[::2], flat[1::2], strict=True):
+            of.setdefault(held.decode().split(" ")[0], []).append(rid.decode())
+        ended = [rid for slot, rids in of.items() for rid in await self.slot(slot).ended(rids)]
+        for rid in ended:
+            await self.give_back(tenant, rid, ended=True)
+        return bool(ended)
+
+    async def _run_unreserve(self, tenant: str, rid: str, what: Argument) -> None:
+        await self._link.script(self._scripts["unreserve"], HOME + tenant, (HOME, tenant, rid, what))
+
+    async def _due(self, name: str, count: int) -> list[bytes]:
+        """Members of a set that is ordered by the time of the next look, as far as that has come."""
+        seconds, micros = await self._link.command("TIME")
+        now = int(seconds) * 1000 + int(micros) // 1000
+        found: list[bytes] = await self._link.command(
+            "ZRANGEBYSCORE", HOME + name, "-inf", now, "LIMIT", 0, count
+        )  # fmt: skip
+        return found
+
+    # -------------------------------------------------------------- parts
+
     async def _run_unclaim(self, claim: Claim, wait_ms: int | str) -> None:
         args = (HOME, claim.name, claim.model, claim.rid, wait_ms)
         await self._link.script(self._scripts["unclaim"], HOME + claim.name, args)
@@ -71,3 +241,14 @@ class HomeBus:
 def _claim(name: str, value: bytes) -> Claim:
     model, rid, body = value.decode().split(" ")
     return Claim(name, model, rid, body, mine=False)
+
+
+def _left(told: Sequence[bytes]) -> RatesLeft:
+    """What is left of the limits per minute."""
+    requests, tokens = ((float(text) if text else None) for text in told)
+    return RatesLeft(requests, tokens)
+
+
+def _texts(limits: TenantLimits) -> tuple[Argument, ...]:
+    told = (limits.concurrent, limits.requests_per_minute, limits.tokens_per_minute)
+    return tuple("" if bound is None else bound for bound in told)

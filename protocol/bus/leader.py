@@ -46,6 +46,7 @@ class LeaderBus(RequestReads):
 
     SCRIPTS: ClassVar[tuple[str, ...]] = (
         "admit",
+        "collect",
         "depth",
         "finish",
         "join",
@@ -93,6 +94,12 @@ class LeaderBus(RequestReads):
         counts = [(f"{k}:{t}", n) for t, both in used.items() for k, n in zip(("in", "out"), both, strict=True)]
         key = self.keys.used(day).removeprefix(self.keys.prefix)
         await self._run("spend", epoch, number, key, USED_STAYS_MS, *(part for count in counts for part in count))
+
+    async def collect(self, epoch: int, settled: int) -> tuple[int, list[bytes]]:
+        """What tenants owe in the home slot for requests of this one: the number of a batch, and what `HomeBus.settle`
+        takes; (0, []) where nothing is owed. ``settled``: the last batch that the home slot has; 0: none yet."""
+        number, *owed = await self._run("collect", epoch, settled) or (0,)
+        return int(number), owed
 
     async def publish_card(
         self, card: ModelCard, tokenizer_json: bytes | None, tokenizer_info: bytes | None = None
@@ -216,6 +223,7 @@ class LeaderBus(RequestReads):
         seed: int,
         job: Job | None = None,
         payload_hash: str = "",
+        reserved: int | None = None,
         producer_id: str | None = None,
         thinking: bool = False,
         cache: str = "",
@@ -226,9 +234,9 @@ class LeaderBus(RequestReads):
         push, which becomes a request here (deadline from timeout_s and the time of the push); its id may name an
         earlier request: ("duplicate", that rid), or one of another body: ("conflict", that rid); the entry is then
         left to `reject`. ``payload_hash``: the push's own, which tells it from another one that was rejected under its
-        id. ``producer_id``: the id of an accepted job, repeated in the notice of admission, as is ``thinking`` (the
-        prompt has opened a thought). ``cache``: "hit", where its answer is known; ``tell`` False: `join` will publish
-        the notice."""
+        id. ``reserved``: tokens of its reservation in the home slot. ``producer_id``: the id of an accepted job,
+        repeated in the notice of admission, as is ``thinking`` (the prompt has opened a thought). ``cache``: "hit",
+        where its answer is known; ``tell`` False: `join` will publish the notice."""
         args: list[Argument] = []
         if job is not None:
             if job.id is None:
@@ -237,6 +245,7 @@ class LeaderBus(RequestReads):
             self._idempotency(job.tenant, job.id)  # both must be names
             args = [job.tenant, job.id or "", encode(job), job_fingerprint(job), job.choices]
             args += [int((job.timeout_s or 0) * 1000), job.reply_to or "", job.results or "", payload_hash]
+            args.append("" if reserved is None else reserved)
         row = _notice(rid, prompts, thinking, cache, producer_id) if tell else b""
         verdict, owner = await self._run("admit", epoch, entry_id, rid, seed, row, cache, len(prompts), *prompts, *args)
         if verdict not in (b"cancelled", b"conflict"):

@@ -25,10 +25,8 @@ local function fenced(cause)
   return redis.error_reply('FENCED ' .. cause)
 end
 
--- Take tokens from a tenant's bucket (a negative number gives back). Nothing where it has no such limit.
-local function charge(tenant, tokens)
-  local key = P .. 't:' .. tenant
-  if tokens ~= 0 and redis.call('HEXISTS', key, 'tokens') == 1 then
-    redis.call('HINCRBYFLOAT', key, 'tokens', tostring(-tokens))
-  end
+-- Note tokens that a tenant's bucket in the home slot is to be charged with (a negative number gives back): the leader
+-- collects them. Only for requests that hold a reservation there (`charged` of the record).
+local function owe(tenant, tokens)
+  if tokens ~= 0 then redis.call('HINCRBY', P .. 'owed', tenant, tokens) end
 end

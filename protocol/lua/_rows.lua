@@ -54,7 +54,10 @@ local function end_request(rid, record)
   redis.call('HSET', record, 'ended', milliseconds())
   redis.call('PEXPIRE', record, retention)
   if v[3] then end_running(v[3], rid) end
-  if v[4] and v[4] ~= '' and not v[5] then charge(v[3], -tonumber(v[4])) end -- its prompt was never computed
+  if v[4] and v[4] ~= '' then -- it holds a reservation
+    if not v[5] then owe(v[3], -tonumber(v[4])) end -- its prompt was never computed
+    redis.call('HSET', P .. 'owed', 'end:' .. rid, v[3])
+  end
   for i = 0, tonumber(v[1]) - 1 do redis.call('PEXPIRE', P .. 'j:' .. rid .. ':' .. i, retention) end
   if v[2] and v[2] ~= '' then redis.pcall('PEXPIRE', P .. v[2], retention) end
   if v[6] then hand_flight_over(rid, v[6], v[7]) end
@@ -113,12 +116,12 @@ local function feed(i, followers)
   for rid in string.gmatch(followers, '%S+') do pcall(feed_one, i, rid) end
 end
 
--- One row: its verdict (l landed, c closed, s stale), and where it landed just now, its tenant.
+-- One row: its verdict (l landed, c closed, s stale), and where it landed just now, the tenant that owes for it ('': none).
 local function land(i)
   local rid, choice, placement, cursor = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
   local finish, frames = ARGV[i + 4], ARGV[i + 7]
   local record, journal = P .. 'r:' .. rid, P .. 'j:' .. rid .. ':' .. choice
-  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'tenant', 'followers')
+  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'tenant', 'followers', 'charged')
   local ours = (v[2] or '0') == placement
   if not v[1] then return 'c' end
   if v[3] then return (ours and holds(journal, cursor, frames)) and 'l' or 'c' end
@@ -127,11 +130,11 @@ local function land(i)
   redis.call('APPEND', journal, frames)
   if v[5] and v[5] ~= '' then feed(i, v[5]) end
   if finish ~= '' then end_choice(rid, record, choice, finish, ARGV[i + 5]) end
-  return 'l', v[4] or ''
+  return 'l', (v[6] and v[6] ~= '') and v[4] or ''
 end
 
 -- All rows from argument `first` on; `keep` is the retention.
--- -> one string of verdicts, the number of rows that landed just now, and by tenant
+-- -> one string of verdicts, the number of rows that landed just now, and of those of tenants with limits, by tenant
 local function land_rows(first, keep)
   retention = keep
   local rids, verdicts, landed, tenants = {}, {}, 0, {}
@@ -147,7 +150,7 @@ local function land_rows(first, keep)
     verdicts[k] = ok and verdict or 'c'
     if ok and tenant then
       landed = landed + 1
-      tenants[tenant] = (tenants[tenant] or 0) + 1
+      if tenant ~= '' then tenants[tenant] = (tenants[tenant] or 0) + 1 end
       local names = channels[k] or ''
       local lists = to[names]
       if not lists then

@@ -1,19 +1,15 @@
 -- Make a request durable. Begins with a write that is refused when the server is out of memory.
 -- ARGV: P, rid, n, tenant, body, hash, timeout_ms, channel, results, id, idempotency key name without prefix,
---       prompt_tokens, the bounds requests, tokens, tenant_requests, tenant_tokens ('' = unbounded), and the tenant's
---       limits: requests at once, requests and tokens per minute ('' = none), or '-' for all three: as they were told last,
---       and the least level of a leader that can read the body; '1': the rid is that of an earlier claim of the key, so
---       that another caller may have made the request, or make it at this moment
--- -> {'ok', rid, requests left, tokens left} ('' where the tenant has no such limit; {'ok', rid} when repeated)
---    | {'joined', rid, attached} | {'conflict'} | {'full'}
---    | {'busy', waiting tokens, tokens per second, requests left, tokens left}
---    | {'limit', which, milliseconds to wait, requests left, tokens left} | {'older'}: the leader cannot read it
---    | {'void'}: the claim was freed
+--       prompt_tokens, the bounds requests, tokens, tenant_requests, tenant_tokens ('' = unbounded), the tokens of its
+--       reservation in the home slot ('' = none), and the least level of a leader that can read the body; '1': the rid is
+--       that of an earlier claim of the key, so that another caller may have made the request, or make it at this moment
+-- -> {'ok', rid} | {'joined', rid, attached} | {'conflict'} | {'full'} | {'busy', waiting tokens, tokens per second}
+--    | {'older'}: the leader cannot read it | {'void'}: the claim was freed
 local rid, n, tenant, body, hash, timeout = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
 local channel, results, id, idem, prompt_tokens = ARGV[8], ARGV[9], ARGV[10], ARGV[11], tonumber(ARGV[12])
 local live, record = P .. 'live', P .. 'r:' .. rid
 
-local claimed = ARGV[21] == '1'
+local claimed = ARGV[19] == '1'
 
 local function join(owner)
   allow_when_full()
@@ -35,11 +31,11 @@ if idem ~= '' then
   if owner and redis.call('EXISTS', P .. 'r:' .. owner) == 1 then return join(owner) end
 end
 
-if tonumber(ARGV[20]) > 0 then
+if tonumber(ARGV[18]) > 0 then
   local leader = redis.call('HMGET', P .. 'leader', 'epoch', 'level')
   local epoch, level = string.match(leader[2] or '', '^(%d+):(%d+)$')
   local led = tonumber(leader[1] or 0) > 0 -- before the first leader comes, it may be any
-  if led and (epoch ~= leader[1] or tonumber(level) < tonumber(ARGV[20])) then return {'older'} end
+  if led and (epoch ~= leader[1] or tonumber(level) < tonumber(ARGV[18])) then return {'older'} end
 end
 
 local now = milliseconds()
@@ -51,25 +47,16 @@ for i = 1, 4 do
   -- a single request may exceed a bound on tokens while nothing else waits: else it could never be accepted
   local more = (i % 2 == 1) and 1 or (depth[i] > 0 and prompt_tokens or 0)
   if bound and depth[i] + more > bound then
-    return {'busy', tostring(depth[2]), tostring(depth[5]), rate_left(tenant, tonumber(now))}
+    return {'busy', tostring(depth[2]), tostring(depth[5])}
   end
 end
 
-local limits = P .. 't:' .. tenant
-if ARGV[17] ~= '-' then
-  local any = ARGV[17] ~= '' or ARGV[18] ~= '' or ARGV[19] ~= ''
-  if any or redis.call('EXISTS', limits) == 1 then -- the first write must be one that is refused without memory
-    redis.call('HSET', limits, 'concurrent', ARGV[17], 'rpm', ARGV[18], 'tpm', ARGV[19])
-    redis.call('PEXPIRE', limits, any and LIMITS_STAY or 1)
-  end
-end
-local which, wait = met_limit(tenant, prompt_tokens, tonumber(now))
-if which then return {'limit', which, wait, rate_left(tenant, tonumber(now))} end
 local deadline = timeout > 0 and string.format('%.0f', tonumber(now) + timeout) or '0'
 redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', id, 'deadline', deadline, 'created', now,
   'attempts', 0, 'n', n, 'open', n, 'attached', claimed and 1 or 0, 'results', results, 'idem', idem,
-  'charged', begin_request(tenant, rid, prompt_tokens, tonumber(now)))
+  'charged', ARGV[17])
+begin_request(tenant, rid)
 redis.call('HSET', live, rid, channel)
 if idem ~= '' then redis.call('SET', P .. idem, rid .. ' ' .. hash) end
 redis.call('XADD', P .. 'jobs', '*', 'rid', rid)
-return {'ok', rid, rate_left(tenant, tonumber(now))}
+return {'ok', rid}

@@ -1,10 +1,10 @@
 -- Turn an inbox entry into a request that can run: its prompt ids and seed are stored, once.
 -- KEYS: leader. ARGV: P, epoch, entry id, rid, seed, admission row ('' = join.lua tells), 'hit' where the answer is known
 -- already (else ''), number of prompts, prompts...,
--- and for a producer's push further: tenant, id, body, hash, n, timeout_ms, channel, results, hash of the payload
+-- and for a producer's push further: tenant, id, body, hash, n, timeout_ms, channel, results, hash of the payload, tokens
+-- of its reservation in the home slot ('' = none)
 -- -> {verdict, rid}: new | repeat | cancelled | gone | duplicate | conflict (the id is another body's: `reject` takes the
---    entry and tells) | wait (a push of a tenant at its limit stays in the inbox: the second value is for how many
---    milliseconds)
+--    entry and tells)
 allow_when_full()
 local epoch, entry, rid, seed, row, count = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[8])
 if not is_leader(epoch) then return fenced('epoch') end
@@ -30,7 +30,7 @@ if #ARGV == push then -- it went through accept: the record is there
   if v[3] then return {'cancelled', rid} end -- `finish` takes the entry
   take()
   if v[5] and v[5] ~= '' then -- what the gateway guessed is set right
-    charge(v[4], prompt_tokens - tonumber(v[5]))
+    owe(v[4], prompt_tokens - tonumber(v[5]))
     redis.call('HSET', record, 'charged', prompt_tokens)
   end
 else
@@ -40,10 +40,6 @@ else
   local owner, owner_hash = string.match(redis.call('GET', P .. idem) or '', '^(%S+) (%S+)$')
   if owner and owner_hash ~= hash and owner_hash ~= ARGV[push + 9] then return {'conflict', owner} end
   local now = milliseconds()
-  if not owner and redis.call('XRANGE', jobs, entry, entry)[1] then
-    local which, wait = met_limit(tenant, prompt_tokens, tonumber(now))
-    if which and which ~= 'prompt' then return {'wait', tostring(wait)} end
-  end
   if take() == 0 then return (owner and owner ~= '-') and {'repeat', owner} or {'gone', ''} end
   if owner then return {'duplicate', owner} end
   -- the push was durable from the moment of its XADD, which its entry id tells
@@ -52,7 +48,8 @@ else
   local deadline = timeout > 0 and string.format('%.0f', tonumber(created) + timeout) or '0'
   redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', id, 'deadline', deadline,
     'created', created, 'attempts', 0, 'n', n, 'open', n, 'attached', 0, 'results', results, 'idem', idem,
-    'charged', begin_request(tenant, rid, prompt_tokens, tonumber(now)))
+    'charged', ARGV[push + 10])
+  begin_request(tenant, rid)
   redis.call('HSET', live, rid, channel)
   redis.call('SET', P .. idem, rid .. ' ' .. hash)
 end

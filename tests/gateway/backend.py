@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from protocol.bus import HomeBus
 from protocol.errors import Fenced
 from protocol.formats.spec import FormatSpec
 from protocol.messages import (
@@ -106,6 +107,7 @@ class Backend:
         self.epoch = epoch
         capacity = Capacity(self.model, MAX_LEN, 8, 512, [PoolCapacity("full", 16, 64)], VOCAB)
         self.gen = await self.bus.register("w0", capacity, "serving")
+        self.home, self._settled = HomeBus(self.url), 0
         self._tasks = [asyncio.create_task(t()) for t in (self._beat, self._inbox, self._events, self._emit)]
         return self
 
@@ -116,6 +118,14 @@ class Backend:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await self.bus.close()
+        await self.home.close()
+
+    async def settle(self) -> None:
+        """Take what tenants owe to the home slot."""
+        number, owed = await self.bus.collect(self.epoch, self._settled)
+        if owed:
+            await self.home.settle(self.model, number, owed)
+        self._settled = number or self._settled
 
     # -------------------------------------------------------------- the scheduler's half
 

@@ -19,6 +19,7 @@ import msgspec
 import pytest
 import redis
 
+from protocol.bus import HomeBus
 from protocol.messages import Frame, Job, Row, decode_frames, encode, new_rid
 from protocol.preloaded import Preloaded
 from protocol.records import TenantLimits
@@ -218,7 +219,9 @@ async def test_a_push_of_a_tenant_at_its_limit_waits_until_there_is_room(stage: 
     one = TenantLimits(concurrent=1)
     rid = new_rid()
     running = Job(prompt="ab", tenant="few", sampling=SamplingParams(max_tokens=40, temperature=0))
-    await stage.bus.accept(running, rid=rid, tenant_limits=one)
+    home = HomeBus(stage.bus.url, patience=5.0)
+    await home.accept(stage.bus, running, rid=rid, tenant_limits=one)
+    await home.close()
     for number, tenant in ((1, "few"), (2, "few"), (3, "many")):
         job = {"v": 1, "id": f"p{number}", "tenant": tenant, "prompt": "cd", "results": "r"}
         await stage.bus.push(msgspec.json.encode({**job, "sampling": {"max_tokens": 2}}))

@@ -1,9 +1,11 @@
-"""The seeded model of claims: one idempotency key, several slots in which its request could run, and every fault.
+"""The seeded model of the home slot: one idempotency key, several slots in which its request could run, a tenant that
+may have a few requests at once, and every fault.
 
 Clients retry a key until they are told a rid and choose a slot at random each time, as gateways with an old and a new
 table of aliases would. Sweepers are reckless: a claim is due at once. Whatever dies between any two calls, and however
 late a call is executed, there is one request for each key in the end, all who asked were told its rid, and once the
-requests are gone so are the claims.
+requests are gone so are the claims. Requests are accepted under reservations and ended by leaders: never run more of a
+tenant's requests than it may have, over all slots, and nothing stays reserved.
 """
 
 from __future__ import annotations
@@ -18,29 +20,45 @@ from protocol.connection import OutOfMemory
 from protocol.errors import Overloaded, Voided
 from protocol.keys import HOME
 from protocol.messages import Job
-from scheduler.sweep import sweep
+from protocol.records import TenantLimits
+from scheduler.recovery import terminal_row
+from scheduler.sweep import settle, sweep
 from tests.protocol.model.clients import draw_job, operator
 from tests.protocol.model.link import Crash, ModelLink, Turn
 from tests.protocol.model.world import World
 
 MODELS = ("one", "two", "three")
 NAME = "alias"
-KEYS = 12  # of each client
+KEYS = 8  # of each client
+AT_ONCE = TenantLimits(concurrent=5, tokens_per_minute=10**9)
 
 
 class HomeWorld(World):
     def __init__(self, url: str, seed: int, mutation: str | None = None) -> None:
         super().__init__(url, seed, mutation)
         self.told: dict[str, set[str]] = {}  # key -> rids
+        self.counted_at = 0  # calls when open requests were counted last
 
     def home(self) -> HomeBus:
         made = HomeBus("unix:///model")
         made._link = ModelLink(self)  # type: ignore[assignment]
         made._scripts = self.scripts
+        made.slot = self.bus  # type: ignore[method-assign]
         return made
 
     def at_rest(self) -> bool:
-        return self.clients_left == 0
+        return self.clients_left == 0 and not any(self.open_requests())
+
+    def open_requests(self) -> list[int]:
+        return [self.plain.hlen(f"headrace:{{{model}}}:live") for model in MODELS]
+
+    def step(self) -> None:
+        super().step()
+        if self.calls < self.counted_at + 5:
+            return
+        self.counted_at = self.calls
+        if sum(self.open_requests()) > (AT_ONCE.concurrent or 0):
+            self.wrong["more requests at once than the tenant may have"] += 1
 
     def judge(self) -> None:
         owners: dict[str, set[str]] = {}
@@ -59,8 +77,9 @@ class HomeWorld(World):
                     self.plain.delete(found)
         for _ in range(3000):
             self.step()
-        if list(self.plain.scan_iter(f"{HOME}*")):
-            self.wrong["a claim that is never freed"] += 1
+        left = {key.decode().removeprefix(HOME) for key in self.plain.scan_iter(f"{HOME}*")}
+        if left - {"settled", "t:default"}:
+            self.wrong["a claim or a reservation that is never freed"] += 1
 
 
 async def client(world: HomeWorld, number: int) -> None:
@@ -80,8 +99,10 @@ async def ask(world: HomeWorld, key: str, job: Job) -> str:
             claim = await home.claim("default", key, NAME, model=rng.choice(MODELS), rid=rid, body="h")
             for _ in range(rng.choice([0, 0, 50])):
                 await Turn()
-            bus = world.bus(claim.model)
-            accepted = await bus.accept(job, rid=claim.rid, idempotency=key, fingerprint="h", claimed=not claim.mine)
+            accepted = await home.accept(
+                world.bus(claim.model), job, rid=claim.rid, claim=claim, idempotency=key, tenant_limits=AT_ONCE,
+                prompt_tokens=7,
+            )  # fmt: skip
             world.stats["found"] += not claim.mine
             return accepted.rid
         except Voided:
@@ -92,16 +113,29 @@ async def ask(world: HomeWorld, key: str, job: Job) -> str:
                 world.stats["client died"] += 1
         except Crash:
             world.stats["client died"] += 1
-        except (OutOfMemory, Overloaded):
+        except OutOfMemory:
             world.stats["refused: out of memory"] += 1
+        except Overloaded:
+            world.stats["at the limit"] += 1
         for _ in range(rng.randrange(60)):
             await Turn()
 
 
-async def sweeper(world: World, model: str) -> None:
+async def leader(world: World, model: str) -> None:
+    """Sweeps, ends what runs, and settles. Fenced by the next one at any time: `World.process` starts it again."""
     assert isinstance(world, HomeWorld)
-    while True:
-        world.stats["freed"] += await sweep(world.home(), world.bus(model), model)
+    bus, home, settled = world.bus(model), world.home(), 0
+    epoch = await bus.lead(f"{world.rng.getrandbits(64):x}", await bus.read_leader())
+    while epoch is not None:
+        world.stats["freed"] += await sweep(home, bus, model)
+        for entry in await bus.claim_jobs(f"epoch-{epoch}", 10) + await bus.read_jobs(f"epoch-{epoch}", 10, 0):
+            record = await bus.read_request(entry.rid or "")
+            if record is not None and record.open:
+                choices = range(record.job.choices)
+                await bus.finish(
+                    epoch, [terminal_row(record, i, b"", "abort") for i in choices], entry_id=entry.entry_id
+                )
+        settled = await settle(home, bus, model, epoch, settled)
         for _ in range(world.rng.randrange(20)):
             await Turn()
 
@@ -113,7 +147,7 @@ def run_homes(url: str, seed: int, mutation: str | None = None) -> HomeWorld:
         world = HomeWorld(url, seed, mutation)
         for number in range(4):
             world.add_client(client(world, number))
-        agents: list[Coroutine[Any, Any, None]] = [world.process(sweeper, model) for model in MODELS]
+        agents: list[Coroutine[Any, Any, None]] = [world.process(leader, model) for model in MODELS * 2]
         world.agents += [*agents, operator(world)]
         world.run()
     finally:
