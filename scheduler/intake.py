@@ -39,6 +39,7 @@ from scheduler.tracing import RequestTraces
 log = logging.getLogger("headrace.scheduler")
 
 
+AGAIN_S = 0.1  # pause before a push is claimed anew
 MAX_ADDRESS_BYTES = 16 << 20  # a larger payload is rejected without being decoded
 
 
@@ -223,6 +224,8 @@ class Intake:
         if self._home is not None and owner != rid:
             await self._home.withdraw(self._bus, job.tenant, rid, held, claim)
         rid = owner
+        if verdict == "void":
+            return AGAIN_S
         if verdict == "new":
             self._traces.admitted(rid, job, job.tenant, entry_ms(entry), began, made)
             record = await self._bus.read_request(rid) if key is not None else None

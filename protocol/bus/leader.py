@@ -233,10 +233,11 @@ class LeaderBus(RequestReads):
         was admitted: to be finished); "gone" (no such request, or it has ended). ``job`` is given for a producer's
         push, which becomes a request here (deadline from timeout_s and the time of the push); its id may name an
         earlier request: ("duplicate", that rid), or one of another body: ("conflict", that rid); the entry is then
-        left to `reject`. ``payload_hash``: the push's own, which tells it from another one that was rejected under its
-        id. ``reserved``: tokens of its reservation in the home slot. ``producer_id``: the id of an accepted job,
-        repeated in the notice of admission, as is ``thinking`` (the prompt has opened a thought). ``cache``: "hit",
-        where its answer is known; ``tell`` False: `join` will publish the notice."""
+        left to `reject`. "void": the claim of its id was freed, so it is to be claimed anew. ``payload_hash``: the
+        push's own, which tells it from another one that was rejected under its id. ``reserved``: tokens of its
+        reservation in the home slot. ``producer_id``: the id of an accepted job, repeated in the notice of admission,
+        as is ``thinking`` (the prompt has opened a thought). ``cache``: "hit", where its answer is known; ``tell``
+        False: `join` will publish the notice."""
         args: list[Argument] = []
         if job is not None:
             if job.id is None:

@@ -4,7 +4,7 @@
 -- and for a producer's push further: tenant, id, body, hash, n, timeout_ms, channel, results, hash of the payload, tokens
 -- of its reservation in the home slot ('' = none)
 -- -> {verdict, rid}: new | repeat | cancelled | gone | duplicate | conflict (the id is another body's: `reject` takes the
---    entry and tells)
+--    entry and tells) | void (the claim of its id was freed: the push stays, to be claimed anew)
 allow_when_full()
 local epoch, entry, rid, seed, row, count = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[8])
 if not is_leader(epoch) then return fenced('epoch') end
@@ -40,6 +40,7 @@ else
   local owner, owner_hash = string.match(redis.call('GET', P .. idem) or '', '^(%S+) (%S+)$')
   if owner and owner_hash ~= hash and owner_hash ~= ARGV[push + 9] then return {'conflict', owner} end
   local now = milliseconds()
+  if not owner and redis.call('EXISTS', P .. 'void:' .. rid) == 1 then return {'void', ''} end
   if take() == 0 then return (owner and owner ~= '-') and {'repeat', owner} or {'gone', ''} end
   if owner then return {'duplicate', owner} end
   -- the push was durable from the moment of its XADD, which its entry id tells

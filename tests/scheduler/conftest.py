@@ -116,7 +116,8 @@ class Stage:
         """Nothing is left of any request: not live, not pending, not waiting."""
 
         async def resting() -> bool:
-            return not await self.bus.scan_live() and not await self.bus.inbox_length()
+            owed = await self.bus._link.command("EXISTS", self.bus.keys.prefix + "owed", self.bus.keys.prefix + "owing")
+            return not await self.bus.scan_live() and not await self.bus.inbox_length() and not owed
 
         await self.until(resting)
 
