@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,10 +35,19 @@ DRAW_FIELDS = np.dtype(
 )
 
 
+class OwnDraw(NamedTuple):
+    """What is drawn from the model's own logits. ``kept``: the tokens stand as their seats' next inputs already."""
+
+    tokens: torch.Tensor  # int64 [k]
+    finite: torch.Tensor  # bool [k]: whether the largest logit is a number
+    kept: bool
+
+
 class Draw(Protocol):
     """int64 [k] from processed logits [k, vocabulary], DRAW_FIELDS [k] and positions [k]; a temperature of zero is
     greedy. ``masks`` are given only to a draw that ``takes_masks``: for others the sampler writes them into the
-    logits before."""
+    logits before. A draw may have ``of_model`` too, which takes the seats besides and gives an OwnDraw: for steps
+    whose logits nothing was done to."""
 
     @property
     def takes_masks(self) -> bool: ...

@@ -260,7 +260,8 @@ class TorchEngine:
         masks = self.masks.take(sampling) if self.masks else None
         drawn = sampler.sample(logits, sampling, step.sampling_positions, best, masks)
         group.tell(drawn.tokens)
-        backend.seats.note_sampled(sampling, drawn.tokens)
+        if not drawn.kept:
+            backend.seats.note_sampled(sampling, drawn.tokens)
         output = TorchStepOutput(
             sampling, drawn, sampler.tops(sampling), clock, refused, masks, sampler.names(sampling), prompts
         )  # fmt: skip

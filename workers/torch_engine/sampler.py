@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,10 @@ from protocol.structures.grammar import MaskRow
 from workers.engines.base import Sampled
 from workers.engines.checks import NO_TOKEN_LEFT, NON_FINITE, Refusals
 from workers.masks import StepMasks
-from workers.torch_engine.draw import DRAW_FIELDS, Draw, RuleOut, rule_out
+from workers.torch_engine.draw import DRAW_FIELDS, Draw, OwnDraw, RuleOut, rule_out
 from workers.torch_engine.logits.bad_words import BadWords, Encode
 from workers.torch_engine.logits.prompt_scores import PromptScores
-from workers.torch_engine.staging import Returned, to_device
+from workers.torch_engine.staging import Returned, main_stream, to_device
 
 WARM_UP: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0, "logprobs": 5}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
@@ -49,6 +50,7 @@ class Drawn:
     lp_named: torch.Tensor | None = None  # float32 [m, most named]: of the ids that rows name
     ruled_rows: np.ndarray | None = None  # int64 [r]: indices of the rows from which ids were ruled out
     left: torch.Tensor | None = None  # bool [r]: whether any id is left there
+    kept: bool = False  # the tokens stand as their seats' next inputs already
 
 
 class Sampler:
@@ -64,6 +66,7 @@ class Sampler:
         self.device = device
         self.draw = draw
         self.rule_out: RuleOut = getattr(draw, "rule_out", rule_out)
+        self._of_model: Callable[..., OwnDraw] | None = getattr(draw, "of_model", None)
         self.penalties = Penalties(vocab_size, device)
         self.bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # seat -> ids, values
         self.banned: dict[int, tuple[int, np.ndarray]] = {}  # seat -> position of the first free token, banned ids
@@ -157,6 +160,12 @@ class Sampler:
         """
         fields = self._fields[seats]
         lp_rows = np.flatnonzero(fields["logprobs"] >= 0)
+        if self._of_model is not None and not self._has_processors:
+            tokens, finite, kept = self._of_model(logits, fields, positions, masks, seats)
+            if not len(lp_rows):
+                return Drawn(tokens, finite, kept=kept)
+            of_rows = torch.log_softmax(logits[self._index(lp_rows)].float(), dim=-1)
+            return self._with_logprobs(Drawn(tokens, finite, kept=kept), of_rows, seats, lp_rows)
         masked = masks is not None and len(masks.rows) > 0
         plain = not len(lp_rows) and not self._has_processors and not (masked and self.draw.takes_masks)
         if plain and not (fields["temperature"] > 0).any():
@@ -175,14 +184,16 @@ class Sampler:
         tokens = self.draw(logits, fields, positions, masks if self.draw.takes_masks else None)
         self.penalties.count(seats, tokens)
         self.bad_words.count(seats, tokens)
-        if logprobs is None:
-            return Drawn(tokens, finite, ruled_rows=ruled, left=left)
-        most = int(fields["logprobs"].max())
-        of_rows = tokens[self._index(lp_rows)]
-        top = logprobs.topk(most, dim=-1)
-        drawn = logprobs.gather(-1, of_rows[:, None])[:, 0]
-        named = self._of_named(logprobs, seats[lp_rows]) if self.named else None
-        return Drawn(tokens, finite, lp_rows, drawn, top.indices, top.values, named, ruled, left)
+        found = Drawn(tokens, finite, ruled_rows=ruled, left=left)
+        return found if logprobs is None else self._with_logprobs(found, logprobs, seats, lp_rows)
+
+    def _with_logprobs(self, drawn: Drawn, logprobs: torch.Tensor, seats: np.ndarray, rows: np.ndarray) -> Drawn:
+        """``drawn`` with what its ``rows`` asked for: ``logprobs`` [m, vocabulary] are theirs."""
+        top = logprobs.topk(int(self._fields["logprobs"][seats].max()), dim=-1)
+        drawn.lp_rows, drawn.lp_top_ids, drawn.lp_top = rows, top.indices, top.values
+        drawn.lp_drawn = logprobs.gather(-1, drawn.tokens[self._index(rows)][:, None])[:, 0]
+        drawn.lp_named = self._of_named(logprobs, seats[rows]) if self.named else None
+        return drawn
 
     def _ruled_rows(self, seats: np.ndarray) -> np.ndarray | None:
         """int64 [r]: indices of the rows from which ids may be ruled out by the request's own parameters."""
@@ -342,15 +353,16 @@ class StepClock:
         self._marks = None
         self._took_us = 0
         if device.type == "cuda":
+            self._stream = main_stream(device)
             self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-            self._marks[0].record()
+            self._marks[0].record(self._stream)
         self._began = time.perf_counter()
 
     def stop(self) -> None:
         """Everything of the step has been queued (GPU) or done (CPU)."""
         self._took_us = int((time.perf_counter() - self._began) * 1e6)
         if self._marks is not None:
-            self._marks[1].record()
+            self._marks[1].record(self._stream)
 
     def wait(self) -> int:
         """Block until the device is there; microseconds that the step took it."""

@@ -27,6 +27,12 @@ def host_bytes(size: int, device: torch.device) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
+@cache
+def main_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all steps. To ask torch for the current one takes longer than to mark an event in it."""
+    return torch.cuda.default_stream(device)
+
+
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A tensor of ``array`` on ``device``; on a GPU by an asynchronous copy from pinned memory."""
     if device.type not in DEVICES:
@@ -58,7 +64,7 @@ class Outgoing:
         if self._at + size > SEGMENT:
             if self.device.type == "cuda":
                 self._copied[self._turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                self._copied[self._turn].record()
+                self._copied[self._turn].record(main_stream(self.device))
             self._turn, self._at = (self._turn + 1) % SEGMENTS, 0
             if self._copied[self._turn] is not None:
                 self._copied[self._turn].synchronize()
@@ -115,15 +121,9 @@ class Returned:
         if device.type != "cuda":
             self._copy(buffer, sizes)
             return
-        stream = _copy_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        for tensor in self._results:
-            if tensor is not None:
-                tensor.record_stream(stream)  # its memory is not given away before the copy is done
-        with torch.cuda.stream(stream):
-            self._copy(buffer, sizes)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
+        self._copy(buffer, sizes)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record(main_stream(device))
 
     def _copy(self, buffer: torch.Tensor, sizes: list[int]) -> None:
         at = 0
@@ -144,8 +144,3 @@ class Returned:
         if self._buffer is not None:
             self._pool.give(self._buffer)
             self._buffer = None
-
-
-@cache
-def _copy_stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -39,7 +39,8 @@ class CudaBackend(Backend[HostStep]):
     steps: TableSteps
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        super().__init__(config, device, TritonDraw())
+        self._draw = TritonDraw()
+        super().__init__(config, device, self._draw)
         self._executed = 0
 
     # ------------------------------------------------------------------ load
@@ -58,6 +59,7 @@ class CudaBackend(Backend[HostStep]):
 
     def make_pool(self, tokens: int, longest: int) -> None:
         super().make_pool(tokens, longest)
+        self._draw.last_id = self.seats.last_id
         self.steps = TableSteps(self._pass, self._shape, self.seats, self.device)
         for bucket in (Bucket(1, 1, True), Bucket(1, 1, False)):
             for layer, group in zip(self.attention.shapes, self.attention.groups, strict=True):

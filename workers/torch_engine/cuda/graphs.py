@@ -22,7 +22,7 @@ from workers.engines.base import Progress
 from workers.torch_engine.cuda.step_tables import Layout, StepTables, TableSeats
 from workers.torch_engine.cuda.work_list import WorkShape
 from workers.torch_engine.inputs import HostStep
-from workers.torch_engine.staging import host_bytes
+from workers.torch_engine.staging import host_bytes, main_stream
 
 log = logging.getLogger(__name__)
 
@@ -196,9 +196,9 @@ class TableSteps:
             began = time.perf_counter()
             recording.replay()
             return time.perf_counter() - began
-        before = _mark()
+        before = _mark(self.device)
         recording.replay()
-        after = _mark()
+        after = _mark(self.device)
         after.synchronize()
         return float(before.elapsed_time(after)) / 1e3
 
@@ -220,7 +220,7 @@ class TableSteps:
             layout, buffer = recorded.layout, recorded.buffer
         self._copy(layout, buffer, step)
         if self.trace is not None:
-            self.trace.append(_mark())
+            self.trace.append(_mark(self.device))
         if recorded is None:
             logits = self._forward(layout.views(buffer, self.seats))
         else:
@@ -252,7 +252,7 @@ class TableSteps:
         if self.device.type == "cuda":
             if copied is None:
                 copied = self._copied[turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
+            copied.record(main_stream(self.device))
 
     def _memory(self) -> int:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
@@ -264,9 +264,9 @@ def _nothing() -> HostStep:
     return HostStep(none, none, none, none, np.zeros(1, np.int64), none, none, none, none, none)
 
 
-def _mark() -> torch.cuda.Event:
+def _mark(device: torch.device) -> torch.cuda.Event:
     mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    mark.record()
+    mark.record(main_stream(device))
     return mark
 
 

@@ -14,7 +14,7 @@ import torch
 
 from workers.engines.checks import Limits
 from workers.torch_engine.cuda.triton_attention import Work
-from workers.torch_engine.cuda.work_list import ITEM, WorkShape, fill_work
+from workers.torch_engine.cuda.work_list import ITEM, WorkShape, fill_decodes, fill_work
 from workers.torch_engine.inputs import HostStep, Seats
 from workers.torch_engine.staging import to_device
 
@@ -70,8 +70,11 @@ class Layout:
             head[at : at + len(array)] = array
             head[at + len(array) : at + length] = padding
             at += length
-        tail = buffer[8 * self._longs : self.nbytes].view(np.int32)
-        fill_work(self.shape, self.tokens, step.counts, step.contexts, step.seats, tail.reshape(-1, ITEM))
+        items = buffer[8 * self._longs : self.nbytes].view(np.int32).reshape(-1, ITEM)
+        if self.single:
+            fill_decodes(self.shape, self.tokens, step.contexts, step.seats, items)
+        else:
+            fill_work(self.shape, self.tokens, step.counts, step.contexts, step.seats, items)
 
     def views(self, buffer: torch.Tensor, seats: TableSeats) -> StepTables:
         """The tables of a step as they lie in ``buffer``, uint8 [nbytes at least] on the device."""

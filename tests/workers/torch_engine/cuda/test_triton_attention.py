@@ -11,7 +11,7 @@ import torch
 from tests.workers.torch_engine.cuda.triton_device import DEVICE, on_gpu
 from workers.torch_engine.attention import AttentionRule
 from workers.torch_engine.cuda.triton_attention import Fresh, TritonAttention, Work, choose_launch, tile_tokens
-from workers.torch_engine.cuda.work_list import ITEM, WorkShape, fill_work
+from workers.torch_engine.cuda.work_list import ITEM, WorkShape, fill_decodes, fill_work
 from workers.torch_engine.inputs import StepInputs
 from workers.torch_engine.plain.attention import TorchAttention
 
@@ -242,3 +242,20 @@ def test_what_a_launch_stages_fits_the_multiprocessor():
         launch = choose_launch(64, key_size, key_size, itemsize, shared)
         assert launch.stages * launch.keys * 2 * key_size * itemsize + 64 * key_size * itemsize <= shared
         assert launch.keys >= 16
+
+
+@pytest.mark.parametrize(("rows", "tokens", "longest"), [(1, 1, 60), (5, 8, 90), (40, 40, 300), (3, 4, 2000)])
+def test_a_list_of_decodes_is_the_general_one(rows: int, tokens: int, longest: int) -> None:
+    """``longest`` 2000 among three rows is cut, the others are not."""
+    shape = WorkShape.of(tokens, tokens, 1, 8)
+    contexts = np.random.default_rng(rows).integers(1, longest + 1, rows)
+    contexts[0] = longest
+    ours, general = (np.full((shape.items, ITEM), 7, np.int32) for _ in range(2))
+    tables = np.arange(rows)[::-1]
+    fill_decodes(shape, tokens, contexts, tables, ours)
+    fill_work(shape, tokens, np.ones(rows, np.int64), contexts, tables, general)
+    for listed in (ours, general):
+        listed[:, 9:] = 0  # nobody reads them
+        listed[listed[:, 1] == 0] = 0
+    assert ours.tolist() == general.tolist()
+    assert (general[:, 8] > 1).any() == (longest == 2000)

@@ -35,10 +35,12 @@ def compile_for(capability, function, types, constants, **options):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata
 
 
-def attend(capability, kind, itemsize, rows, group, key, value, window=0, softcap=False, sinks=False, fresh=False):
+def attend(
+    capability, kind, itemsize, rows, group, key, value, window=0, softcap=False, sinks=False, fresh=False, items=1000
+):
     p2 = triton.next_power_of_2
     shared = 180 << 10 if capability == 90 else 78 << 10
-    launch = attention.choose_launch(rows, p2(key), p2(value), itemsize, shared)
+    launch = attention.choose_launch(rows, p2(key), p2(value), itemsize, shared, items)
     types = {name: "*" + kind for name in "query keys values out sinks fresh_key fresh_value cos sin".split()}
     types |= {"partial": "*fp32", "partial_ml": "*fp32", "done": "*i32", "items": "*i32", "tables": "*i32"}
     types |= {"scale": "fp32", "softcap": "fp32"}
@@ -67,8 +69,9 @@ def small(capability, kind):
 
 def sampling(capability, kind):
     types = {"logits": "*" + kind, "table": "*i32", "bits": "*i32", "tokens": "*i64"}
+    types |= {"finite": "*i8", "last_id": "*i64"}
     sizes = dict(BLOCK=triton_sampling.BLOCK, PASSES=triton_sampling.PASSES)
-    compile_for(capability, triton_sampling.draw_rows, types, sizes, num_warps=8)
+    compile_for(capability, triton_sampling.draw_rows, types, sizes, num_warps=triton_sampling.WARPS)
 
 
 def experts(capability, kind, itemsize, rows):
@@ -94,6 +97,7 @@ def experts(capability, kind, itemsize, rows):
 
 
 attend(90, "bf16", 2, 16, 4, 128, 128, fresh=True)
+attend(90, "bf16", 2, 16, 4, 128, 128, fresh=True, items=34)
 attend(90, "bf16", 2, 64, 7, 64, 64)
 attend(90, "bf16", 2, 64, 2, 256, 256, window=4096, softcap=True)
 attend(90, "fp16", 2, 64, 8, 192, 128, sinks=True)

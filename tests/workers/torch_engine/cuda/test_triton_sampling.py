@@ -117,3 +117,20 @@ def test_a_token_depends_on_its_own_row_alone():
         row = logits[seat : seat + 1].clone()
         alone = make([seat]).sample(row, np.array([seat]), positions[seat : seat + 1], None, mask)
         assert alone.tokens.tolist() == [together[seat]]
+
+
+def test_the_draw_tells_rows_that_are_no_numbers_and_keeps_tokens_by_seat():
+    """A NaN counts wherever it stands, what a mask rules out included; a mask that leaves nothing is no such fault."""
+    logits = torch.randn(6, 100, generator=torch.Generator().manual_seed(4))
+    logits[1, 3], logits[2, 5], logits[3], logits[4, :] = float("nan"), float("inf"), float("-inf"), 0.5
+    masks = SimpleNamespace(rows=np.array([1, 4], np.int64), bits=np.zeros((2, 4), np.int32))
+    draw, seats = TritonDraw(), np.array([7, 0, 3, 2, 1, 5])
+    draw.last_id = torch.full((9,), -1, dtype=torch.int64, device=DEVICE)
+    fields = fields_of([KINDS[0], *KINDS[:5]])
+    found = draw.of_model(logits.to(DEVICE), fields, np.arange(6), masks, seats)
+    assert found.finite.tolist() == [True, False, False, False, True, True]
+    assert found.kept
+    kept = draw.last_id.cpu()
+    assert kept[seats].tolist() == found.tokens.tolist()
+    assert [int(kept[seat]) for seat in (4, 6, 8)] == [-1, -1, -1]
+    assert found.tokens[0] == logits[0].argmax()
