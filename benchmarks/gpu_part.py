@@ -160,10 +160,16 @@ def without_files(fields: dict[str, Any], dtype: torch.dtype, on: torch.device |
 
 def load_engine(part: Part, shape: str, dtype: torch.dtype = torch.bfloat16, **given: Any) -> tuple[Any, Capacity]:
     config = EngineConfig(model=shape, device=part.device.type, **part.policy(**given))
-    began = time.perf_counter()
+    began, stages = time.perf_counter(), [""]
+
+    def progress(stage: str, fraction: float) -> None:
+        if stage != stages[-1]:
+            stages.append(stage)
+            print(f"{time.perf_counter() - began:5.1f} s {stage}", flush=True)
+
     with without_files(part.fields(shape), dtype):
         engine = make_engine(config)
-        capacity = engine.load(lambda stage, fraction: None)
+        capacity = engine.load(progress)
     steps = getattr(engine.backend, "steps", None)
     part.note(
         engine=engine.backend.name,
