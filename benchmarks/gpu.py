@@ -39,6 +39,7 @@ MORE = {
     "starts-8b": 160,
     "starts-500m": 120,
     "profile-8b": 60,
+    "products": 120,
 }
 SECONDS = {name: seconds for parts in (*COMMANDS.values(), MORE) for name, seconds in parts.items()}
 MINUTES = {"must": 7.0, "tests": 8.0, "peers": 7.0, "parts": 8.0}

@@ -142,7 +142,8 @@ def without_files(fields: dict[str, Any], dtype: torch.dtype, on: torch.device |
     known = {name: getattr(loader, name) for name in replaced}
 
     def load_model(config: Any, model_config: Any, device: torch.device, progress: Any, group: Any) -> Any:
-        return draw_model(fields, on or device, dtype, NAME, lively=on is not None).to(device)
+        model = draw_model(fields, on or device, dtype, NAME, lively=on is not None)
+        return loader.rounded(model, config, device).to(device)
 
     plain = dict(fields)
     model_config = AutoConfig.for_model(plain.pop("model_type"), **plain)

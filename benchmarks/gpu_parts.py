@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import gpu_load, gpu_profile
+from benchmarks import gpu_load, gpu_products, gpu_profile
 from benchmarks.bare import BareLoop
 from benchmarks.gpu_parity import parity
 from benchmarks.gpu_part import MOE, Part, draw_model, load_engine, timed
@@ -311,14 +311,9 @@ def experts(part: Part, shape: str) -> None:
 
 
 def quantized(part: Part, kind: str) -> None:
-    """An engine whose weights are rounded as ``kind`` says, once the engine serves that on this device."""
-    from headrace.option_table import OPTIONS
-
-    (option,) = (option for option in OPTIONS if option.flag == "--quantization")
-    if kind not in (option.choices or ()):
-        part.note(why=f"--quantization {kind} is not served yet")
-        return
-    engine, _ = load_engine(part, "8b", quantization=kind)
+    """An engine whose weights were rounded at load as ``kind`` says; a head in bf16."""
+    engine, _ = load_engine(part, "8b", quantization=kind, **({} if part.tiny else {"max_num_seqs": 16}))
+    part.note(replaced=str(engine.backend.report))
     with part.row("steps") as row:
         decode_steps(part, engine, "8b", (1,), row, stored={"fp8": 1.0, "int4": 0.53}[kind])
     with part.row("prefill") as row:
@@ -389,6 +384,7 @@ KINDS_OF_PARTS: dict[str, Callable[[Part, str], None]] = {
     "moe": experts,
     "fp8": lambda part, _: quantized(part, "fp8"),
     "int4": lambda part, _: quantized(part, "int4"),
+    "products": lambda part, _: gpu_products.measure(part),
     "loop": loop,
     "profile": lambda part, shape: gpu_profile.profile(part, shape),
     "transformers": peer,

@@ -15,7 +15,7 @@ from benchmarks.stack import Unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "tests/workers/torch_engine/cuda"
-KERNELS = [f"{FOLDER}/test_triton_{name}.py" for name in ("attention", "kernels", "sampling", "experts")]
+KERNELS = [f"{FOLDER}/test_triton_{name}.py" for name in ("attention", "kernels", "sampling", "experts", "products")]
 
 
 def pytest_command(*args: str) -> list[str]:

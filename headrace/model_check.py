@@ -15,6 +15,7 @@ from typing import Any
 from headrace.gguf import is_gguf
 from headrace.weights_check import check_weights
 from protocol.errors import ModelRefused, StartError
+from workers.torch_engine.quantized.methods import refusal
 
 OTHER_JSON = (
     "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -34,12 +35,6 @@ POSITIVE = (
     "max_position_embeddings", "head_dim", "n_layer", "n_head", "n_embd", "n_positions",
 )  # fmt: skip
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
-NEEDS_PACKAGE = {
-    "gptq": "gptqmodel", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes", "aqlm": "aqlm", "quanto": "optimum.quanto",
-    "hqq": "hqq", "compressed-tensors": "compressed_tensors", "torchao": "torchao", "eetq": "eetq", "vptq": "vptq",
-    "spqr": "spqr_quant", "quark": "quark", "auto-round": "auto_round",
-}  # fmt: skip
-READ_BY_TRANSFORMERS = {"fp8", "mxfp4", "mxfp8", "nvfp4", "fbgemm_fp8", "fp_quant", "bitnet", "higgs"}
 
 
 def check_model(model: str, *, weights: bool = True, max_model_len: int | None = None) -> None:
@@ -136,16 +131,10 @@ def _check_heads(file: Path, text: Mapping[str, Any]) -> None:
 
 
 def _check_quantization(file: Path, config: Mapping[str, Any]) -> None:
-    from importlib.util import find_spec
-
     stated = config.get("quantization_config")
-    method = stated.get("quant_method") if isinstance(stated, dict) else None
-    package = NEEDS_PACKAGE.get(str(method))
-    absent = package is not None and find_spec(package.partition(".")[0]) is None
-    if absent or (method is not None and package is None and method not in READ_BY_TRANSFORMERS):
-        raise StartError(
-            f"{file}: the weights are quantized by {method}, which is not served; take the model's unquantized version"
-        )
+    reason = refusal(stated) if isinstance(stated, dict) and stated else None
+    if reason is not None:
+        raise ModelRefused(f"{file}: {reason}")
 
 
 def _check_gguf(path: Path) -> None:

@@ -114,8 +114,17 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--quantization",
         "serve worker",
-        "int8: weights of linear layers rounded to 8 bits, one scale per output; faster on a CPU, not lossless",
-        choices=("int8",),
+        "what weights of linear layers are rounded to as they are loaded, which is not lossless: int8, one scale per "
+        "output; on a GPU, where the head stays as it is, also fp8, or int4 with a scale and a zero for 128 inputs",
+        choices=("fp8", "int8", "int4"),
+    ),
+    Option(
+        "--dequantize",
+        "serve worker",
+        "weights of a quantized checkpoint are widened to --dtype as they are loaded, on a GPU too; on a CPU they are "
+        "in any case",
+        boolean,
+        False,
     ),
     Option("--device", "serve worker", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"),
     Option(

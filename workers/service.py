@@ -59,6 +59,7 @@ class WorkerConfig:
     local_ranks: int = 1  # how many of them are here nevertheless
     dtype: str | None = None
     quantization: str | None = None
+    dequantize: bool | None = None
     device: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None

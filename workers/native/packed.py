@@ -37,6 +37,18 @@ class Packed:
         panels = weight.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
         self._keep(panels, outputs, scale, None if bias is None else bias.detach().float().contiguous())
 
+    @classmethod
+    def of_int8(cls, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Packed:
+        """Of codes int8 [N, K] and scales [N, 1] as they are."""
+        outputs, inputs = codes.shape
+        more = -outputs % PANEL
+        rows = torch.nn.functional.pad(codes, (0, 0, 0, more))
+        scales = torch.nn.functional.pad(scale.float().flatten(), (0, more)).contiguous()
+        packed = cls.__new__(cls)
+        panels = rows.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+        packed._keep(panels, outputs, scales, None if bias is None else bias.detach().float().contiguous())
+        return packed
+
     def _keep(self, panels: torch.Tensor, outputs: int, scale: torch.Tensor | None, bias: torch.Tensor | None) -> None:
         self.weight, self.outputs, self.inputs = panels, outputs, panels.shape[1]
         self.scale, self.bias, self.kind = scale, bias, KINDS[panels.dtype]

@@ -132,7 +132,7 @@ class TorchEngine:
         computed = {
             "engine": "torch",
             "dtype": str(self._dtype),
-            "quantization": config.quantization or "",
+            "quantization": (config.quantization or "") + (" of widened weights" if config.dequantize else ""),
             "kv_dtype": str(pool.keys[0].dtype) if pool.keys else "",
             "rotary": str(self.max_model_len) if self._rotary_fixed else "",  # tables that were chosen by the context
         }
@@ -148,7 +148,8 @@ class TorchEngine:
         """What this rank will hold of weights and pool, against its share of the card."""
         config, ranks = self.config, self.place.ranks
         dtype = loader.choose_dtype(config.dtype, model_config, self.device)
-        weights = weight_bytes(config.model, dtype, loader.stored_dtype(model_config)) // ranks
+        stored = weight_bytes(config.model, dtype, loader.stored_dtype(model_config))
+        weights = int(stored * loader.growth(config, model_config)) // ranks
         token = token_bytes(model_config.get_text_config(), dtype) // ranks
         wanted = None if config.kv_cache_memory is None else config.kv_cache_memory // ranks
         check_room(card, weights, token, config.max_model_len, wanted)

@@ -6,6 +6,9 @@ name before its weights are loaded, where the config tells; the rest is found by
 
 from __future__ import annotations
 
+import json
+import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,11 @@ from workers.torch_engine.parallel.group import ALONE, Group
 from workers.torch_engine.parallel.layers import stage_of
 from workers.torch_engine.parallel.modules import join
 from workers.torch_engine.parallel.split import Parts, files_of, local_config, read_parts, shares_of
+from workers.torch_engine.quantized import checkpoint, methods
+from workers.torch_engine.quantized.linear import quantize_linears
+from workers.torch_engine.quantized.weights import MAKERS
+
+log = logging.getLogger(__name__)
 
 # Layers whose state is not keys and values, by the names that config.layer_types gives them.
 RECURRENT_LAYERS = {"linear_attention", "mamba", "mamba2", "recurrent", "ssm", "conv", "hybrid", "short_conv"}
@@ -40,12 +48,24 @@ def load_config(model: str) -> Any:
                 "If transformers knows the architecture, remove auto_map from a local copy"
             )
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        _find_quantization(model, config)
     except StartError:
         raise
     except Exception as error:  # configs check their fields each in a way of its own
         raise StartError(f"{model}: cannot read the model's config: {_first_line(error)}") from error
     refuse_by_config(model, config)
     return config
+
+
+def _find_quantization(model: str, config: Any) -> None:
+    """Make ``config`` say how the weights are quantized where only modelopt's own file does. ModelRefused for what is
+    not read."""
+    own = cached_file(model, "hf_quant_config.json", _raise_exceptions_for_missing_entries=False)
+    if getattr(config, "quantization_config", None) is None and own is not None:
+        config.quantization_config = {"quant_method": "modelopt", **json.loads(Path(own).read_text())["quantization"]}
+    stated = stated_quantization(config)
+    if stated is not None and (reason := methods.refusal(stated)) is not None:
+        raise ModelRefused(f"{model}: {reason}")
 
 
 def directory_of(model: str) -> Path:
@@ -143,7 +163,9 @@ def load_model(
     loaded: Any
     with _LoadingBar(progress):
         try:
-            load = _load_whole if group is ALONE else _load_part
+            load: Any = _load_whole if group is ALONE else _load_part
+            if group is ALONE and stated_quantization(model_config) is not None:
+                load = partial(_load_quantized, keeps(config, device))
             loaded = load(
                 config.model,
                 model_config,
@@ -173,13 +195,56 @@ def load_model(
             f"{config.model}: {len(missing)} weights are missing from the checkpoint, {missing[0]} among them; "
             "fetch the model again"
         )
-    model = model.to(device).eval().requires_grad_(False)
+    model = rounded(model, config, device).to(device).eval().requires_grad_(False)
     _refuse_not_finite(config.model, model)
+    return model
+
+
+def stated_quantization(model_config: Any) -> dict[str, Any] | None:
+    """The checkpoint's quantization_config; None: its weights are as wide as they say."""
+    stated = getattr(model_config, "quantization_config", None)
+    if stated is None:
+        return None
+    return dict(stated if isinstance(stated, dict) else stated.to_dict())
+
+
+def keeps(config: EngineConfig, device: torch.device) -> frozenset[str]:
+    """The kinds of weights of a quantized checkpoint that stay in few bits on ``device``; the others are widened."""
+    if config.quantization is not None and not config.dequantize:
+        raise StartError(
+            f"--quantization {config.quantization}: the checkpoint is quantized already; leave that out, or say "
+            "--dequantize, so that its weights are widened and rounded anew"
+        )
+    if config.dequantize:
+        return frozenset()
+    return frozenset({"int8"} if device.type == "cpu" else MAKERS)
+
+
+def growth(config: EngineConfig, model_config: Any) -> float:
+    """About how many times as many bytes weights take when they are loaded, as they do in the files."""
+    stated = stated_quantization(model_config)
+    kept = config.quantization and {"fp8": 0.5, "int8": 0.5, "int4": 0.27}[config.quantization]
+    if stated is None or not config.dequantize:
+        return kept or 1.0
+    return methods.widening(stated) * (kept or 1.0)
+
+
+def rounded(model: Any, config: EngineConfig, device: torch.device) -> Any:
+    """``model`` with its weights in as few bits as --quantization says, before it is on ``device`` as a whole. int8 on
+    a CPU is made by its kernels' own packing."""
+    kind = config.quantization
+    if kind is not None and (device.type != "cpu" or kind != "int8"):
+        taken = quantize_linears(model, kind, device)
+        log.info("linear layers are in %s and take %.2f GiB", kind, taken / (1 << 30))
     return model
 
 
 def _load_whole(name: str, model_config: Any, group: Group, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(name, config=model_config, **options)
+
+
+def _load_quantized(keep: frozenset[str], name: str, model_config: Any, group: Group, **options: Any) -> Any:
+    return checkpoint.load(causal_lm_class(model_config), files_of(name), model_config, keep, **options)
 
 
 def _load_part(name: str, model_config: Any, group: Group, **options: Any) -> Any:

@@ -25,9 +25,10 @@ log = logging.getLogger(__name__)
 def make_engine(config: EngineConfig, place: Place = ALONE) -> TorchEngine:
     """Raises StartError for a device that is not there, or a precision that it does not serve."""
     device = choose_device(config.device, place.device if place.ranks > 1 else None)
-    int8 = config.quantization is not None
-    if int8 and device.type != "cpu":
-        raise StartError("--quantization int8 is served on a CPU only: leave it out, or say --device cpu")
+    if config.quantization == "fp8" and device.type == "cpu":
+        raise StartError("--quantization fp8 is served on a GPU: on a CPU say int8, or leave it out")
+    if config.quantization == "int4" and device.type == "cpu":
+        raise StartError("--quantization int4 is served on a GPU: on a CPU say int8, or leave it out")
     if place.stages > 1:
         config = dataclasses.replace(config, graphs=False)  # hidden states are sent between launches
     backends = _on_cpu(config, device) if device.type == "cpu" else _on_gpu(config, device)

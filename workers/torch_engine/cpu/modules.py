@@ -22,6 +22,8 @@ from workers.native.library import ACTIVATIONS, Kernels
 from workers.native.packed import Packed
 from workers.native.structs import PANEL
 from workers.torch_engine.cpu.experts import expert_candidates
+from workers.torch_engine.quantized.linear import QuantizedLinear
+from workers.torch_engine.quantized.weights import IntWeight
 from workers.torch_engine.replace import (
     QKV,
     Candidate,
@@ -123,6 +125,9 @@ def fuse(model: nn.Module, kernels: Kernels, report: FuseReport, *, int8: bool =
 def _linears(model: nn.Module, kernels: Kernels, sample: SeededInput, int8: bool) -> Iterator[Candidate]:
     packed_by_weight: dict[int, Packed] = {}  # a weight tied to several modules is packed once
     for owner, name, child in children_of(model):
+        if isinstance(child, QuantizedLinear):
+            yield _int8_candidate(owner, name, child, kernels, sample)
+            continue
         if type(child) is nn.Linear:
             weight, bias = child.weight, child.bias
         elif type(child) is Conv1D:
@@ -142,6 +147,18 @@ def _linears(model: nn.Module, kernels: Kernels, sample: SeededInput, int8: bool
         if type(child) is nn.Embedding and id(child.weight) in packed_by_weight:
             embedding = PackedEmbedding(packed_by_weight[id(child.weight)])
             yield Candidate("tied embedding", owner, (name,), [(embedding,)])
+
+
+def _int8_candidate(
+    owner: nn.Module, name: str, child: QuantizedLinear, kernels: Kernels, sample: SeededInput
+) -> Candidate:
+    """A weight that its checkpoint has in int8 stays so: nothing is rounded."""
+    weight = child.quantized
+    if not isinstance(weight, IntWeight) or not weight.is_int8_by_output:
+        return Candidate("linear", owner, (name,), ())
+    ours = PackedLinear(kernels, Packed.of_int8(weight.codes, weight.scale, child.bias))
+    x = sample(3, weight.inputs)
+    return Candidate("linear (int8)", owner, (name,), [(ours,)], (x,), (child(x),), left_as="linear")
 
 
 def _mlps(model: nn.Module, kernels: Kernels, sample: SeededInput) -> Iterator[Candidate]:

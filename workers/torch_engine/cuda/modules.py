@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from workers.torch_engine.attention import NAME
 from workers.torch_engine.cuda import triton_kernels as kernels
 from workers.torch_engine.cuda.attention import TableAttention
+from workers.torch_engine.cuda.quantized import product_candidates, time_products
 from workers.torch_engine.cuda.triton_experts import (
     CLAMPED,
     GELU_TANH,
@@ -167,10 +168,13 @@ def fuse(model: Any, attention: TableAttention, report: FuseReport) -> None:
     sample = SeededInput(model.dtype, device)
     _group_experts(model)
     replace(norm_candidates(model, sample, FusedNorm, kernels.WIDEST_NORM), report)
+    replace(product_candidates(model, sample), report)
     replace(_mlps(model, sample), report)
-    for module in model.modules() if device.type == "cuda" else ():
-        if isinstance(module, FusedMLP):
-            module.time()
+    if device.type == "cuda":
+        time_products(model)
+        for module in model.modules():
+            if isinstance(module, FusedMLP):
+                module.time()
     replace(_projections(model, sample), report)
     replace(_routers(model, sample), report)
     replace(_experts(model, attention, sample), report)

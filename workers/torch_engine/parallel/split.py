@@ -258,11 +258,12 @@ def files_of(model: str) -> list[Path]:
 
 def read_parts(files: list[Path], part_of: Callable[[str, Any], Any]) -> dict[str, Any]:
     """What stands for each tensor of ``files``; nothing is read yet."""
-    parts = {key: part_of(key, source) for path in files for key, source in _slices(path)}
+    parts = {key: part_of(key, source) for path in files for key, source in slices_of(path)}
     return {key: part for key, part in parts.items() if part is not None}
 
 
-def _slices(path: Path) -> Iterator[tuple[str, Any]]:
+def slices_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """What stands for each tensor of a file; nothing is read yet."""
     opened: Any = safe_open(path, framework="pt", device="cpu")  # it stays open as long as its slices are there
     for key in opened.keys():  # noqa: SIM118 - not a dictionary
         yield key, opened.get_slice(key)

@@ -14,13 +14,22 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need triton (on Linux: pip install triton)")
 
 PROGRAM = """
+import re
+import subprocess
+import tempfile
+
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from workers.torch_engine.cuda import triton_attention as attention
 from workers.torch_engine.cuda import triton_experts as grouped
 from workers.torch_engine.cuda import triton_kernels as kernels
+from workers.torch_engine.cuda import triton_products as products
 from workers.torch_engine.cuda import triton_sampling
+
+
+kept = {}  # what the last compilation made
 
 
 def compile_for(capability, function, types, constants, **options):
@@ -32,7 +41,9 @@ def compile_for(capability, function, types, constants, **options):
             attributes[(at,)] = [["tt.divisibility", 16]]
     at = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, at, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    kept.update(made.asm)
+    return made.metadata
 
 
 def attend(
@@ -96,6 +107,42 @@ def experts(capability, kind, itemsize, rows):
     compile_for(capability, grouped.sum_choices, types, sizes, num_warps=4)
 
 
+def without_spills():
+    # of the kernel compiled last: what finds no register would lie on a stack
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kept["cubin"])
+        file.flush()
+        usage = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True)
+    assert "STACK:0" in usage.stdout, usage
+    assert int(re.search(r"LOCAL:(\\d+)", usage.stdout)[1]) == 0, usage
+
+
+def quantized(capability, kind, codes, rows, tile, group=0, shared=1, gated=False):
+    types = {"x": "*" + kind, "bias": "*" + kind, "out": "*" + kind, "codes": codes, "zeros": "*u8"}
+    types |= {"scale": "*" + kind if group and shared == 1 else "*fp32", "partial": "*fp32", "done": "*i32"}
+    pairs = codes == "*u8" and group and shared == 1
+    form = dict(PAIRS=bool(pairs), DEPTH=group or products.DEPTH, GROUP=group, SHARED=shared, ZEROS=bool(pairs))
+    form |= dict(EVEN=True, BIAS=True, ACT=products.SILU if gated else products.NO_ACT, CUT=not gated)
+    form |= dict(ROWS=rows, COLUMNS=tile.columns)
+    made = compile_for(
+        capability, products.widened_rows, types, form, num_warps=tile.warps, num_stages=tile.stages
+    )
+    assert made.shared < 160 << 10
+    without_spills()
+
+
+def in_fp8():
+    types = {"x": "*fp8e4nv", "codes": "*fp8e4nv", "x_scale": "*fp32", "scale": "*fp32", "bias": "*bf16"}
+    sizes = dict(BIAS=True, ROWS=products.STRIP, COLUMNS=128, DEPTH=128)
+    compile_for(90, products.block_product, types | {"out": "*bf16"}, sizes, num_warps=8, num_stages=3)
+    assert re.search(r"wgmma\\.mma_async\\.\\S*\\.e4m3\\.e4m3", kept["ptx"]), "products are of FP8"
+    without_spills()
+    for given, span in ((False, 16384), (True, 128)):
+        types = {"x": "*bf16", "out": "*fp8e4nv", "scale": "*fp32", "given": "*fp32"}
+        compile_for(90, products.round_rows, types, dict(GIVEN=given, SPAN=span), num_warps=8)
+        without_spills()
+"""
+UNQUANTIZED = """
 attend(90, "bf16", 2, 16, 4, 128, 128, fresh=True)
 attend(90, "bf16", 2, 16, 4, 128, 128, fresh=True, items=34)
 attend(90, "bf16", 2, 64, 7, 64, 64)
@@ -113,13 +160,29 @@ experts(90, "bf16", 2, 64)
 experts(80, "fp32", 4, 16)
 print("compiled")
 """
+QUANTIZED = """
+for tile in products.FEW:
+    quantized(90, "bf16", "*u8", 16, tile, group=128)
+    quantized(90, "bf16", "*u8", 16, tile, gated=True)
+quantized(90, "bf16", "*u8", 32, products.FEW[0], group=128, gated=True)
+quantized(90, "bf16", "*i8", 32, products.FEW[0], gated=True)
+quantized(90, "bf16", "*u8", 32, products.FEW[0], group=128, shared=128)
+quantized(90, "fp16", "*u8", 16, products.FEW[0], group=32)
+quantized(80, "fp16", "*u8", 16, products.FEW[0])
+quantized(90, "bf16", "*u8", products.STRIP, products.MANY, group=128)
+quantized(80, "bf16", "*u8", products.STRIP, products.MANY)
+in_fp8()
+print("compiled")
+"""
 
 
-def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("launches", [UNQUANTIZED, QUANTIZED], ids=["unquantized", "quantized"])
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path, launches):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM + launches],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
