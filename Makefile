@@ -10,7 +10,7 @@ PYTEST ?= $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: kubernetes-dry-run gpu-tests help venv serve test check lint format sweep clients nightly tsan mutations chaos bench bench-peers
+.PHONY: kubernetes-dry-run gpu-tests help venv serve test check lint format sweep clients ray nightly tsan mutations chaos bench bench-peers
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -44,7 +44,7 @@ serve: $(KERNELS) ## serve a small chat model (MODEL=... serves another; ARGS='-
 
 # Several at once, file by file: most of them wait for processes of their own rather than compute.
 test: $(DEV) $(KERNELS) ## run the tests (ARGS='tests/headrace -k cli')
-	$(PYTEST) -m "not sweep and not nightly and not clients" -n 3 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not sweep and not nightly and not clients and not ray" -n 3 --dist loadfile $(ARGS)
 
 check: lint test ## everything that a change must pass: format, lint, types, import rules, tests
 
@@ -64,6 +64,9 @@ sweep: $(DEV) ## parity over every causal architecture of the installed transfor
 
 clients: $(DEV) $(KERNELS) ## client libraries, each in an environment of its own, against a real server
 	$(PYTEST) tests/clients $(ARGS)
+
+ray: $(DEV) $(KERNELS) ## a real Ray cluster of two nodes, in an environment of its own (0.5 GB)
+	$(PYTEST) -m ray tests/ray $(ARGS)
 
 nightly: export HEADRACE_REQUIRE_KERNELS := 1
 nightly: $(DEV) $(KERNELS) ## what takes minutes: the image with its downloads, ThreadSanitizer

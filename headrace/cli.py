@@ -139,6 +139,24 @@ def models(args: argparse.Namespace) -> int:
 
 
 @command(
+    "ray",
+    "the same file on a Ray cluster: processes as actors, workers by demand",
+    """
+examples:
+  headrace ray up --config headrace.toml --address auto     then it runs by itself
+  headrace ray status
+  headrace ray down                                         drains, then ends
+
+The file names a server that every node reaches (redis-url), and in [models."NAME".ray] how many workers a model has.
+""",
+)
+def ray(args: argparse.Namespace) -> int:
+    from headrace.ray.up import run
+
+    return run(args)
+
+
+@command(
     "gateway",
     "the HTTP front alone: OpenAI-compatible API over the queue",
     """
@@ -354,6 +372,7 @@ ACTIONS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "requests": (("ls", "show", "cancel", "tail"), "ID"),
     "dead": (("ls", "retry", "drop"), "ENTRY"),
     "completion": (("bash", "zsh", "fish"), None),
+    "ray": (("status", "up", "down"), None),
 }
 
 

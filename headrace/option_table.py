@@ -11,9 +11,9 @@ from headrace.options import Option, boolean, count, json_object, number, port, 
 OPTIONS: tuple[Option, ...] = (
     Option(
         "--config",
-        "serve config models",
+        "serve config models ray",
         "a TOML file with any of these options and any number of models; options of the command line win over it "
-        "(default: none; `config` and `models` take ./headrace.toml if it is there)",
+        "(default: none; `config` and `models` take ./headrace.toml if it is there, `ray` always)",
         metavar="FILE",
     ),
     # what is served
@@ -41,7 +41,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--port", "serve gateway doctor", "port of the HTTP API; 0 picks a free one", port, 8000),
     Option(
         "--redis-url",
-        "serve gateway scheduler worker submit top doctor requests dead config",
+        "serve gateway scheduler worker submit top doctor requests dead config ray",
         "Redis or Valkey, as redis://[user:password@]host:port/db, rediss://..., unix:///path, or "
         "redis+cluster://host:port,host:port "
         "(default: serve starts an embedded one; the others find that, else redis://127.0.0.1:6379/0)",
@@ -350,7 +350,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("--requests", "top", "show so many of each model's oldest requests", whole, 0, scope="TOP_"),
     Option("--once", "top", "one look", boolean, False),
     Option("--limit", "requests", "most requests that ls shows", count, 100),
-    Option("--json", "top doctor requests dead", "a JSON object a line", boolean, False),
+    Option(
+        "--address", "ray", "the Ray cluster, as HOST:PORT of its head; auto: the one of this machine", default="auto"
+    ),
+    Option("--json", "top doctor requests dead ray", "a JSON object a line", boolean, False),
     Option("--tenant", "requests", "only this tenant's (default: of all)", scope="REQUESTS_"),
     # submit: jobs from the command line
     Option(

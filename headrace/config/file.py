@@ -9,6 +9,7 @@ A key is an option of ``headrace serve`` without its dashes in front, in the tab
     [defaults]                            options of models, for all of them
     [models."NAME"]                       one served model: its options, workers = N, schedulers = N; and its terms:
                                           price = {input, output}, tenants, max-waiting-requests, aliases
+    [models."NAME".ray]                   how many workers on Ray (headrace/ray/rule.py)
     [aliases]                             prod = "v2", or {v2 = 90, v1 = 10}
     [routes.NAME] [[routes.NAME.rules]]   virtual models
     [upstreams.NAME]                      servers that are not ours
@@ -36,6 +37,7 @@ from headrace.config.toml_lines import Path as Keys
 from headrace.config.toml_lines import key_lines, line_of, shown
 from headrace.option_table import options_of
 from headrace.options import Option
+from headrace.ray.rule import Scaling
 from protocol.errors import StartError
 from protocol.keys import MODEL_NAME
 from protocol.routing.table import Route, Routing, Tenant, Terms, Upstream, faults
@@ -46,6 +48,7 @@ MOST_BYTES = 1 << 20
 T = TypeVar("T")
 ROUTING_TABLES = ("aliases", "routes", "upstreams", "tenants")
 TERMS = {"price", "tenants", "max-waiting-requests", "max-waiting-tokens", "aliases"}  # a model's, beside its options
+NO_OPTIONS = TERMS | {"ray"}
 _PATH = re.compile(r" - at `(?:key in )?\$([^`]*)`")
 _STEP = re.compile(r"\[(\d+)\]|\.?([A-Za-z0-9_-]+)")
 
@@ -87,6 +90,7 @@ class Config:
     values: dict[str, Any] = field(default_factory=dict)  # what is no model's own
     models: dict[str, dict[str, Any]] = field(default_factory=dict)  # served name -> its options, with the defaults
     routing: Routing = field(default_factory=Routing)
+    scaling: dict[str, Scaling] = field(default_factory=dict)  # served name -> its workers on Ray
 
 
 def read(path: str | Path) -> Config:
@@ -129,14 +133,21 @@ class _Reader:
         if len(models) > MOST_MODELS:
             raise self.fault(("models",), f"at most {MOST_MODELS} models")
         own = {name: self._model(name, models[name], defaults) for name in models}
-        return Config(self.path, values, own, self._routing(routing, models))
+        scaling = {name: self._scaling(("models", name, "ray"), models[name].get("ray", {})) for name in models}
+        return Config(self.path, values, own, self._routing(routing, models), scaling)
 
     def _model(self, name: str, given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
         keys = ("models", name)
         if not MODEL_NAME.fullmatch(name):
             raise self.fault(keys, "a served name must match [A-Za-z0-9._:/-]{1,128}")
-        table = {key: value for key, value in self._table(keys, given).items() if key not in TERMS}
-        return {**defaults, **self._options(keys, table, "models", *TERMS)}
+        table = {key: value for key, value in self._table(keys, given).items() if key not in NO_OPTIONS}
+        return {**defaults, **self._options(keys, table, "models", *NO_OPTIONS)}
+
+    def _scaling(self, keys: Keys, given: Any) -> Scaling:
+        scaling = self._converted(keys, self._table(keys, given), Scaling)
+        if (fault := scaling.fault()) is not None:
+            raise self.fault((*keys, fault[0]), fault[1])
+        return scaling
 
     def _routing(self, tables: Mapping[str, Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> Routing:
         """The table that gateways route by, checked."""

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from headrace.config.file import MODEL_OPTIONS, Config, ConfigError, read, table_of
 from headrace.option_table import options_of
 from headrace.options import add_option
+from headrace.ray.rule import Scaling
 from headrace.serve.layout import check_values
 from protocol.errors import StartError
 from protocol.routing.table import Routing
@@ -32,6 +33,7 @@ class Wanted:
     file: Path | None = None
     given: dict[str, Any] = field(default_factory=dict)  # by command line and environment
     routing: Routing | None = None  # None: no file says anything of it
+    scaling: dict[str, Scaling] = field(default_factory=dict)  # served name -> its workers on Ray
 
 
 def given_on(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def from_file(path: str | Path, given: Mapping[str, Any]) -> Wanted:
     values = {**defaults, **config.values, **given}
     models = {name: {**values, **own, **given, "served_model_name": name} for name, own in config.models.items()}
     _check(config, values, models)
-    return Wanted(values, models, config.file, dict(given), config.routing)
+    return Wanted(values, models, config.file, dict(given), config.routing, config.scaling)
 
 
 def _check(config: Config, values: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from headrace.serve import leash
 from protocol.errors import EX_CONFIG, HeadraceError, StartError
@@ -161,12 +162,13 @@ class Supervisor:
     async def _run(self, child: Child) -> None:
         """One run of the child: start, read its stderr to the end, wait."""
         program = child.program
+        mask: dict[str, Any] = {} if program.umask < 0 else {"umask": program.umask}  # uvloop does not know it
         child.tail.clear()
         with (self.logs / f"{program.name}.log").open("ab", buffering=0) as log, _Pipe() as pipe:
             child.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *program.argv,
                 env=dict(program.env), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=pipe.write_end,
-                start_new_session=True, umask=program.umask,
+                start_new_session=True, **mask,
             )  # fmt: skip
             if child.stopping:  # asked to stop while it was being started
                 _signal(child, signal.SIGTERM)

@@ -26,6 +26,7 @@ import yaml
 from prometheus_client import generate_latest
 
 from gateway.metrics import ACTIVE
+from headrace.ray.rule import Scaling
 from headrace.serve.embedded import find_server
 from protocol.keys import Keys
 from scheduler.metrics import Metrics
@@ -126,6 +127,18 @@ def part(cluster: Cluster, kind: str, name: str) -> Any:
 
 def container(cluster: Cluster, kind: str, name: str) -> Any:
     return part(cluster, kind, name)["template"]["spec"]["containers"][0]
+
+
+def test_workers_are_scaled_by_the_same_numbers_as_on_ray() -> None:
+    """KEDA and the autoscaler have them in their own words."""
+    rule, scaled = Scaling(), part(built("many"), "ScaledObject", "worker")
+    behavior = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]
+    (policy,) = behavior["policies"]
+    (trigger,) = scaled["triggers"]
+    assert (scaled["maxReplicaCount"], trigger["metadata"]["threshold"]) == (8, str(rule.requests_per_worker))
+    assert scaled["cooldownPeriod"] == rule.scale_to_zero_after
+    assert behavior["stabilizationWindowSeconds"] == rule.scale_down_after
+    assert (policy["type"], policy["value"], policy["periodSeconds"]) == ("Pods", 1, rule.step_down_every)
 
 
 def swap(arguments: list[str], old: str, new: str) -> None:
