@@ -132,8 +132,7 @@ def check_job(job: Job, *, vocab_size: int | None = None) -> None:
         if job.messages is None:
             raise InvalidRequest("chat_template_kwargs needs messages", param="chat_template_kwargs")
         check_template_arguments(job.chat_template_kwargs)
-    if job.tools is not None:
-        _check_tools(job)
+    check_tools(job)
     if job.view is not None:
         check_tree(job.view, "view")
 
@@ -195,10 +194,12 @@ def _check_token_ids(ids: list[Any], vocab_size: int | None) -> None:
         raise InvalidRequest(f"token ids in prompt must lie in [0, {top}]", param="prompt")
 
 
-def _check_tools(job: Job) -> None:
-    """``[{"type": "function", "function": {"name", ...}}]``."""
-    if job.messages is None:
-        raise InvalidRequest("tools needs messages", param="tools")
+def check_tools(job: Job) -> None:
+    """``[{"type": "function", "function": {"name", ...}}]``, and what may be said of them. InvalidRequest."""
+    for field in ("tools", "tool_choice", "parallel_tool_calls"):
+        if getattr(job, field) is not None and job.messages is None:
+            raise InvalidRequest(f"{field} needs messages", param=field)
+    check_tree([job.tool_choice], "tool_choice")
     tools = job.tools or []
     if len(tools) > MAX_TOOLS:
         raise InvalidRequest(f"tools takes at most {MAX_TOOLS} tools", param="tools")

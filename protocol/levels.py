@@ -15,10 +15,11 @@ import msgspec
 from protocol.messages import Job
 from protocol.sampling import SamplingParams
 
-LEVEL = 4
+LEVEL = 5
 # What each adds: 1 structure, tools, formats of calls and thoughts, more than four stops; 2 default length;
 # 3 traceparent, cache of answers, suffix, tokenize;
-# 4 bad_words, logprobs of prompts and of named ids, max_tokens 0, how a prompt is made
+# 4 bad_words, logprobs of prompts and of named ids, max_tokens 0, how a prompt is made;
+# 5 tool_choice, parallel_tool_calls
 STOPS_BEFORE = 4
 
 
@@ -34,6 +35,8 @@ def sampling_level(params: SamplingParams) -> int:
 
 def job_level(job: Job) -> int:
     """The least level of a scheduler that can read ``job``."""
+    if job.tool_choice is not None or job.parallel_tool_calls is not None:
+        return 5
     if not job.add_special_tokens or job.truncate_prompt_tokens is not None or job.continue_final_message:
         return 4
     of_sampling = sampling_level(job.sampling)

@@ -120,6 +120,9 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     add_special_tokens: bool = True  # a text gets what the tokenizer adds by default, a bos often
     truncate_prompt_tokens: int | None = None  # only so many last tokens are kept; -1: as many as fit
     continue_final_message: bool = False  # the last message is gone on with, not answered
+    # Of a push, as OpenAI's: protocol/formats/tool_use.py makes rules of them before the job is stored.
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list, one per prompt; [] for a chat."""

@@ -11,11 +11,12 @@ from typing import Any
 
 import msgspec
 
+from gateway.openai.reasoning import template_arguments
 from gateway.openai.structured import structure_of
-from gateway.openai.tools import Tool, template_arguments, tool_use
 from gateway.openai.view import View
 from protocol.chat import check_template_arguments, normal_messages
 from protocol.errors import ContextLengthExceeded, InvalidRequest, NoTokenLeft
+from protocol.formats.tool_use import Tool, tool_use
 from protocol.jobs import check_making
 from protocol.keys import check_name
 from protocol.messages import (
@@ -214,7 +215,7 @@ def chat_job(body: ChatBody, card: ModelCard, tenant: str, created: int) -> Job:
         if body.max_completion_tokens < 0:
             raise InvalidRequest("max_completion_tokens must not be negative", param="max_completion_tokens")
         body.max_tokens = body.max_completion_tokens
-    use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, card, structure_of(body))
+    use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, card.format, structure_of(body))
     sampling = _sampling(body, card, None, logprobs, _budgeted(body, card, use.structure), use.ends)
     job = _job(body, sampling, tenant)
     job.default_max_tokens = card.default_max_tokens(sampling)

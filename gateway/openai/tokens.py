@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from gateway.openai.bodies import ChatBody, chat_job
-from gateway.openai.tools import Tool
 from gateway.openai.view import View
 from protocol.errors import InvalidRequest
+from protocol.formats.tool_use import Tool
 from protocol.messages import Job, ModelCard
 from protocol.sampling import SamplingParams
 

@@ -95,25 +95,25 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
-        tool_choice: Any = None,
+        tool_choice: str | dict[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         **sampling: Any,
     ) -> list[Result]:
         """The next message of each conversation, or the rest of its last one. A conversation is a list of messages as
-        OpenAI's; one or several. ``tools`` and ``tool_choice`` are OpenAI's: what is called is in
-        ``outputs[0].tool_calls``."""
+        OpenAI's; one or several. ``tools``, ``tool_choice`` and ``parallel_tool_calls`` are OpenAI's: what is
+        called is in ``outputs[0].tool_calls``."""
         many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         made: dict[str, Any] = {"continue_final_message": continue_final_message}
         if not add_generation_prompt:
             made["chat_template_kwargs"] = {"add_generation_prompt": False}
-        return self._run([{"messages": m, **made} for m in many], sampling_params, sampling, tools, tool_choice)
+        made |= {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
+        return self._run([{"messages": m, **made} for m in many], sampling_params, sampling)
 
     def _run(
         self,
         contents: list[dict[str, Any]],
         sampling_params: Sampling,
         fields: dict[str, Any],
-        tools: list[dict[str, Any]] | None = None,
-        tool_choice: Any = None,
     ) -> list[Result]:
         whole = sampling_params is None or isinstance(sampling_params, SamplingParams)
         each: Sequence[Any] = [sampling_params] * len(contents) if whole else sampling_params  # type: ignore[assignment]
@@ -121,7 +121,7 @@ class LLM:
             raise InvalidRequest(f"{len(each)} sampling_params for {len(contents)} prompts", param="sampling_params")
         client = self._client.on_loop
         jobs = [client.job(params, fields, **content) for content, params in zip(contents, each, strict=True)]
-        jobs = [client.with_tools(job, tools, tool_choice) for job in jobs]
+        jobs = [client.ruled(job) for job in jobs]
         return self._client.run(run_all(client, jobs, self._window))
 
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import msgspec
 
-from gateway.openai.tools import tools_in_use
 from protocol.bus import GatewayBus, HomeBus
 from protocol.bus.base import job_fingerprint
 from protocol.errors import (
@@ -35,9 +34,11 @@ from protocol.errors import (
     Overloaded,
     RequestError,
     ServiceError,
+    Unavailable,
     http_status,
 )
 from protocol.formats.message import functions_of, parsed_message
+from protocol.formats.tool_use import with_tools
 from protocol.messages import (
     DEFAULT_TENANT,
     Frame,
@@ -221,7 +222,8 @@ class AsyncClient:
         *,
         messages: list[dict[str, Any]] | None = None,
         tools: list[dict[str, Any]] | None = None,
-        tool_choice: Any = None,
+        tool_choice: str | dict[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         id: str | None = None,
         priority: Priority = "standard",
         timeout_s: float | None = None,
@@ -234,19 +236,22 @@ class AsyncClient:
     ) -> str:
         """Make a request durable; returns its request id. Sampling is given whole, or by field (``max_tokens=64``);
         ``structure`` may be a dict of the fields of Structure. Of a prompt the last ``truncate_prompt_tokens`` are kept
-        (-1: as many as fit); ``continue_final_message`` goes on with the last message. ``tools`` and ``tool_choice``
-        are OpenAI's.
+        (-1: as many as fit); ``continue_final_message`` goes on with the last message. ``tools``, ``tool_choice``
+        and ``parallel_tool_calls`` are OpenAI's.
 
         ``id`` makes it idempotent: the same id and content again give the same request, never a second run.
         Raises InvalidRequest, Conflict (same id, other content), Overloaded, Unavailable.
         """
-        content = {"prompt": prompt, "messages": messages, "id": id, "results": results}
+        content = {
+            "prompt": prompt, "messages": messages, "id": id, "results": results, "tools": tools,
+            "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls,
+        }  # fmt: skip
         made = {
             "truncate_prompt_tokens": truncate_prompt_tokens, "add_special_tokens": add_special_tokens,
             "continue_final_message": continue_final_message,
         }  # fmt: skip
         job = self.job(sampling_params, sampling, **content, **made, priority=priority, timeout_s=timeout_s)
-        return await self.submit_job(self.with_tools(job, tools, tool_choice))
+        return await self.submit_job(job)
 
     def job(self, sampling_params: SamplingParams | None, sampling: dict[str, Any], **fields: Any) -> Job:
         """A Job of these fields. Where sampling is not given whole, the model's defaults are for what is not named."""
@@ -255,29 +260,21 @@ class AsyncClient:
         most = card.default_max_tokens(params) if card is not None else None
         return Job(sampling=params, tenant=self.tenant, default_max_tokens=most, **fields)
 
-    def with_tools(self, job: Job, tools: list[dict[str, Any]] | None = None, tool_choice: Any = None) -> Job:
-        """``job``, a chat's, with the tools that it may or must call, and the format that its answer is read by.
-        InvalidRequest names the field."""
-        if job.messages is None:
-            if tools:
-                raise InvalidRequest("tools needs messages", param="tools")
-            return job
-        card = self._card
-        if card is None:
-            return job
-        use = tools_in_use(tools, tool_choice, card, job.sampling.structure)
-        sampling = msgspec.structs.replace(
-            job.sampling, structure=use.structure, stop_token_ids=[*job.sampling.stop_token_ids, *use.ends]
-        )
-        spec = card.format
-        pinned = spec if spec is not None and (use.functions or spec.always) else None
-        return msgspec.structs.replace(job, tools=use.tools, sampling=sampling, format=pinned)
+    def ruled(self, job: Job) -> Job:
+        """``job`` as it is accepted: its sampling says what its tools ask, and the format that its answer is read by
+        is pinned. InvalidRequest names the field; Unavailable where it has tools and the model was never served."""
+        if self._card is not None:
+            return with_tools(job, self._card.format)
+        if job.tools or job.tool_choice is not None:
+            raise Unavailable(f"{self.model} is not served now: how it writes calls is known when it is")
+        return job
 
     async def submit_job(self, job: Job) -> str:
         """``submit`` for a whole Job. Its rows come to this client, whatever its reply_to."""
         if (job.prompt is None) == (job.messages is None):
             raise InvalidRequest("a job needs either prompt or messages", param="prompt")
         job.sampling.check()
+        job = self.ruled(job)
         bus, rid, claim = self._open_bus, new_rid(), None
         if job.id is not None:
             body, model = job_fingerprint(job), bus.keys.model

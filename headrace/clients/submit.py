@@ -139,7 +139,8 @@ class FileRun:
         entry: dict[str, Any] = {"id": name, "request_id": request, "choices": []}
         for choice in result.choices:
             told = {"text": choice.text, "finish_reason": choice.finish_reason, "tokens": len(choice.token_ids)}
-            entry["choices"].append(told)
+            read = {name: getattr(choice, name) for name in ("content", "reasoning_content", "tool_calls")}
+            entry["choices"].append(told | {name: value for name, value in read.items() if value is not None})
             if choice.error is not None:
                 entry["error"] = {"message": str(choice.error)}
         self.failed += "error" in entry

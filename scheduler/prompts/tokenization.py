@@ -27,6 +27,7 @@ from protocol.errors import (
     StructureNotSupported,
 )
 from protocol.formats.rules import sampling_of
+from protocol.formats.tool_use import with_tools
 from protocol.jobs import check_job
 from protocol.messages import Job, ModelCard
 from protocol.prompt_logprobs import check_size
@@ -155,12 +156,9 @@ class Prompts:
             return job
         return msgspec.structs.replace(job, sampling=msgspec.structs.replace(job.sampling, **defaults))
 
-    def pinned(self, job: Job) -> Job:
-        """A pushed ``job`` with the format that its answer is read by, as a gateway pins it at accept."""
-        spec = self.format.spec if self.format is not None else None
-        if spec is None or job.messages is None or not (job.tools or spec.always):
-            return job
-        return msgspec.structs.replace(job, format=spec)
+    def as_accepted(self, job: Job) -> Job:
+        """A pushed ``job`` as a gateway would have accepted it: ruled by its tools, the format of its answer pinned."""
+        return with_tools(job, self.format.spec if self.format is not None else None)
 
     def check_template(self, model: str) -> None:
         """StartError if the chat template can write no chat at all."""

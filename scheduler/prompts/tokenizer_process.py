@@ -47,7 +47,7 @@ def answer(prompts: Prompts, question: Message) -> Message:
     push, body, max_model_len = question
     try:
         prompts.max_model_len = max_model_len
-        job = prompts.pinned(decode_job(body)) if push else _decode_accepted(body)
+        job = prompts.as_accepted(decode_job(body)) if push else _decode_accepted(body)
         ids = prompts.ids(job)
         if push and prompts.defaults:
             job = prompts.with_defaults(job, given_sampling(body), ids)

@@ -196,29 +196,73 @@ def test_tokenize_tells_the_prompt_that_a_chat_would_have(stack: Stack, client: 
         assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")
 
 
-def test_calls_of_clients_and_of_pushed_jobs_are_parsed_as_over_http(stack: Stack) -> None:
-    url = server_url(stack.run_dir / "data")
-    with Client(url, "demo") as queue:
-        named = {"type": "function", "function": {"name": "forecast"}}
-        asked = queue.submit(messages=ASK["messages"], tools=TOOLS, tool_choice=named, max_tokens=200, temperature=0)
+def called(choice: dict[str, Any]) -> dict[str, Any]:
+    """Name -> arguments of the calls of a result or a message, each by its schema."""
+    made = {one["function"]["name"]: json.loads(one["function"]["arguments"]) for one in choice["tool_calls"]}
+    for tool in TOOLS:
+        if tool["function"]["name"] in made:
+            jsonschema.validate(made[tool["function"]["name"]], tool["function"]["parameters"])
+    return made
+
+
+NAMED = {"type": "function", "function": {"name": "forecast"}}
+
+
+def test_calls_of_clients_are_parsed_as_over_http(stack: Stack) -> None:
+    with Client(server_url(stack.run_dir / "data"), "demo") as queue:
+        asked = queue.submit(messages=ASK["messages"], tools=TOOLS, tool_choice=NAMED, max_tokens=200, temperature=0)
         (choice,) = queue.result(asked).choices
     assert choice.finish_reason == "tool_calls"
-    assert choice.tool_calls is not None
-    assert choice.tool_calls[0]["function"]["name"] == "forecast"
-    jsonschema.validate(json.loads(choice.tool_calls[0]["function"]["arguments"]), SCHEMA)
+    assert called({"tool_calls": choice.tool_calls}).keys() == {"forecast"}
     assert choice.content == ""
-    text = 'Wait.\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
-    job = {
-        "messages": ASK["messages"], "tools": TOOLS, "results": "mine",
-        "sampling": {"max_tokens": 100, "structure": {"choice": [text]}},
-    }  # fmt: skip
-    with redis.Redis.from_url(url) as raw:
+
+
+def pushed(stack: Stack, results: str, **fields: Any) -> dict[str, Any]:
+    """The result of a job as a stranger pushes it."""
+    job = {"messages": ASK["messages"], "tools": TOOLS, "results": results, **fields}
+    with redis.Redis.from_url(server_url(stack.run_dir / "data")) as raw:
         raw.xadd("headrace:{demo}:jobs", {"job": json.dumps(job)})
-        ((_, ((_, fields),)),) = raw.xread({"headrace:{demo}:results:mine": "0"}, block=60_000)
-    result = msgspec.msgpack.decode(fields[b"result"])
+        ((_, ((_, told),)),) = raw.xread({f"headrace:{{demo}}:results:{results}": "0"}, block=60_000)
+    return msgspec.msgpack.decode(told[b"result"])  # type: ignore[no-any-return]
+
+
+def shown(stack: Stack, rid: str) -> dict[str, Any]:
+    """The choice of a pushed job's answer, as HTTP tells it."""
+    with urllib.request.urlopen(f"{stack.url}/v1/requests/{rid}", timeout=60) as reply:
+        return json.loads(reply.read())["response"]["choices"][0]  # type: ignore[no-any-return]
+
+
+def test_a_pushed_job_names_the_function_that_is_called(stack: Stack) -> None:
+    sampling = {"max_tokens": 200, "temperature": 0}
+    result = pushed(stack, "named", tool_choice=NAMED, sampling=sampling)
+    assert (result["finish_reason"], called(result).keys()) == ("tool_calls", {"forecast"})
+    assert "content" not in result
+    choice = shown(stack, result["rid"])
+    assert (choice["finish_reason"], choice["message"]["tool_calls"]) == ("tool_calls", result["tool_calls"])
+    one = pushed(stack, "one", tool_choice="required", parallel_tool_calls=False, sampling=sampling)
+    assert len(called(one)) == 1
+    quiet = pushed(stack, "quiet", tool_choice="none", sampling={"max_tokens": 4})
+    assert "tool_calls" not in quiet
+    refused = pushed(stack, "refused", tool_choice={"type": "function", "function": {"name": "else"}})
+    assert (refused["error"]["code"], refused["error"]["param"]) == ("invalid_request", "tool_choice")
+
+
+def test_text_before_a_call_of_a_pushed_job_is_its_content(stack: Stack) -> None:
+    text = 'Wait.\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    # An answer with tools is a call or what the structure says: the bias makes it begin as the text does.
+    (first, *_) = tokens_of(stack, text)
+    sampling = {"max_tokens": 100, "structure": {"choice": [text]}, "logit_bias": {str(first): 100}}
+    result = pushed(stack, "mine", sampling=sampling)
     assert (result["finish_reason"], result["text"], result["content"]) == ("tool_calls", text, "Wait.")
     (call,) = result["tool_calls"]
     assert call["function"] == {"name": "now", "arguments": "{}"}
-    with urllib.request.urlopen(f"{stack.url}/v1/requests/{result['rid']}", timeout=60) as reply:
-        shown = json.loads(reply.read())["response"]["choices"][0]
-    assert (shown["finish_reason"], shown["message"]["tool_calls"]) == ("tool_calls", [call])
+    choice = shown(stack, result["rid"])
+    assert (choice["finish_reason"], choice["message"]["tool_calls"]) == ("tool_calls", [call])
+
+
+def tokens_of(stack: Stack, text: str) -> list[int]:
+    asked = urllib.request.Request(
+        stack.url + "/tokenize", json.dumps({"prompt": text}).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(asked, timeout=60) as reply:
+        return json.loads(reply.read())["tokens"]  # type: ignore[no-any-return]

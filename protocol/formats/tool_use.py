@@ -1,7 +1,8 @@
 """What a chat asks of tools: which are told to the model, and whether calls are free, required or ruled.
 
 The format of calls is the model's own (ModelCard.format); it is pinned in the job, so that every reader of the answer,
-on whichever gateway, reads it alike.
+on whichever gateway, reads it alike. Gateways and clients apply this before they accept a job, the scheduler to one
+that was pushed: from then on a job says all by its sampling, and has neither tool_choice nor parallel_tool_calls.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from protocol.errors import InvalidRequest, StructureNotSupported
 from protocol.formats.call_grammar import call_grammar
 from protocol.formats.rules import either
 from protocol.formats.spec import FormatSpec
-from protocol.jobs import MAX_TOOLS
-from protocol.messages import ModelCard
+from protocol.jobs import MAX_TOOLS, check_tools
+from protocol.messages import Job
 from protocol.structures.structure import MAX_GRAMMAR_BYTES, Structure
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 NO_TOOLS = "this model's chat template knows no tools: its server can be started with --tool-format hermes"
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class Function(msgspec.Struct, omit_defaults=True):
@@ -56,9 +56,10 @@ class ToolUse:
 
 
 def tool_use(
-    tools: list[Tool] | None, choice: Any, parallel: bool | None, card: ModelCard, structure: Structure | None
+    tools: list[Tool] | None, choice: Any, parallel: bool | None, spec: FormatSpec | None, structure: Structure | None
 ) -> ToolUse:
-    """InvalidRequest names the field. ``structure``: what the request asks of an answer without calls."""
+    """InvalidRequest names the field. ``spec``: how the model writes calls; ``structure``: what the request asks of an
+    answer without calls."""
     listed = [_function(tool, f"tools[{i}]") for i, tool in enumerate(tools or ())]
     mode, names = _choice(choice, listed)
     if not listed or mode == "none":
@@ -67,7 +68,6 @@ def tool_use(
         raise InvalidRequest(f"tools takes at most {MAX_TOOLS} tools", param="tools")
     if len({one["name"] for one in listed}) != len(listed):
         raise InvalidRequest("the functions of tools must have different names", param="tools")
-    spec = card.format
     if spec is None or spec.tools is None:
         raise InvalidRequest(NO_TOOLS, param="tools", code="unsupported_parameter")
     functions = [one for one in listed if names is None or one["name"] in names]
@@ -81,14 +81,23 @@ def tool_use(
     )
 
 
-def tools_in_use(
-    tools: list[dict[str, Any]] | None, choice: Any, card: ModelCard, structure: Structure | None = None
-) -> ToolUse:
-    """``tool_use`` for tools as maps. InvalidRequest names the field."""
+def with_tools(job: Job, spec: FormatSpec | None) -> Job:
+    """``job`` as it is run: what its tools and its choice among them ask is in its sampling, and the format that its
+    answer is read by is pinned. ``spec``: the model's own. InvalidRequest names the field."""
+    check_tools(job)
+    if job.messages is None or job.format is not None:
+        return job
     try:
-        return tool_use(msgspec.convert(tools, list[Tool] | None), choice, None, card, structure)
+        tools = msgspec.convert(job.tools, list[Tool] | None)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"tools: {error}", param="tools") from None
+    use = tool_use(tools, job.tool_choice, job.parallel_tool_calls, spec, job.sampling.structure)
+    ends = [*job.sampling.stop_token_ids, *use.ends]
+    sampling = msgspec.structs.replace(job.sampling, structure=use.structure, stop_token_ids=ends)
+    pinned = spec if spec is not None and (use.functions or spec.always) else None
+    return msgspec.structs.replace(
+        job, tools=use.tools, tool_choice=None, parallel_tool_calls=None, sampling=sampling, format=pinned
+    )
 
 
 def _ruled(
@@ -161,20 +170,3 @@ def _name(choice: Any) -> str:
     if not isinstance(name, str):
         raise InvalidRequest("tool_choice must hold function.name", param="tool_choice")
     return name
-
-
-def template_arguments(
-    given: dict[str, Any] | None, effort: str | None, thinking: bool | None
-) -> dict[str, Any] | None:
-    """The arguments of the chat template: what the request gives as such wins."""
-    arguments: dict[str, Any] = {}
-    if effort is not None:
-        if effort not in EFFORTS:
-            raise InvalidRequest(f"reasoning_effort must be one of {', '.join(EFFORTS)}", param="reasoning_effort")
-        if effort == "none":
-            arguments["enable_thinking"] = False
-        else:
-            arguments["reasoning_effort"] = effort
-    if thinking is not None:
-        arguments["enable_thinking"] = thinking
-    return {**arguments, **(given or {})} or None
