@@ -10,7 +10,7 @@ PYTEST ?= $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: kubernetes-dry-run gpu-tests help venv serve test check lint format sweep clients ray nightly tsan mutations chaos bench bench-peers
+.PHONY: kubernetes-dry-run gpu-tests help venv serve test check lint format sweep clients ray nightly ops tsan mutations chaos bench bench-peers
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -44,7 +44,7 @@ serve: $(KERNELS) ## serve a small chat model (MODEL=... serves another; ARGS='-
 
 # Several at once, file by file: most of them wait for processes of their own rather than compute.
 test: $(DEV) $(KERNELS) ## run the tests (ARGS='tests/headrace -k cli')
-	$(PYTEST) -m "not sweep and not nightly and not clients and not ray" -n 3 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not sweep and not nightly and not clients and not ray and not ops" -n 3 --dist loadfile $(ARGS)
 
 check: lint test ## everything that a change must pass: format, lint, types, import rules, tests
 
@@ -71,6 +71,10 @@ ray: $(DEV) $(KERNELS) ## a real Ray cluster of two nodes, in an environment of 
 nightly: export HEADRACE_REQUIRE_KERNELS := 1
 nightly: $(DEV) $(KERNELS) ## what takes minutes: the image with its downloads, ThreadSanitizer
 	$(PYTEST) -m nightly $(ARGS)
+
+ops: $(DEV) $(KERNELS) ## with what CI does not install: Prometheus under every panel, models in buckets
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gcs]'
+	$(PYTEST) -m ops $(ARGS)
 
 tsan: $(DEV) $(KERNELS) ## the kernels' threads under ThreadSanitizer (docs/kernels.md)
 	$(PYTEST) -m nightly tests/workers/native/test_team_sanitized.py $(ARGS)

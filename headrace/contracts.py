@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from headrace.bucket import SCHEME
+from headrace.model import nested
 from protocol.errors import StartError
 
 ANYWHERE = "0.0.0.0"  # the service's proxy comes from outside the container, and has checked who calls
@@ -37,23 +39,19 @@ def _named(argv: Sequence[str], environ: Mapping[str, str]) -> str | None:
 
 
 def _folder(given: str) -> str | None:
-    """The folder itself, or the one folder or GGUF file in it that holds the model, as registries nest them."""
     folder = Path(given)
-    if not given or not folder.is_dir():
-        return None
-    found = [path.parent for path in folder.rglob("config.json")] + list(folder.rglob("*.gguf"))
-    if not found:
-        return None
-    return str(min(found, key=lambda path: (len(path.parts), path)))
+    return nested(folder) if given and folder.is_dir() else None
 
 
 def _stored(uri: str, argv: Sequence[str], environ: Mapping[str, str]) -> str | None:
     named = "HEADRACE_MODEL" in environ or any(word == "--model" or word.startswith("--model=") for word in argv)
     if not uri or named or argv[0] == "gateway":
         return None
+    if uri.startswith(SCHEME):
+        return uri  # it is copied when the start needs it
     if "://" in uri:
         raise StartError(
-            "AIP_STORAGE_URI: models are not copied from a bucket; put the model into the image, or mount it, "
+            f"AIP_STORAGE_URI: models are copied from {SCHEME} alone; put the model into the image, or mount it, "
             "and name its folder by --model or HEADRACE_MODEL"
         )
     return _folder(uri)

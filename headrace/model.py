@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from headrace import default_model, gguf, hub
+from headrace import bucket, default_model, gguf, hub
 from headrace.model_check import check_model
 from headrace.options import demo_model, served_name
 from headrace.serve.progress import Progress
@@ -57,7 +57,18 @@ def cache_dir(wanted: str | None) -> Path:
     return Path(wanted or f"{base}/headrace").expanduser().absolute()
 
 
+def nested(folder: Path) -> str | None:
+    """The folder itself, or the one folder or GGUF file in it that holds the model, as registries nest them."""
+    found = [path.parent for path in folder.rglob("config.json")] + list(folder.rglob("*.gguf"))
+    return str(min(found, key=lambda path: (len(path.parts), path))) if found else None
+
+
 def _named(model: str, cache: Path, report: Progress) -> Chosen:
+    if model.startswith(bucket.SCHEME):
+        copied = nested(bucket.fetched(model, cache, report))
+        if copied is None:
+            raise StartError(f"--model {model}: there is neither a config.json nor a .gguf file in it")
+        return replace(_named(copied, cache, report), name=model.rstrip("/").rpartition("/")[2], origin=model)
     source, name = gguf.source_of(model), served_name(model)
     if source is None:
         return Chosen(model, name)

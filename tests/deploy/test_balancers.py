@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.stack import START_S, Stack, free_port
 
@@ -123,3 +124,19 @@ def test_a_stream_goes_on_when_its_gateway_is_killed(door: str, stack: Stack) ->
             time.sleep(0.2)
     assert text_of(found) == text_of(undisturbed)
     assert len({shown for shown, data in found if data != "[DONE]"}) == len(found) - 1
+
+
+def test_the_balancer_of_compose_takes_the_file_with_the_gateways_names(tmp_path: Path) -> None:
+    """As its container does: haproxy reads the result."""
+    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+    if program is None:
+        pytest.skip("haproxy is not installed")
+    service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["balancer"]
+    shell, option, script = service["command"]
+    made = tmp_path / "haproxy.cfg"
+    script = script.replace("/haproxy.cfg >/tmp/haproxy.cfg", f"{ROOT}/deploy/balancers/haproxy.cfg >{made}")
+    script = script.replace("exec haproxy -f /tmp/haproxy.cfg", f"exec {program} -c -f {made}")
+    subprocess.run([shell, option, script], check=True, timeout=60)
+    servers = [line.split()[1:3] for line in made.read_text().splitlines() if line.split()[:1] == ["server"]]
+    assert servers == [["gateway-0", "gateway-0:8000"], ["gateway-1", "gateway-1:8000"]]
+    assert service["ports"] == ["127.0.0.1:8000:8080"]

@@ -29,7 +29,9 @@ def test_each_contract_says_where_to_listen_and_what_to_serve(tmp_path: Path) ->
     found = defaults(["serve", "--contract", "vertex"], {"AIP_HTTP_PORT": "7080", "AIP_STORAGE_URI": str(nested)})
     assert (found["HEADRACE_PORT"], found["HEADRACE_MODEL"]) == ("7080", str(nested))
     with pytest.raises(StartError, match="AIP_STORAGE_URI"):
-        defaults(["serve", "--contract", "vertex"], {"AIP_STORAGE_URI": "gs://bucket/model"})
+        defaults(["serve", "--contract", "vertex"], {"AIP_STORAGE_URI": "s3://bucket/model"})
+    found = defaults(["serve", "--contract", "vertex"], {"AIP_STORAGE_URI": "gs://bucket/model"})
+    assert found["HEADRACE_MODEL"] == "gs://bucket/model"
     named = ["serve", "--contract", "vertex", "--model", "x"]
     assert "HEADRACE_MODEL" not in defaults(named, {"AIP_STORAGE_URI": "gs://bucket/model"})
 
