@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import re
 import sys
 import tempfile
@@ -73,10 +74,10 @@ class Reader(asyncio.Protocol):
             self.done.set_result(None)
 
 
-async def read_streams(port: int, streams: int, queue: Queue[Any]) -> None:
+async def read_streams(port: int, streams: int, queue: Queue[Any], model: str) -> None:
     loop = asyncio.get_running_loop()
     totals: dict[str, Any] = {"events": 0, "bytes": 0, "ages": [], "last_ages": []}
-    body = json.dumps({"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 100000, "stream": True}).encode()
+    body = json.dumps({"model": model, "prompt": [1, 2, 3], "max_tokens": 100000, "stream": True}).encode()
     waiting = []
     for i in range(streams):
         done = loop.create_future()
@@ -87,8 +88,8 @@ async def read_streams(port: int, streams: int, queue: Queue[Any]) -> None:
     queue.put(totals)
 
 
-def run_clients(port: int, streams: int, queue: Queue[Any]) -> None:
-    uvloop.run(read_streams(port, streams, queue))
+def run_clients(port: int, streams: int, queue: Queue[Any], model: str) -> None:
+    uvloop.run(read_streams(port, streams, queue, model))
 
 
 # ------------------------------------------------------------------ the backend
@@ -131,17 +132,28 @@ class Source:
         await self.raw.publish(self.bus.keys.out(self.channel), b"".join(parts))
 
 
-async def measure(url: str, streams: int, rate: float, seconds: float) -> dict[str, Any]:
+async def measure(
+    url: str,
+    streams: int,
+    rate: float,
+    seconds: float,
+    *,
+    model: str = MODEL,
+    env: dict[str, str] | None = None,
+    tree: Path | None = None,
+) -> dict[str, Any]:
+    """``model``: the name that clients ask for; ``env``: of the gateway besides; ``tree``: another checkout of it."""
     source = Source(url)
     await source.start()
     gateway = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", GATEWAY, url, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
-    )
+        sys.executable, "-c", GATEWAY, url, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+        env={**os.environ, **(env or {}), **({"PYTHONPATH": str(tree)} if tree else {})}, cwd=tree,
+    )  # fmt: skip
     assert gateway.stdout is not None
     line = (await gateway.stdout.readline()).decode()
     port = int(line.rsplit(":", 1)[1])
     queue: Queue[Any] = Queue()
-    clients = Process(target=run_clients, args=(port, streams, queue))
+    clients = Process(target=run_clients, args=(port, streams, queue, model))
     clients.start()
     await source.admit(streams)
     await asyncio.sleep(1.0)

@@ -8,7 +8,6 @@ import shutil
 import site
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.gpu_part import Part
@@ -20,21 +19,13 @@ KERNELS = [f"{FOLDER}/test_triton_{name}.py" for name in ("attention", "kernels"
 
 
 def pytest_command(*args: str) -> list[str]:
-    """Tests in order of files, each with its outcome as it comes, so that a run that is cut off says what failed. A
-    machine's own plugin that measures tests warns beside several processes, which is an error here."""
-    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark"]
-    return [sys.executable, "-m", "pytest", "-v", "--tb=short", *plugins, "--timeout", "600", *args]
-
-
-def several() -> list[str]:
-    """What spreads tests over processes, where that is installed: most of their time is spent compiling."""
-    return ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "600", *args]
 
 
 def run_tests(part: Part) -> None:
     """All tests of the GPU's files: kernels are compiled on it, not interpreted. Tiny: one file's are found."""
     with part.row("pytest") as row:
-        row |= _run(pytest_command(*(["--collect-only", KERNELS[1]] if part.tiny else [FOLDER, *several()])), {})
+        row |= _run(pytest_command(*(["--collect-only", KERNELS[1]] if part.tiny else [FOLDER])), {})
 
 
 def memcheck(part: Part) -> None:
@@ -63,14 +54,14 @@ def sanitizer() -> str | None:
 
 
 def _run(command: list[str], env: dict[str, str]) -> dict[str, str]:
-    """The last line, failures first."""
+    """The last lines, failures first."""
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         check=False,
     )  # fmt: skip
     print(done.stdout[-20000:], flush=True)
     lines = [line.strip() for line in done.stdout.strip().splitlines() if line.strip()]
-    failed = [line for line in lines if re.search(r"\b(FAILED|ERROR)\b|=+ (Invalid|ERROR SUMMARY)", line)]
+    failed = [line for line in lines if re.match(r"FAILED|ERROR|=+ (Invalid|ERROR SUMMARY)", line)]
     found = {"outcome": lines[-1] if lines else "nothing was said"}
     if done.returncode:
         found["why"] = f"exit code {done.returncode}: " + " | ".join([*failed[:8], *lines[-1:]])[:600]
