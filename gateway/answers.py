@@ -1,6 +1,6 @@
 """One request from accept to its last byte: submit, follow, answer, and cancel when its client disconnects.
 
-A little over 400 lines: one class, whose methods are the stations of a request's life in their order.
+More than 400 lines: one class, whose methods are the stations of a request's life in their order.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,14 +18,15 @@ from aiohttp import web
 from gateway.auth import Caller
 from gateway.edge import encode_json, error_answer, error_body, json_answer
 from gateway.headers import rate_headers
-from gateway.metrics import ACTIVE, DURATION, E2E, OUTPUT_TOKENS, PROMPT_TOKENS, REQUESTS
+from gateway.metrics import ACTIVE, DURATION, E2E, MOVED, OUTPUT_TOKENS, PROMPT_TOKENS, REQUESTS
 from gateway.models import Model, Models
 from gateway.openai.render import Chunks, EventId, Tally, whole_answer
 from gateway.openai.view import View
 from gateway.routing.money import Money
+from gateway.routing.patience import said_in_time
 from gateway.routing.router import Step
 from gateway.sse import EventReader, ReaderStalled
-from gateway.streams import Collector, Follower
+from gateway.streams import Collector, Follower, Moved
 from gateway.tracing import AnswerTrace
 from protocol.bus import HomeBus
 from protocol.errors import (
@@ -41,7 +42,7 @@ from protocol.errors import (
     http_status,
 )
 from protocol.messages import Job, body_hash, encode, new_rid
-from protocol.records import Accepted, Claim, Limits
+from protocol.records import Accepted, Claim, Limits, RequestRecord
 from protocol.telemetry.context import trace_id_of
 
 log = logging.getLogger("headrace.gateway")
@@ -67,6 +68,8 @@ class Ask:
     fresh_rid: str = field(default_factory=new_rid)  # of a new request, unless an idempotency key names an older one
     step: Step | None = None  # how the request came to this model; None: it was begun before
     last: bool = True  # no other candidate would be asked instead
+    others: Iterator[Ask] | None = None  # the same request to the candidates after this one
+    moved_from: Ask | None = None  # which said nothing in time
     arrived: float = field(default_factory=time.monotonic)
     # set later
     rid: str = ""
@@ -75,6 +78,7 @@ class Ask:
     echoed: list[str] | None = None
     status: int = 0
     stalled: bool = False
+    moved_to: str = ""  # rid of the request that took its place
 
     @property
     def headers(self) -> dict[str, str]:
@@ -96,6 +100,14 @@ class RunsElsewhere(Unavailable):
         self.model = model
 
 
+class HandedOn(Exception):
+    """Another candidate has the request now."""
+
+    def __init__(self, ask: Ask) -> None:
+        super().__init__()
+        self.ask = ask
+
+
 class Answers:
     """Answers requests of every model. ``name`` is this process's reply channel."""
 
@@ -115,7 +127,13 @@ class Answers:
     async def answer(self, ask: Ask, request: web.BaseRequest) -> web.StreamResponse:
         """Run a new request and answer it, streamed or whole."""
         ask.trace.begin(ask.job, ask.fresh_rid, ask.arrived)
-        return await self._accounted(ask, self._run(ask, request))
+        work = self._run(ask, request)
+        while True:
+            try:
+                return await self._accounted(ask, work)
+            except HandedOn as handed:
+                ask = handed.ask
+                work = self._answer(ask, request)
 
     async def resume(self, ask: Ask, rid: str, shown: EventId | None, request: web.BaseRequest) -> web.StreamResponse:
         """Continue the stream of request ``rid`` after the event ``shown`` (None: from its beginning)."""
@@ -128,6 +146,15 @@ class Answers:
             ask.echoed = await ask.model.prompt_texts(ask.job)
         try:
             await self._submit(ask)
+        except BaseException:
+            self._leave(ask)
+            raise
+        return await self._answer(ask, request)
+
+    async def _answer(self, ask: Ask, request: web.BaseRequest) -> web.StreamResponse:
+        """The answer of a request that was accepted, or HandedOn."""
+        try:
+            await self._offer_others(ask)
             return await (self._stream(ask, request) if ask.stream else self._whole(ask))
         finally:
             self._leave(ask)
@@ -225,11 +252,25 @@ class Answers:
         record = await ask.model.bus.read_request(accepted.rid)
         if record is None:
             raise NotFound("the request of this idempotency key is not there any more")
+        attached = accepted.attached
+        if record.moved is not None:
+            record = await self._go_after(ask, record)
+            attached = record.attached
         ask.job, ask.view = record.job, View.of(record)
-        follower = self._made(ask, accepted.rid, record.job, ask.view)
-        self._follow(ask, follower, accepted.attached)
+        follower = self._made(ask, record.rid, record.job, ask.view)
+        self._follow(ask, follower, attached)
         follower.learn(record)
         follower.fall_behind()
+
+    async def _go_after(self, ask: Ask, pointer: RequestRecord) -> RequestRecord:
+        """The request to which a record points, with this process among its readers."""
+        found = await self._models.where_it_runs(ask.model, pointer)
+        if found is None:
+            await ask.model.bus.forget_pointer(pointer.rid, pointer.tenant, ask.idempotency)
+            raise Unavailable("what this idempotency key stood for is not kept any more; send it again", retry_after=1)
+        ask.model, record = found
+        ask.rid = record.rid
+        return await ask.model.bus.attach(record.rid, record.tenant, self.name)
 
     def _made(self, ask: Ask, rid: str, job: Job, view: View) -> Follower:
         if ask.stream:
@@ -240,11 +281,63 @@ class Answers:
 
     def _reader(self, ask: Ask, rid: str, job: Job, view: View, shown: EventId | None = None) -> EventReader:
         chunks = Chunks(rid, ask.model.name, view, job.choices, job.sampling.n, ask.echoed, job, ask.numbered)
-        return EventReader(rid, chunks, ask.model.name, ask.arrived, shown)
+        reader = EventReader(rid, chunks, ask.model.name, ask.arrived, shown)
+        reader.trace_id = ask.trace.id
+        return reader
 
     def _follow(self, ask: Ask, follower: Follower, attached: int = 0) -> None:
         ask.follower = follower
         ask.model.outlet.add(follower, attached)
+
+    # -------------------------------------------------------------- another candidate's turn
+
+    async def _offer_others(self, ask: Ask) -> None:
+        """Wait for the first token as long as the rule allows; then give the request to the first of the other
+        candidates that takes it (HandedOn). It stays if none does, or if it has begun meanwhile.
+
+        The other one accepts first, under an id of its own that nobody knows yet. Then one script ends the request here
+        if nothing of it was said, and makes its record a pointer. Dying in between leaves one answer that nobody reads.
+        """
+        if ask.step is None or ask.step.within_s is None or ask.rid != ask.fresh_rid or ask.follower is None:
+            return
+        other = next(ask.others, None) if ask.others is not None else None
+        if other is None or await said_in_time(
+            ask.follower, ask.model, self._models, time.monotonic() + ask.step.within_s
+        ):
+            return
+        while other is not None:
+            other.moved_from, other.arrived, other.others = ask, ask.arrived, ask.others
+            other.trace.caller = ask.trace.place.text if ask.trace.place is not None else other.trace.caller
+            other.trace.begin(other.job, other.fresh_rid, time.monotonic())
+            if await self._moved(ask, other):
+                raise HandedOn(other)
+            other = next(ask.others, None) if ask.others is not None and not ask.follower.begun_to_speak else None
+
+    async def _moved(self, ask: Ask, other: Ask) -> bool:
+        try:
+            await self._submit(other)
+        except (RequestError, ServiceError) as error:
+            log.info("%s does not take a request that %s is slow with: %s", other.model.name, ask.model.name, error)
+            return False
+        tenant, taken = ask.caller.tenant, False
+        try:
+            taken = await ask.model.bus.move(ask.rid, tenant, other.model.name, other.rid)
+        except BaseException:  # it may have been moved: then the other one goes on as this one would
+            if not ask.view.detached:
+                self._drop(other, ask.view.grace_s)
+            raise
+        if not taken:
+            self._drop(other, 0.0)
+            return False
+        ask.moved_to = other.rid
+        MOVED.labels(ask.model.name, other.model.name).inc()
+        log.info("request %s of %s said nothing in time and goes on as %s", ask.rid, ask.model.name, other.rid)
+        return True
+
+    def _drop(self, ask: Ask, grace_s: float) -> None:
+        if ask.follower is not None:
+            ask.model.outlet.remove(ask.follower)
+        self._spawn(self._give_up(ask.model, ask.caller.tenant, ask.rid, 0, grace_s))
 
     # -------------------------------------------------------------- answer
 
@@ -256,13 +349,13 @@ class Answers:
         await self._until(reader, ask, begun=True)
         if reader.over and (refusal := _refusal(reader, ask)):
             return refusal
-        answer = await reader.begin(request, ask.headers)
+        answer = await reader.begin(request, {**ask.headers, **self._waits(ask)})
         ask.status = 200
         if self.draining:
             answer.force_close()
         try:
             await reader.run(ask.model.bus, self.stall_s)
-        except Draining:
+        except (Draining, Moved):
             reader.break_off()
         except HeadraceError as error:
             reader.write_error(error_body(error))
@@ -270,6 +363,11 @@ class Answers:
             log.info("a reader stalled and was dropped: %s", ask.rid)
             ask.stalled = True
         return answer
+
+    def _waits(self, ask: Ask) -> dict[str, str]:
+        """Why the first token may take long: the model is not loaded, and another one has its card."""
+        terms = self._models.routing.models.get(ask.model.name)
+        return {"X-Headrace-Waits": terms.waits} if terms is not None and terms.waits else {}
 
     async def _whole(self, ask: Ask) -> web.StreamResponse:
         collector = ask.follower
@@ -318,7 +416,7 @@ class Answers:
         outlet = ask.model.outlet
         seen = outlet.attached.get(ask.rid, 0)
         outlet.remove(follower)
-        ended, handed_on = follower.tally.open == 0, isinstance(follower.failed, Draining)
+        ended, handed_on = follower.tally.open == 0, isinstance(follower.failed, Draining | Moved) or ask.moved_to
         if ended or handed_on or ask.view.detached or not ask.rid:
             return
         grace_s = max(ask.view.grace_s, STALL_GRACE_S if ask.stalled else 0.0)
@@ -358,12 +456,15 @@ class Answers:
 
     async def _accounted(self, ask: Ask, work: Coroutine[Any, Any, web.StreamResponse]) -> web.StreamResponse:
         """Count, time and log one answer, however it ends."""
+        active = ACTIVE.labels(ask.model.name)
         self.open.add(ask)
-        ACTIVE.labels(ask.model.name).inc()
+        active.inc()
         try:
             answer = await work
             ask.status = ask.status or answer.status
             return answer
+        except HandedOn:
+            raise
         except (RequestError, ServiceError) as error:
             ask.status = error.status
             if isinstance(error, RunsElsewhere):
@@ -381,26 +482,27 @@ class Answers:
             raise
         finally:
             self.open.discard(ask)
+            active.dec()
             self._account(ask)
 
     def _account(self, ask: Ask) -> None:
         model, seconds = ask.model.name, time.monotonic() - ask.arrived
         tally = ask.follower.tally if ask.follower is not None else Tally(1)
-        ACTIVE.labels(model).dec()
-        REQUESTS.labels(model, str(ask.status)).inc()
-        DURATION.observe(model, seconds)
+        if not ask.moved_to:
+            REQUESTS.labels(model, str(ask.status)).inc()
+            DURATION.observe_traced(model, seconds, ask.trace.id)
         if not tally.open:
-            E2E.observe(model, seconds)
+            E2E.observe_traced(model, seconds, ask.trace.id)
         PROMPT_TOKENS.labels(model).inc(tally.prompt_tokens or 0)
         OUTPUT_TOKENS.labels(model).inc(tally.completion_tokens - tally.replayed_tokens)
         first = getattr(ask.follower, "first_token_s", None)
         ask.trace.end(ask.job, ask.rid, ask.status, ask.caller.tenant, first)
-        if ask.step is not None:
+        if ask.step is not None and not ask.moved_to:
             if first is not None:
                 self.money.saw_first_token(model, first)
             tokens = tally.prompt_tokens or 0, tally.completion_tokens
             self.money.count(model, ask.caller.tenant, ask.step.asked, ask.step.rule, *tokens)
-        if request_log.isEnabledFor(logging.INFO):
+        if request_log.isEnabledFor(logging.INFO) and not ask.moved_to:
             line = {
                 "event": "request",
                 "id": ask.rid,
@@ -420,6 +522,8 @@ class Answers:
                 "seconds": round(seconds, 4),
                 "finish_reasons": tally.ends,
             }
+            if ask.moved_from is not None:
+                line["moved_from"] = ask.moved_from.rid
             request_log.info("%s", encode_json(line).decode())
 
     # -------------------------------------------------------------- leaving

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from aiohttp import web
 from gateway.answers import Answers, Ask, RunsElsewhere
 from gateway.auth import Caller
 from gateway.edge import Routes, decode_body, json_answer, read_body
-from gateway.metrics import CONTENT_TYPE, exposition
+from gateway.metrics import exposition
 from gateway.models import Model, Models
 from gateway.openai import bodies, tokens
 from gateway.openai.render import EventId, whole_answer
@@ -26,11 +26,12 @@ from gateway.routing.router import Router, Step
 from gateway.routing.rules import asked
 from gateway.routing.upstream import UpstreamDown, Upstreams, check_hops
 from gateway.tracing import AnswerTrace
-from protocol.errors import Expired, InvalidRequest, NotFound, Overloaded, Unavailable
+from protocol.errors import Expired, InvalidRequest, NotFound, Overloaded, RequestError, Unavailable
 from protocol.keys import NAME
 from protocol.levels import release
 from protocol.messages import ID_BYTES, Job, ModelCard
 from protocol.records import RequestRecord
+from protocol.telemetry.context import joined
 from protocol.telemetry.traces import Traces
 
 log = logging.getLogger("headrace.gateway")
@@ -163,7 +164,8 @@ class Api:
             last = place == len(steps) - 1
             try:
                 if step.model is not None:
-                    return await self._run(request, caller, step, last, body, detached, job)
+                    others = self._others(request, caller, step, steps[place + 1 :], body, detached, job)
+                    return await self._run(request, caller, step, last, body, detached, job, others)
                 return await self.upstreams.answer(step, request, caller, kind, raw or b"")
             except (Overloaded, UpstreamDown) as error:
                 if last:
@@ -180,16 +182,47 @@ class Api:
         body: bodies.GenerationBody,
         detached: bool,
         job: Callable[[Model], Job],
+        others: Iterator[Ask],
     ) -> web.StreamResponse:
         """Answer by a served model: the candidate, or the one on which the request of this idempotency key runs."""
         assert step.model is not None
         stream = bool(body.stream)
         try:
-            return await self._answer(request, step.model, caller, job(step.model), stream, detached, step, last)
+            ask = self._ask(request, step.model, caller, job(step.model), stream, detached, step, last)
+            ask.others = others
+            return await self.answers.answer(ask, request)
         except RunsElsewhere as error:
             model = await self.models.get(error.model)
             step = replace(step, name=error.model, model=model, why="its idempotency key")
             return await self._answer(request, model, caller, job(model), stream, detached, step, last=True)
+
+    def _others(
+        self,
+        request: web.BaseRequest,
+        caller: Caller,
+        step: Step,
+        later: list[Step],
+        body: bodies.GenerationBody,
+        detached: bool,
+        job: Callable[[Model], Job],
+    ) -> Iterator[Ask]:
+        """The same request to the served models that are left, each made when its turn comes. Upstreams are none of
+        them: what was accepted stays with who keeps a journal."""
+        began = time.monotonic()
+        for one in later:
+            model = one.model
+            try:
+                if model is None:
+                    continue
+                made = job(model)
+            except RequestError:
+                continue  # it does not take such a request
+            if made.timeout_s is not None:
+                made.timeout_s = max(0.001, made.timeout_s - (time.monotonic() - began))
+            one = replace(one, why=f"fallback ({step.name} was slow)")
+            ask = self._ask(request, model, caller, made, bool(body.stream), detached, one, last=True)
+            ask.idempotency = None  # it belongs to the first
+            yield ask
 
     async def _answer(
         self,
@@ -202,6 +235,19 @@ class Api:
         step: Step | None = None,
         last: bool = True,
     ) -> web.StreamResponse:
+        return await self.answers.answer(self._ask(request, model, caller, job, stream, detached, step, last), request)
+
+    def _ask(
+        self,
+        request: web.BaseRequest,
+        model: Model,
+        caller: Caller,
+        job: Job,
+        stream: bool,
+        detached: bool,
+        step: Step | None = None,
+        last: bool = True,
+    ) -> Ask:
         life: dict[str, Any] = {"fingerprint": _system_fingerprint(model.card)}
         if detached or _detached(request):
             life["detached"] = True
@@ -209,7 +255,7 @@ class Api:
             life["grace_s"] = grace
         job.view = {**(job.view or {}), **life}
         job.cache = _cache_use(request, job)
-        ask = Ask(
+        return Ask(
             model=model,
             caller=caller,
             job=job,
@@ -217,11 +263,10 @@ class Api:
             stream=stream,
             numbered=_resumes(request),
             idempotency=_idempotency_key(request),
-            trace=AnswerTrace(self.traces, f"POST {request.path.rstrip('/')}", request.headers.get("traceparent")),
+            trace=AnswerTrace(self.traces, f"POST {request.path.rstrip('/')}", _traced(request)),
             step=step or Step(model.name, model),
             last=last,
         )
-        return await self.answers.answer(ask, request)
 
     def _grace(self, request: web.BaseRequest) -> float:
         """X-Headrace-Resume: how long the request continues without its client, in seconds."""
@@ -252,7 +297,7 @@ class Api:
         if shown is not None and shown.tail == "d":
             return web.Response(status=204)  # it was read to its end; tells an EventSource to stop
         model, record = found
-        trace = AnswerTrace(self.traces, "GET /v1/streams/{id}", request.headers.get("traceparent"))
+        trace = AnswerTrace(self.traces, "GET /v1/streams/{id}", _traced(request))
         ask = Ask(
             model=model, caller=caller, job=record.job, view=View.of(record), stream=True, numbered=True, trace=trace
         )
@@ -264,7 +309,11 @@ class Api:
         if found is None:
             raise NotFound("no such request", param="id")
         model, record = found
-        return json_answer(await _shown(model, record), headers={"X-Request-Id": record.rid})
+        shown = await _shown(model, record)
+        terms = self.models.routing.models.get(model.name)
+        if terms is not None and terms.waits and record.open:
+            shown["waits"] = terms.waits
+        return json_answer(shown, headers={"X-Request-Id": record.rid})
 
     async def cancel_request(self, request: web.BaseRequest, caller: Caller, public: str) -> web.StreamResponse:
         found = await self._find(public, caller)
@@ -358,7 +407,8 @@ class Api:
         return web.Response(text=self.documents.html(), content_type="text/html", headers=PAGE_HEADERS)
 
     async def metrics(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
-        return web.Response(body=exposition(), headers={"Content-Type": CONTENT_TYPE})
+        body, kind = exposition(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": kind})
 
 
 # ------------------------------------------------------------------ parts
@@ -416,6 +466,10 @@ def _resumes(request: web.BaseRequest) -> bool:
 
 def _detached(request: web.BaseRequest) -> bool:
     return _flag(request, "X-Headrace-Detached")
+
+
+def _traced(request: web.BaseRequest) -> str | None:
+    return joined(request.headers.get("traceparent"), request.headers.get("tracestate"))
 
 
 def _flag(request: web.BaseRequest, name: str) -> bool:

@@ -22,11 +22,12 @@ from gateway.auth import Caller, KeyRing
 from gateway.contracts.routes import Contract
 from gateway.edge import Routes, Server, error_answer
 from gateway.headers import Origins, arrived, parse_origins, tell
-from gateway.metrics import CONTENT_TYPE, exposition
+from gateway.metrics import exposition
 from gateway.models import PATIENCE_S, Models
 from gateway.page.hosts import Hosts, parse_hosts
 from gateway.page.routes import Page
 from gateway.routing.money import Money
+from gateway.routing.pushes import Pushes
 from gateway.routing.router import Router
 from gateway.routing.upstream import Upstreams
 from protocol.bus import HomeBus
@@ -92,9 +93,11 @@ class Gateway:
         self.upstreams = Upstreams(self.money)
         self.traces = traces("gateway")
         self._apart = self.keys.required or config.metrics_port is not None
+        router = Router(self.models, self.money, config.limits)
+        self._pushes = Pushes(self.models, router, self.name)
         api = Api(
             self.models,
-            Router(self.models, self.money, config.limits),
+            router,
             self.upstreams,
             self.answers,
             guarded=self.keys.required,
@@ -114,6 +117,7 @@ class Gateway:
 
     async def __aenter__(self) -> Gateway:
         self.models.start()
+        self._pushes.start()
         try:
             self.port = await self._listen(self._serve, self.config.host, self.config.port)
             if self._apart:
@@ -130,6 +134,7 @@ class Gateway:
         self.answers.break_off()
         for runner in self._runners:
             await runner.cleanup()
+        await self._pushes.close()
         await self.answers.close()
         await self.upstreams.close()
         await self.money.close()
@@ -197,7 +202,8 @@ class Gateway:
     async def _serve_metrics(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path != "/metrics":
             return error_answer(NotFound("there is no such route", code="route_not_found"))
-        return web.Response(body=exposition(), headers={"Content-Type": CONTENT_TYPE})
+        body, kind = exposition(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": kind})
 
 
 # ------------------------------------------------------------------ the process

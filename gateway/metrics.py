@@ -5,8 +5,10 @@ Histograms that are fed once per step are kept as plain lists: an observation co
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -15,13 +17,16 @@ from prometheus_client import (
     Info,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import Exemplar, HistogramMetricFamily
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector as MetricSource
 
 from protocol.levels import release
 
+disable_created_metrics()  # type: ignore[no-untyped-call]  # nobody asks since when a counter counts
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
@@ -40,6 +45,7 @@ class Histogram(MetricSource):
         self.text = text
         self.bounds = bounds
         self._series: dict[str, list[float]] = {}  # model -> counts per bucket, then the sum
+        self._exemplars: dict[tuple[str, int], Exemplar] = {}  # model and bucket -> the last traced one there
         REGISTRY.register(self)
 
     def of(self, model: str) -> list[float]:
@@ -50,6 +56,13 @@ class Histogram(MetricSource):
         series[bisect_left(self.bounds, value)] += 1
         series[-1] += value
 
+    def observe_traced(self, model: str, value: float, trace_id: str | None) -> None:
+        """The same, with the trace that shows why it took so long."""
+        self.observe(model, value)
+        if trace_id is not None:
+            at = model, bisect_left(self.bounds, value)
+            self._exemplars[at] = Exemplar({"trace_id": trace_id}, value, time.time())
+
     def all(self) -> Iterable[list[float]]:
         """Of each model: counts per bucket, then the sum."""
         return self._series.values()
@@ -58,10 +71,11 @@ class Histogram(MetricSource):
         family = HistogramMetricFamily(self.name, self.text, labels=["model"])
         for model, series in self._series.items():
             total = 0.0
-            buckets = []
-            for bound, count in zip((*map(str, self.bounds), "+Inf"), series, strict=False):
+            buckets: list[Any] = []
+            for place, (bound, count) in enumerate(zip((*map(str, self.bounds), "+Inf"), series, strict=False)):
                 total += count
-                buckets.append((bound, total))
+                exemplar = self._exemplars.get((model, place))
+                buckets.append((bound, total) if exemplar is None else (bound, total, exemplar))
             family.add_metric([model], buckets, sum_value=series[-1])
         yield family
 
@@ -88,6 +102,10 @@ ROUTED_TOKENS = Counter(
 )
 COST = Counter("headrace_cost", "Money of answers, where prices are set.", ["model", "tenant", "rule"],
                registry=REGISTRY)  # fmt: skip
+SCORED = Counter("headrace_scored_requests", "Questions that a scorer was asked about, by what it said.",
+                 ["model", "verdict"], registry=REGISTRY)  # fmt: skip
+MOVED = Counter("headrace_moved_requests", "Requests that said nothing in time and went to another model.",
+                ["model", "to"], registry=REGISTRY)  # fmt: skip
 READY_WORKERS = Gauge("headrace_ready_workers", "Workers that serve now, as seen here.", ["model"], registry=REGISTRY)
 Info("headrace_build", "The release that runs.", registry=REGISTRY).info({"version": release(), "role": "gateway"})
 DROPPED = Counter("headrace_readers_dropped", "Readers that stalled for too long.", registry=REGISTRY)
@@ -105,5 +123,8 @@ def gone(model: str) -> None:
     READY_WORKERS.remove(model)
 
 
-def exposition() -> bytes:
-    return generate_latest(REGISTRY)
+def exposition(accept: str = "") -> tuple[bytes, str]:
+    """All metrics and their content type: in OpenMetrics, with exemplars, where that is asked for."""
+    if "application/openmetrics-text" in accept:
+        return openmetrics.generate_latest(REGISTRY), openmetrics.CONTENT_TYPE_LATEST  # type: ignore[no-untyped-call]
+    return generate_latest(REGISTRY), CONTENT_TYPE

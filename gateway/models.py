@@ -31,6 +31,7 @@ MISS_S = 0.5  # the same for a name that is not in it
 LOOK_S = 0.5  # how often workers and leaders are read
 STILL_S = 6.0  # a leader whose beat has not changed for so long counts as dead
 PATIENCE_S = 3.0  # how long a request waits for Redis to come back
+MOST_MOVES = 64  # of one request
 ACCEPTS_AT_ONCE = 64  # each takes a connection
 
 
@@ -201,9 +202,25 @@ class Models:
         for model in await self.opened():
             record = await model.bus.read_request(rid)
             if record is not None:
-                return model, record
+                return await self.where_it_runs(model, record)
         if not self.reachable:  # a gateway that has just started may not know any model yet
             raise Unavailable("the queue cannot be reached")
+        return None
+
+    async def where_it_runs(self, model: Model, record: RequestRecord) -> tuple[Model, RequestRecord] | None:
+        """The model and record that answer, where the request was moved (`move`); None if that one is gone."""
+        for _ in range(MOST_MOVES):
+            if record.moved is None:
+                return model, record
+            name, rid = record.moved
+            try:
+                model = self._open.get(name) or await self.get(name)
+            except NotFound:
+                return None
+            found = await model.bus.read_request(rid)
+            if found is None:
+                return None
+            record = found
         return None
 
     async def opened(self) -> list[Model]:

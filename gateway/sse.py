@@ -50,6 +50,7 @@ class EventReader(Follower):
         self._resumed = shown is not None
         self._last = [0.0] * chunks.choices  # when each choice's last token came; 0: none yet
         self.first_token_s: float | None = None
+        self.trace_id: str | None = None
         self.closed = False
 
     @property
@@ -75,7 +76,7 @@ class EventReader(Follower):
             INTER_TOKEN.observe(self.model, now - last)
         elif self.first_token_s is None and not self._resumed:
             self.first_token_s = now - self._arrived
-            TTFT.observe(self.model, self.first_token_s)
+            TTFT.observe_traced(self.model, self.first_token_s, self.trace_id)
         self._last[choice] = now
 
     def _take_part(self, choice: int, raw: bytes) -> None:

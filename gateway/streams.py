@@ -32,6 +32,10 @@ RECORD_CHECK_S = 32.0  # longest pause between reads of the record of a silent r
 _admitted_decoder = msgspec.msgpack.Decoder(Admitted)
 
 
+class Moved(Unavailable):
+    """The request that was followed goes on at another model, to which its record points."""
+
+
 class Follower:
     """One reader of one request. Subclasses define in ``take`` what is done with the frames.
 
@@ -50,6 +54,7 @@ class Follower:
         self.silent_looks = 0  # since the last news; a look is taken every SILENCE_S
         self.record_check_s = SILENCE_S
         self.dirty = False
+        self.awaited = False  # its task wants to know of the first token
 
     @property
     def silent_s(self) -> float:
@@ -63,6 +68,11 @@ class Follower:
     def begun(self) -> bool:
         """Whether it is known that the request was admitted, or has ended without."""
         return self.tally.prompt_tokens is not None or self.tally.completion_tokens > 0 or self.over
+
+    @property
+    def begun_to_speak(self) -> bool:
+        """Whether a token was journaled, or all is over."""
+        return self.tally.completion_tokens > 0 or self.over
 
     def take(self, choice: int, raw: bytes) -> None:
         """Count and keep the frames ``raw``, which begin at the cursor of ``choice``."""
@@ -92,7 +102,7 @@ class Follower:
         if row.cursor == position:
             self.silent_looks = 0
             self.take(choice, row.frames)
-            if self.tally.open == 0 or self.tally.prompt_tokens is None:
+            if self.tally.open == 0 or self.tally.prompt_tokens is None or self.awaited:
                 self.news.set()
         elif row.cursor > position:
             self.fall_behind()
@@ -117,7 +127,7 @@ class Follower:
         """Read what was missed from the journals. After a lost connection it stays ``behind`` and is tried again."""
         self.behind = False
         try:
-            if self.tally.prompt_tokens is None:
+            if self.tally.prompt_tokens is None or not any(self.cursors):
                 self.learn(await bus.read_request(self.rid))
             open_choices = [c for c in range(self.tally.choices) if self.tally.ends[c] is None]
             before = list(self.cursors)  # publications advance them while the lengths are read
@@ -145,6 +155,8 @@ class Follower:
         if record is None:
             if self.accepted:
                 self.fail(Expired("the request is not there any more"))
+        elif record.moved is not None:
+            self.fail(Moved("another model answers this request; ask for it again", retry_after=0.0))
         elif record.prompts or record.open == 0:
             self.tally.prompts_of_record = record.prompts
             self.admit(sum(len(prompt) // ID_BYTES for prompt in record.prompts), record.thinking, record.cache)

@@ -16,7 +16,7 @@ from protocol.telemetry.traces import Traces, Value, nanoseconds
 
 @dataclass
 class AnswerTrace:
-    """``caller``: the traceparent that came with the HTTP request; ``place``: of the answer's span, if one is made."""
+    """``caller``: traceparent and tracestate of the HTTP request; ``place``: of the answer's span, if one is made."""
 
     traces: Traces | None
     route: str
@@ -25,18 +25,23 @@ class AnswerTrace:
     parent: Place | None = None
     arrived: float = 0.0  # monotonic seconds
 
+    @property
+    def id(self) -> str | None:
+        """Of the trace, if this answer is recorded in one."""
+        return self.place.trace_id if self.place is not None and self.place.sampled else None
+
     def begin(self, job: Job, rid: str, arrived: float) -> None:
         """A new request, to be accepted as ``rid``: its job learns where it stands. Without a trace of the caller's the
         request's id is the trace's."""
         self.arrived = arrived
         self.parent = parse(self.caller)
         if self.traces is None:
-            job.trace = self.parent.traceparent if self.parent is not None else None
+            job.trace = self.parent.text if self.parent is not None else None
             return
         trace_id = self.parent.trace_id if self.parent is not None else rid
         sampled = self.traces.sampled(trace_id, self.caller, self.route)
-        self.place = Place(trace_id, new_span_id(), sampled)
-        job.trace = self.place.traceparent
+        self.place = Place(trace_id, new_span_id(), sampled, self.parent.state if self.parent is not None else "")
+        job.trace = self.place.text
 
     def resume(self, job: Job, rid: str, arrived: float) -> None:
         """Another answer of a request that was accepted before."""
@@ -44,7 +49,7 @@ class AnswerTrace:
             self.arrived = arrived
             self.parent = parse(job.trace) or request_place(rid, None)
             sampled = self.parent.sampled and (job.trace is not None or self.traces.sampled(rid, None, self.route))
-            self.place = Place(self.parent.trace_id, new_span_id(), sampled)
+            self.place = Place(self.parent.trace_id, new_span_id(), sampled, self.parent.state)
 
     def accepted(self, began: float) -> None:
         if self.traces is not None and self.place is not None:

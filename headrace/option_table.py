@@ -97,6 +97,22 @@ OPTIONS: tuple[Option, ...] = (
         seconds,
         metavar="SECONDS",
     ),
+    Option(
+        "--card",
+        "serve",
+        "models with the same name here share a card by turns: one is loaded when it is asked for, in the place of the "
+        "one that is idle longest (default: none)",
+        metavar="NAME",
+    ),
+    Option("--card-models", "serve", "how many models a card holds at once", count, 1, metavar="N"),
+    Option(
+        "--least-stay",
+        "serve",
+        "how long a model that shares a card is loaded before it gives way",
+        seconds,
+        30.0,
+        metavar="SECONDS",
+    ),
     # the engine
     Option(
         "--engine",

@@ -16,7 +16,7 @@ from protocol.errors import InvalidRequest, TooLarge
 from protocol.free_form import MAX_NESTING, check_text, check_tree
 from protocol.keys import NAME
 from protocol.messages import MAX_JOB_BYTES, MAX_PROMPTS, MAX_REQUEST_CHOICES, Job
-from protocol.telemetry.context import MAX_TRACEPARENT, parse
+from protocol.telemetry.context import MAX_TRACEPARENT, known_state, parse
 
 JOB_VERSION = 1
 MAX_SCHEMA_NESTING = 64  # an object within an object takes two levels of its schema
@@ -104,8 +104,11 @@ def check_job(job: Job, *, vocab_size: int | None = None) -> None:
         raise InvalidRequest(f"timeout_s must lie in (0, {MAX_TIMEOUT_S:.0f}]", param="timeout_s")
     if job.cache_salt is not None and not 1 <= len(job.cache_salt) <= MAX_SALT_CHARS:
         raise InvalidRequest(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters", param="cache_salt")
-    if job.trace is not None and (len(job.trace) > MAX_TRACEPARENT or parse(job.trace) is None):
-        raise InvalidRequest(f"trace must be a traceparent of {MAX_TRACEPARENT} characters", param="trace")
+    if job.trace is not None:
+        parent, _, state = job.trace.partition(" ")
+        if len(parent) > MAX_TRACEPARENT or parse(parent) is None or (state and known_state(state) != state):
+            told = f"a traceparent of {MAX_TRACEPARENT} characters, after which a space and a tracestate may follow"
+            raise InvalidRequest(f"trace must be {told}", param="trace")
     structure = job.sampling.structure
     if structure is not None:  # before it is looked into
         check_tree([structure.json, structure.structural_tag], structure.field, MAX_SCHEMA_NESTING)

@@ -66,6 +66,10 @@ class Keys:
     def idempotency(self, tenant: str, key: str) -> str:
         return f"{self.prefix}idem:{tenant}:{key}"
 
+    def routed(self, tenant: str, id: str) -> str:
+        """String: the model to which a push to this name, which is no model's, went."""
+        return f"{self.prefix}routed:{tenant}:{id}"
+
     def running(self, tenant: str) -> str:
         """Set of the tenant's rids that have not ended."""
         return f"{self.prefix}run:{tenant}"

@@ -111,7 +111,7 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     tools: list[dict[str, Any]] | None = None  # as the chat template is to tell them
     format: FormatSpec | None = None  # how the model writes calls and thoughts: pinned at accept, for all readers
     default_max_tokens: int | None = None  # the model's own where none are asked for; gives way to the context
-    trace: str | None = None  # a W3C traceparent: the span that the request's own stands under
+    trace: str | None = None  # a W3C traceparent (and after a space a tracestate): the span that this one stands under
     cache: Literal["on", "refresh", "off"] | None = (
         None  # of answers: on: with a seed too; refresh: kept, not looked up
     )

@@ -81,6 +81,7 @@ class RequestRecord:
     flight: str | None = None  # key of the answer that it makes, for others too
     joins: str | None = None  # rid of the request whose rows land for it as well
     fingerprint: str = ""  # of the worker that it was placed on last (Capacity.fingerprint)
+    moved: tuple[str, str] | None = None  # model and rid of the request that took its place: this one says nothing
 
     @property
     def thinking(self) -> bool:
@@ -187,6 +188,7 @@ def _request_record(rid: str, fields: dict[bytes, bytes]) -> RequestRecord:
         flight=flight.decode() if (flight := fields.get(b"flight")) else None,
         joins=joins.decode() if (joins := fields.get(b"joins")) else None,
         fingerprint=fields.get(b"fingerprint", b"").decode(),
+        moved=(to[0], to[1]) if (to := fields.get(b"moved", b"").decode().split(" "))[1:] else None,
     )
 
 

@@ -9,8 +9,8 @@ from importlib.resources import files
 
 NAMES = (
     "accept", "admit", "attach", "cancel", "claim", "collect", "commit", "depth", "finish", "heartbeat", "join",
-    "keep_answer", "lead", "plan", "recount", "register", "reject", "release", "renew_lead", "reserve", "retire",
-    "settle", "shed", "spend", "trim", "unclaim", "unreserve", "void",
+    "keep_answer", "lead", "move", "plan", "recount", "register", "reject", "release", "renew_lead", "reserve",
+    "retire", "settle", "shed", "spend", "trim", "unclaim", "unreserve", "void",
 )  # fmt: skip
 INCLUDES: dict[str, tuple[str, ...]] = {
     "accept": ("_channels", "_tenants"),
@@ -19,6 +19,7 @@ INCLUDES: dict[str, tuple[str, ...]] = {
     "commit": ("_rows",),
     "finish": ("_rows",),
     "keep_answer": ("_answers",),
+    "move": ("_rows",),
     "reserve": ("_limits",),
     "settle": ("_limits",),
     "shed": ("_answers",),

@@ -204,6 +204,7 @@ class Answers:
 
     async def _watch_memory(self) -> None:
         used, most = await self._bus.memory()
+        self._metrics.answer_bytes.set(await self._bus.answers_bytes())
         self._most = self._settings.memory or (int(most * SHARE) if most else WITHOUT_MAXMEMORY)
         if most and used > most * TIGHT:
             await self._bus.shed(SHED_AT_ONCE)

@@ -16,7 +16,7 @@ import msgspec
 
 from protocol import records as wire
 from protocol.bus import HomeBus, LeaderBus
-from protocol.messages import LANDED, body_hash, encode
+from protocol.messages import LANDED, Hint, body_hash, encode
 from protocol.telemetry.traces import Traces
 from scheduler.answers import Answers, AnswerSettings
 from scheduler.core.events import (
@@ -117,6 +117,7 @@ class Term:
         self._after = "0-0"  # last event read
         self._used: dict[str, tuple[int, int]] = {}  # tenant -> tokens in and out that ended since the last tick
         self._used_calls = 0
+        self._hint: Hint | None = None  # the commit that is being read, where there are traces
         self._shown: tuple[int, str] | None = None  # what of the published card may change: context, fingerprint
 
     async def run(self) -> None:
@@ -220,12 +221,16 @@ class Term:
         if event.kind == "hint" and event.hint is not None:
             hint = event.hint
             self._metrics.step(hint.wid, hint.exec_us)
+            if self._traces.on:
+                self._traces.committed(hint)
+                self._hint = hint
             self._apply(
                 StepDone(
                     hint.wid, hint.gen, hint.step, hint.rows, hint.exec_us, hint.idle_us, event.verdicts,
                     hint.dropped, hint.spoiled,
                 )
             )  # fmt: skip
+            self._hint = None
         elif event.kind == "worker":
             self._registry.changed.set()
         elif event.kind == "cancel" and event.rid is not None:
@@ -239,6 +244,8 @@ class Term:
             record = await self._bus.read_request(rid)
         except UNREADABLE:
             return
+        if record is not None and record.moved is not None and rid in self._known:
+            self._apply(Cancel(rid, "abort"))  # the store has ended it
         if record is None or record.cancel is None or not record.open:
             return
         log.debug("request %s is to end: %s", rid, record.cancel)
@@ -284,7 +291,7 @@ class Term:
                     for new in plan.new:
                         log.debug("%s:%d goes to %s, placement %d", new.rid, new.choice, wid, new.placement)
                     if plan.new:
-                        self._traces.placed(wid, plan.new)
+                        self._traces.placed(wid, plan)
                 case FinishChoice():
                     ending.setdefault(effect.rid, []).append(effect)
                     if effect.error_code is not None:
@@ -298,7 +305,7 @@ class Term:
                     if self._answers.makes(effect.rid):
                         self._group.create_task(self._answers.keep(effect.rid, effect.finish_reasons))
                     if self._traces.on:
-                        self._group.create_task(self._traces.done(effect))
+                        self._group.create_task(self._traces.done(effect, self._hint))
                     prompt, output = self._used.get(effect.tenant, (0, 0))
                     self._used[effect.tenant] = prompt + effect.prompt_tokens, output + effect.output_tokens
                 case ReleaseWorker():

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from aiohttp import web
@@ -40,6 +41,9 @@ SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
+
+MOST_TENANTS = 50  # that wait and have series of their own: those with most requests
+LAST_ANSWERS = 1000  # requests over which the hit rate of the cache of answers is taken
 
 # are served under both names until release 0.3
 OLD_NAMES = {"admission_time_seconds": "ingest_time_seconds", "iteration_tokens": "iteration_tokens_total"}
@@ -90,6 +94,9 @@ class Metrics:
             "headrace_answer_cache", "Requests for which the cache of answers was asked, by what it said",
             ["model", "result"], registry=self.registry,
         )  # fmt: skip
+        self.answer_bytes = gauge("answer_cache_bytes", "Bytes of cached answers")
+        self.answer_hit_rate = gauge("answer_cache_hit_rate", "Of the last requests that asked it, 0 to 1")
+        self._last_answers: deque[bool] = deque(maxlen=LAST_ANSWERS)
         self.special_tokens_refused = counter(
             "special_tokens_refused", "Chats refused since special tokens in them could not be told from the template's"
         )
@@ -104,6 +111,13 @@ class Metrics:
         self._success = Counter(
             "headrace_request_success", "Ended choices", ["model", "finish_reason"], registry=self.registry
         )
+        self._by_class = Gauge(
+            "headrace_waiting_by_class", "Requests that wait for a worker", ["model", "class"], registry=self.registry
+        )
+        self._by_tenant = Gauge(
+            "headrace_waiting_by_tenant", "Requests that wait for a worker", ["model", "tenant"],
+            registry=self.registry,
+        )  # fmt: skip
         self._kv_usage = Gauge(
             "headrace_kv_cache_usage_perc",
             "KV blocks in use, 0 to 1",
@@ -143,6 +157,14 @@ class Metrics:
         self.inbox.set(inbox)
         self.oldest.set(oldest_s)
         self.rate.set(rate)
+        for name, count in stats.classes.items():
+            self._by_class.labels(self._model, name).set(count)
+        self._by_tenant.clear()
+        most = sorted(((requests, tenant) for tenant, (requests, _) in stats.tenants.items()), reverse=True)
+        for requests, tenant in most[:MOST_TENANTS]:
+            self._by_tenant.labels(self._model, tenant).set(requests)
+        if others := sum(requests for requests, _ in most[MOST_TENANTS:]):
+            self._by_tenant.labels(self._model, "other").inc(others)
         self._kv_usage.clear()
         for wid in self._workers - stats.workers.keys():  # they have gone: series of their names would grow for ever
             self._step_time.remove(self._model, wid)
@@ -181,7 +203,7 @@ class Metrics:
         line = {
             "id": done.rid, "model": self._model, "tenant": done.tenant, "prompt_tokens": done.prompt_tokens,
             "output_tokens": done.output_tokens, "cached_tokens": done.cached_tokens,
-            "queue_s": round(done.queued_s, 4), "prefill_s": round(done.prefill_s, 4),
+            "queue_s": round(done.queued_s, 4), "load_s": round(done.load_s, 4), "prefill_s": round(done.prefill_s, 4),
             "decode_s": round(done.decode_s, 4), "preemptions": done.preemptions, "finish_reasons": done.finish_reasons,
         }  # fmt: skip
         request_log.info("%s", json.dumps(line))
@@ -189,6 +211,8 @@ class Metrics:
     def answered(self, result: str) -> None:
         """What the cache of answers said: hit, joined or miss."""
         self._answers.labels(self._model, result).inc()
+        self._last_answers.append(result != "miss")
+        self.answer_hit_rate.set(sum(self._last_answers) / len(self._last_answers))
 
     def request_refused(self, rid: str | None, tenant: str | None, reason: str, code: str | None) -> None:
         """A job that ended before admission: a line without figures; ``code`` where ``reason`` is error."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from protocol.bus import LeaderBus
-from protocol.messages import Job, NewSequence, decode_frames
+from protocol.messages import Hint, Job, Plan, decode_frames
 from protocol.records import RequestRecord
-from protocol.telemetry.context import Place, parse, request_place
+from protocol.telemetry.context import Place, commit_place, parse, request_place
 from protocol.telemetry.traces import Traces, Value, nanoseconds
 from scheduler.core.events import RequestDone
 from scheduler.recovery import UNREADABLE
@@ -41,6 +42,7 @@ class _Followed:
     moments: list[Moment] = field(default_factory=list)
     placed: bool = False
     error: str | None = None
+    commits: list[Place] = field(default_factory=list)  # the batches that it began with, at each worker
 
 
 class RequestTraces:
@@ -53,6 +55,8 @@ class RequestTraces:
         self._epoch = epoch
         self.content = content and traces is not None
         self._followed: dict[str, _Followed] = {}
+        self._awaited: dict[str, deque[tuple[int, int, str]]] = {}  # worker -> gen, step and rid of what was placed
+        self._told: dict[str, tuple[int, int]] = {}  # worker -> gen and step of the last commit with a span
 
     # -------------------------------------------------------------- beginnings
 
@@ -114,15 +118,41 @@ class RequestTraces:
 
     # -------------------------------------------------------------- what happens to it
 
-    def placed(self, wid: str, new: Sequence[NewSequence]) -> None:
+    def placed(self, wid: str, plan: Plan) -> None:
         """New sequences of a plan: all but a request's first are moves, or come back after a preemption."""
-        for sequence in new:
+        for sequence in plan.new:
             followed = self._followed.get(sequence.rid)
             if followed is None:
                 continue
             told: dict[str, Value] = {"headrace.worker": wid, "headrace.choice": sequence.choice}
             followed.moments.append(("moved" if followed.placed else "placed", time.time_ns(), told))
             followed.placed = followed.placed or sequence.choice == 0
+            self._awaited.setdefault(wid, deque()).append((plan.gen, plan.step, sequence.rid))
+
+    def committed(self, hint: Hint) -> None:
+        """A worker's commit. One that a followed request begins with has a span, to which the request's own link."""
+        awaited, begun = self._awaited.get(hint.wid), []
+        while awaited and awaited[0][:2] <= (hint.gen, hint.step):
+            gen, _, rid = awaited.popleft()
+            if gen == hint.gen and rid in self._followed:
+                begun.append(self._followed[rid])
+        if begun:
+            place = self._commit(hint)
+            for followed in begun:
+                followed.commits.append(place)
+
+    def _commit(self, hint: Hint) -> Place:
+        """The span of a commit, made once."""
+        place = commit_place(hint.wid, hint.gen, hint.step)
+        if self._traces is not None and self._told.get(hint.wid) != (hint.gen, hint.step):
+            self._told[hint.wid] = hint.gen, hint.step
+            now = time.time_ns()
+            told: dict[str, Value | None] = {
+                "headrace.worker": hint.wid, "headrace.gen": hint.gen, "headrace.step": hint.step,
+                "headrace.rows": len(hint.rows),
+            }  # fmt: skip
+            self._traces.add(place, None, "commit", now - hint.exec_us * 1000, now, told)
+        return place
 
     def failed(self, rid: str, code: str | None) -> None:
         """A choice is to end with an error of this code."""
@@ -132,14 +162,17 @@ class RequestTraces:
 
     # -------------------------------------------------------------- ends
 
-    async def done(self, done: RequestDone) -> None:
+    async def done(self, done: RequestDone, hint: Hint | None = None) -> None:
+        """``hint``: the commit that it ended with, if one did."""
         followed = self._followed.pop(done.rid, None)
         if followed is None or self._traces is None:
             return
+        ended = [self._commit(hint)] if hint is not None and followed.moments else []
         end_ns = time.time_ns()
         first_token_ns = end_ns - int(done.decode_s * 1e9)
         planned_ns = first_token_ns - int(done.prefill_s * 1e9)
-        self._traces.part(followed.place, "queue", min(followed.since_ns, planned_ns), planned_ns)
+        loaded: dict[str, Value | None] = {"headrace.load_s": round(done.load_s, 4)} if done.load_s else {}
+        self._traces.part(followed.place, "queue", min(followed.since_ns, planned_ns), planned_ns, loaded)
         if followed.moments:  # else it has never been on a worker
             early = [moment for moment in followed.moments if moment[1] < first_token_ns or not done.output_tokens]
             late = followed.moments[len(early) :]
@@ -150,7 +183,9 @@ class RequestTraces:
                     "gen_ai.usage.output_tokens": done.output_tokens,
                     "headrace.preemptions": done.preemptions,
                 }
-                self._traces.part(followed.place, "decode", first_token_ns, end_ns, told, events=begun + late)
+                links = list(dict.fromkeys([*followed.commits, *ended]))
+                self._traces.part(followed.place, "decode", first_token_ns, end_ns, told,
+                                  events=begun + late, links=links)  # fmt: skip
         if "error" in done.finish_reasons:
             followed.error = followed.error or UNKNOWN_ERROR
         told_of_answer: dict[str, Value | None] = {

@@ -32,6 +32,7 @@ class Span:
     attributes: dict[str, Any]
     events: list[tuple[str, int, dict[str, Any]]]
     links: list[tuple[str, str]]
+    state: str
     error: bool
     resource: dict[str, Any]
 
@@ -137,6 +138,7 @@ def _span(span: Any, resource: dict[str, Any]) -> Span:
         attributes=_plain(span.attributes),
         events=[(event.name, event.time_unix_nano, _plain(event.attributes)) for event in span.events],
         links=[(link.trace_id.hex(), link.span_id.hex()) for link in span.links],
+        state=span.trace_state,
         error=span.status.code == span.status.STATUS_CODE_ERROR,
         resource=resource,
     )

@@ -3,6 +3,7 @@
 A *step* is one candidate: a served model, or an upstream. Names are followed through aliases and routes; cycles are
 refused by `config check`, and what is followed here is bounded all the same. A candidate that is down, or over its
 bound of waiting requests, is passed over. If none is left, the first served model gets the request: its queue keeps it.
+One that was accepted and said nothing for as long as its rule allows can still be moved (answers.py).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from gateway.auth import Caller
 from gateway.models import Model, Models
 from gateway.routing.money import Money
 from gateway.routing.rules import Asked, first_match
+from gateway.routing.scorer import Scorer
 from protocol.errors import HeadraceError, InvalidRequest, NotFound, RequestError, Unavailable
 from protocol.records import Limits
-from protocol.routing.table import Price, Routing, Rule, Upstream
+from protocol.routing.table import Price, Route, Routing, Rule, Upstream
 
 log = logging.getLogger("headrace.gateway")
 
@@ -46,6 +48,7 @@ class Step:
     rule: str = ""
     why: str = ""
     limits: Limits | None = None  # in place of the gateway's
+    within_s: float | None = None  # it has to say something by then, else the next one is asked
 
     @property
     def header(self) -> dict[str, str]:
@@ -62,6 +65,7 @@ class Router:
         self.models = models
         self.money = money
         self.limits = limits
+        self._scorer = Scorer(models.name)
 
     @property
     def table(self) -> Routing:
@@ -162,7 +166,8 @@ class Router:
             raise Unavailable("no candidate has a tokenizer")
 
         now = datetime.datetime.now(datetime.UTC)
-        match = await first_match(self.table.routes[name], asked, now, count)
+        route = self.table.routes[name]
+        match = await first_match(route, asked, now, count, lambda: self._complexity(route, asked))
         if match is None:
             return []
         index, rule = match
@@ -173,11 +178,22 @@ class Router:
         ordered = self._ordered(wanted, rule, asked)
         left, _ = self._up(back, rule)
         instead = f"fallback ({passed} passed over)" if passed else "fallback"
-        steps = [replace(step, rule=told, why=rule.choose) for step in ordered]
-        steps += [replace(step, rule=told, why=instead) for step in left]
+        found_up = [(step, rule.choose) for step in ordered] + [(step, instead) for step in left]
+        within = rule.first_token_within
+        steps = [replace(step, rule=told, why=why, within_s=within) for step, why in found_up]
         if not steps:  # all are down: a queue of ours keeps the request until one is not
             steps = [replace(s, rule=told, why="all are down") for s in (*found, *back) if s.model is not None][:1]
         return steps
+
+    async def _complexity(self, route: Route, asked: Asked) -> str | None:
+        """What the route's scorer says; None where it cannot be asked."""
+        try:
+            model = await self.models.get(route.scorer or "")
+        except HeadraceError as error:
+            log.warning("the scorer %s cannot be asked: %s", route.scorer, error)
+            return None
+        limits = self._limits(model.name) or self.limits
+        return await self._scorer.verdict(model, asked.text, asked.tenant, route.scorer_within, limits)
 
     def _up(self, steps: list[Step], rule: Rule) -> tuple[list[Step], str]:
         """Those that can answer now, and the names of the others."""

@@ -1,5 +1,5 @@
-"""Which rule of a route a request meets. Pure: all that a rule looks at is told, but the number of tokens, which is
-asked for only where a rule's other conditions hold.
+"""Which rule of a route a request meets. Pure: all that a rule looks at is told, but the number of tokens and how hard
+the question is, which are asked for only where a rule's other conditions hold.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 
 from gateway.openai.bodies import ChatBody, CompletionBody, GenerationBody
 from protocol.errors import HeadraceError
+from protocol.messages import Job
 from protocol.routing.table import HOURS, Route, Rule
 
 log = logging.getLogger("headrace.gateway")
@@ -23,6 +24,7 @@ SEEN = 1 << 16  # characters, the last ones, in which words and patterns are loo
 BYTES_PER_TOKEN = 4  # roughly, to compare prices before anything is counted
 
 Count = Callable[[Rule], Awaitable[int]]  # prompt tokens, by the tokenizer of a rule's candidate
+Score = Callable[[], Awaitable[str | None]]  # what the route's scorer says of the question
 
 
 @dataclass(frozen=True)
@@ -67,22 +69,50 @@ def asked(body: GenerationBody, tenant: str, kept: bool = False) -> Asked:
     return Asked(tenant, priority, schema=not plain and any(s is not None for s in structures), **wanted)
 
 
-async def first_match(route: Route, asked: Asked, now: datetime.datetime, count: Count) -> tuple[int, Rule] | None:
+def asked_by(job: Job) -> Asked:
+    """The same of a job that was pushed: it is kept, so a model of ours answers."""
+    messages = job.messages or []
+    if job.messages is None:
+        prompt = _prompt(job.prompt)
+        text = prompt if isinstance(prompt, str) else ""
+    else:
+        prompt = "\n".join(_text(m) for m in messages)
+        text = "\n".join(_text(m) for m in messages if m.get("role") == "user")
+    return Asked(
+        job.tenant,
+        job.priority,
+        tools=bool(job.tools),
+        schema=job.sampling.structure is not None,
+        system=any(message.get("role") in ("system", "developer") for message in messages),
+        text=text[-SEEN:],
+        prompt=prompt,
+        output_tokens=job.sampling.max_tokens or 256,
+        kept=True,
+    )
+
+
+async def first_match(
+    route: Route, asked: Asked, now: datetime.datetime, count: Count, score: Score
+) -> tuple[int, Rule] | None:
     """The first rule that holds, with its place; None if none does. ``now`` has a time zone."""
     local = now.astimezone(ZoneInfo(route.timezone))
     for index, rule in enumerate(route.rules):
-        if not _holds(rule, asked, local):
+        if not (_holds(rule, asked, local) and await _has_tokens(rule, asked, count)):
             continue
-        if rule.min_prompt_tokens is None and rule.max_prompt_tokens is None:
-            return index, rule
-        try:
-            tokens = len(asked.prompt) if isinstance(asked.prompt, list) else await count(rule)
-        except HeadraceError as error:
-            log.warning("a rule on prompt tokens is passed over, they cannot be counted: %s", error)
-            continue
-        if (rule.min_prompt_tokens or 0) <= tokens <= (rule.max_prompt_tokens or tokens):
+        if rule.complexity is None or await score() in rule.complexity:
             return index, rule
     return None
+
+
+async def _has_tokens(rule: Rule, asked: Asked, count: Count) -> bool:
+    if rule.min_prompt_tokens is None and rule.max_prompt_tokens is None:
+        return True
+    try:
+        tokens = len(asked.prompt) if isinstance(asked.prompt, list) else await count(rule)
+    except HeadraceError as error:
+        log.warning("a rule on prompt tokens is passed over, they cannot be counted: %s", error)
+        return False
+    return (rule.min_prompt_tokens or 0) <= tokens <= (rule.max_prompt_tokens or tokens)
 
 
 def _holds(rule: Rule, asked: Asked, local: datetime.datetime) -> bool:

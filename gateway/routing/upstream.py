@@ -135,6 +135,7 @@ class Upstreams:
         service = self.money.models.routing.service
         hops = ",".join(part for part in (request.headers.get(HOPS), service) if part)
         headers = {"Content-Type": "application/json", HOPS: hops, "X-Request-Id": passing.rid}
+        headers |= {name: request.headers[name] for name in ("traceparent", "tracestate") if name in request.headers}
         if upstream.key_env is not None:
             key = os.environ.get(upstream.key_env)
             if not key:

@@ -52,6 +52,7 @@ from protocol.messages import (
 )
 from protocol.prompt_logprobs import prompt_logprobs_of
 from protocol.records import RequestRecord
+from protocol.routing.store import RoutingStore, decode
 from protocol.sampling import SamplingParams
 
 CHECK_S = 1.0  # a silent stream is compared with its journal this often
@@ -185,6 +186,10 @@ class AsyncClient:
             raise InvalidRequest(f"name the model, one of: {', '.join(served) or 'none is served here'}", param="model")
         self.model = self.model or served[0]
         self._card = cards.get(self.model)
+        if self._card is None and await _is_virtual(self.redis_url, self.model):
+            raise InvalidRequest(
+                f"{self.model} is a name that gateways route: push to it, or name a model", param="model"
+            )
         self._bus = GatewayBus(self.redis_url, self.model, patience=PATIENCE_S)
         await self._bus.connect()
         self._subscription = self._bus.subscribe(self._channel)
@@ -391,6 +396,16 @@ class AsyncClient:
         if not found and row is None and await self._open_bus.read_request(rid) is None:
             raise Expired("the request has ended and its journal is gone", param="id")
         return found
+
+
+async def _is_virtual(redis_url: str, name: str) -> bool:
+    """Whether an alias or a route has this name: what is accepted under it would wait for ever."""
+    store = RoutingStore(redis_url)
+    try:
+        table = decode(await store.read())
+    finally:
+        await store.close()
+    return name in table.aliases or name in table.routes
 
 
 def _read(choice: Choice, record: RequestRecord, shown: list[tuple[int | None, str]]) -> None:

@@ -56,7 +56,7 @@ _SERVE = {option.dest: option for option in options_of("serve")}
 _OWN_TABLE = {"api_keys_file": ("auth", "api-keys-file"), "metrics_port": ("metrics", "port"),
               "metrics_host": ("metrics", "host"), "gateways": ("gateway", "gateways")}  # fmt: skip
 _NOT_IN_FILE = {"config", "served_model_name"}
-_MODELS_TOO = {"workers", "schedulers", "model", "cache_dir", "keep_alive"}
+_MODELS_TOO = {"workers", "schedulers", "model", "cache_dir", "keep_alive", "card"}
 
 
 class ConfigError(StartError):

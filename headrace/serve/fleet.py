@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from headrace import options
@@ -18,6 +19,7 @@ from headrace.option_table import options_of
 from headrace.serve.layout import ROLES, Deployment, Layout, deployment, unique_prefixes
 from headrace.serve.machine import choose_ports, gpus_of
 from headrace.serve.supervisor import Child, Program, Supervisor
+from headrace.serve.turns import Guest, decide
 from protocol.bus import GatewayBus, LeaderBus
 from protocol.errors import HeadraceError, InvalidRequest, ServiceError
 
@@ -46,14 +48,19 @@ class Fleet:
         self._locks: dict[str, asyncio.Lock] = {}
         self._turns: dict[str, int] = {}  # worker -> its turn when GPUs were shared out; it keeps its GPU
         self._tasks: set[asyncio.Task[None]] = set()
+        self._moving: set[str] = set()  # cards on which a model comes or leaves
+        self._told: dict[str, str] = {}  # what gateways know of who waits
+        self.on_waits: Callable[[], Awaitable[None]] = _nothing
 
     # -------------------------------------------------------------- start
 
     def start(self, model: Deployment) -> None:
         """Start a model's processes. They are kept alive from now on."""
         self.models[model.name] = model
-        model.state, model.reason = "starting", ""
-        for role in ROLES:
+        model.reason, full = "", self._card_is_full(model)
+        model.state = "asleep" if full else "starting"
+        model.loaded_at = asyncio.get_running_loop().time()
+        for role in ROLES if not full else ("scheduler",):
             for name in model.processes(role):
                 self._start_process(model, role, name)
 
@@ -62,8 +69,10 @@ class Fleet:
         argv = [sys.executable, "-m", "headrace", role, *options.argv_of(options_of(role), {**model.values, **own})]
         env = dict(self.env)
         if role == "worker":
-            workers = sum(m.values["workers"] for m in self.models.values())
-            turn = self._turns.setdefault(name, len(self._turns))
+            card, number = model.values.get("card"), name.rpartition("-")[2]
+            turn = self._turns.setdefault(f"{card} {number}" if card else name, len(self._turns))
+            workers = len({(m.values.get("card") or m.name, k) for m in self.models.values()
+                           for k in range(m.values["workers"])})  # fmt: skip
             ranks = model.values["tensor_parallel_size"] * model.values["pipeline_parallel_size"]
             gpus = gpus_of(turn, max(workers, turn + 1), ranks, model.values["device"])
             env |= {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
@@ -78,7 +87,10 @@ class Fleet:
         return ports[name]
 
     async def until_served(self, model: Deployment) -> None:
-        """Returns when a worker of the model serves, or when it has failed or is removed."""
+        """Returns when a worker of the model serves, or when it has failed or is removed. One whose card is taken only
+        has to be known to gateways."""
+        while model.state == "asleep" and not await self._is_listed(model.name):  # noqa: ASYNC110 (another process)
+            await asyncio.sleep(POLL_S)
         bus = GatewayBus(self.redis_url, model.name, patience=None)
         first: dict[str, tuple[int, int]] = {}  # records of workers that died in an earlier run say "serving" as well
         try:
@@ -90,6 +102,7 @@ class Fleet:
                 first = {w.wid: first.get(w.wid, (w.gen, w.beat)) for w in workers}
                 if any(w.state == "serving" and first[w.wid] != (w.gen, w.beat) for w in workers):
                     model.state = "serving"
+                    model.loaded_at = asyncio.get_running_loop().time()
                     self.supervisor.served |= {name for role in ROLES for name in model.processes(role)}
                     return
                 await asyncio.sleep(POLL_S)
@@ -122,42 +135,90 @@ class Fleet:
     # -------------------------------------------------------------- memory
 
     async def watch_idle(self) -> None:
-        """Let models sleep that nobody has asked anything for their keep_alive, and wake those that have work."""
-        busy: dict[str, float] = {}  # when each was last seen with work
+        """Let models sleep that nobody has asked anything for their keep_alive, and wake those that have work; those
+        that share a card take turns."""
         while True:
-            for model in [m for m in self.models.values() if m.values.get("keep_alive") and m.state in IDLING]:
-                now = asyncio.get_running_loop().time()
-                try:
-                    unfinished = await self._unfinished(model.name)
-                except ServiceError:
-                    unfinished = 1  # nothing is known: nothing changes
-                if unfinished or model.state == "serving":
-                    busy.setdefault(model.name, now)
-                if unfinished:
-                    busy[model.name] = now
-                    if model.state == "asleep":
-                        await self._wake(model)
-                elif model.state == "serving" and now - busy[model.name] > model.values["keep_alive"]:
-                    await self._sleep(model)
-                    busy.pop(model.name)
+            now = asyncio.get_running_loop().time()
+            for model in [m for m in self.models.values() if m.state in IDLING]:
+                if model.values.get("keep_alive") or model.values.get("card"):
+                    await self._look(model, now)
+            for card in {m.values["card"] for m in self.models.values() if m.values.get("card")} - self._moving:
+                self._spawn(self._take_turns(card, now))
+            await self._tell_waits()
             await asyncio.sleep(IDLE_POLL_S)
 
-    async def _sleep(self, model: Deployment) -> None:
+    async def _look(self, model: Deployment, now: float) -> None:
+        try:
+            unfinished = await self._unfinished(model.name)
+        except ServiceError:
+            return  # nothing is known: nothing changes
+        model.busy_at = now if unfinished else model.busy_at or now
+        asleep = model.state == "asleep"
+        model.waits_since = (model.waits_since or now) if unfinished and asleep else None
+        if asleep:
+            if unfinished and not model.values.get("card"):
+                await self._wake(model)
+        elif model.values.get("keep_alive") and now - max(model.busy_at, model.loaded_at) > model.values["keep_alive"]:
+            await self._sleep(model, "was idle and has given its memory back")
+
+    async def _take_turns(self, card: str, now: float) -> None:
+        """One move on a card: who leaves is gone before who comes is started."""
+        self._moving.add(card)
+        try:
+            models = [m for m in self.models.values() if m.values.get("card") == card and m.state != "failed"]
+            holds, least = (self.layout.values[key] for key in ("card_models", "least_stay"))
+            decision = decide(card, [_guest(model) for model in models], holds, least, now)
+            for model in models:
+                model.waits = (decision.reasons or {}).get(model.name, "")
+            if decision.leaves:
+                leaves = self.models[decision.leaves]
+                await self._sleep(leaves, f"gives its place on {card} to {decision.comes}")
+                if leaves.state != "asleep":
+                    return
+            if decision.comes:
+                await self._wake(self.models[decision.comes])
+        finally:
+            self._moving.discard(card)
+
+    def _card_is_full(self, model: Deployment) -> bool:
+        card = model.values.get("card")
+        there = [m for m in self.models.values() if m is not model and m.values.get("card") == card and _loaded(m)]
+        return bool(card) and len(there) >= self.layout.values["card_models"]
+
+    async def _tell_waits(self) -> None:
+        """Gateways tell who waits why."""
+        told = {model.name: model.waits for model in self.models.values() if model.waits}
+        if told != self._told:
+            try:
+                await self.on_waits()
+            except HeadraceError as error:
+                self.note(f"who waits for a card could not be told: {error}")
+            else:
+                self._told = told
+
+    async def _sleep(self, model: Deployment, why: str) -> None:
         """Stop the workers: memory and device are free. The schedulers stay, so requests are taken and wait."""
         async with self._locks.setdefault(model.name, asyncio.Lock()):
             if model.state == "serving":
                 model.state = "asleep"
                 await self._stop_processes(model.processes("worker"), model.values["drain_timeout"])
-                self.note(f"model {model.name} was idle and has given its memory back")
+                self.note(f"model {model.name} {why}")
 
     async def _wake(self, model: Deployment) -> None:
         async with self._locks.setdefault(model.name, asyncio.Lock()):
             if model.state == "asleep":
-                model.state = "starting"
+                model.state, model.waits = "starting", ""
+                model.loaded_at = asyncio.get_running_loop().time()
                 self.note(f"model {model.name} is loaded again")
                 for name in model.processes("worker"):
                     self._start_process(model, "worker", name)
                 self._spawn(self.until_served(model))
+
+    async def _is_listed(self, name: str) -> bool:
+        try:
+            return name in await GatewayBus.models(self.redis_url)
+        except ServiceError:
+            return False
 
     async def _unfinished(self, name: str) -> int:
         bus = GatewayBus(self.redis_url, name, patience=2.0)
@@ -280,7 +341,23 @@ class Fleet:
                     "workers": model.values["workers"],
                     "requests": unfinished,
                     "path": model.values["model"],
-                    "reason": model.reason,
+                    "reason": model.reason or model.waits,
                 }
             )
         return rows
+
+
+def _loaded(model: Deployment) -> bool:
+    """Whether it has workers, or is getting them."""
+    return model.state not in ("asleep", "failed")
+
+
+def _guest(model: Deployment) -> Guest:
+    waits = model.waits_since is not None
+    since = model.loaded_at if model.state == "serving" else math.inf  # one that is still loading does not leave
+    since = model.waits_since if model.waits_since is not None else since
+    return Guest(model.name, _loaded(model), since, max(model.busy_at, model.loaded_at), waits)
+
+
+async def _nothing() -> None:
+    """Nobody is told."""

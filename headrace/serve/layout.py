@@ -28,6 +28,10 @@ class Deployment:
     prefix: str = ""
     state: str = "starting"  # serving, asleep (it has no worker while nobody asks for it), draining, failed
     reason: str = ""  # why it failed
+    waits: str = ""  # why it is not loaded though it has work
+    loaded_at: float = 0.0  # monotonic seconds: when its workers were started last
+    busy_at: float = 0.0  # when it last had unfinished requests
+    waits_since: float | None = None
     by_hand: bool = False  # added by `headrace models add`: no file names it
 
     @property

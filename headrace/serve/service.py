@@ -159,6 +159,7 @@ class Stack:
                 await self._release_dead_lead(redis_url, model.name)
         await self._apply_routing(redis_url, layout.models)
         self.fleet = Fleet(self.supervisor, layout, redis_url, env, self.view.note)
+        self.fleet.on_waits = lambda: self._apply_routing(redis_url, self.fleet.models.values())
         for model in layout.models:
             self.fleet.start(model)
         for index in range(values["gateways"]):
@@ -243,8 +244,9 @@ class Stack:
         stated = self.wanted.routing or Routing()
         terms = dict(stated.models)
         for model in models:
-            if model.values["keep_alive"]:
-                terms[model.name] = msgspec.structs.replace(terms.get(model.name, Terms()), sleeps=True)
+            if model.values["keep_alive"] or model.values["card"]:
+                own = terms.get(model.name, Terms())
+                terms[model.name] = msgspec.structs.replace(own, sleeps=True, waits=model.waits)
         stated = msgspec.structs.replace(stated, models=terms)
         store = RoutingStore(url)
         try:
@@ -304,7 +306,7 @@ class Stack:
         await asyncio.to_thread(check_values, own)
         chosen = await asyncio.to_thread(choose, own, self.view)
         model = await self.fleet.add(own, chosen.options, by_hand=True)
-        if own["keep_alive"]:
+        if own["keep_alive"] or own["card"]:
             await self._apply_routing(self.fleet.redis_url, self.fleet.models.values())
         if model.state == "failed":
             raise StartError(model.reason)

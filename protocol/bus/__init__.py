@@ -8,6 +8,7 @@ from protocol.bus.gateway import GatewayBus
 from protocol.bus.home import HomeBus
 from protocol.bus.leader import LeaderBus
 from protocol.bus.producer import ProducerBus
+from protocol.bus.virtual import VirtualBus
 from protocol.bus.worker import WorkerBus
 
-__all__ = ["GatewayBus", "HomeBus", "LeaderBus", "ProducerBus", "WorkerBus"]
+__all__ = ["GatewayBus", "HomeBus", "LeaderBus", "ProducerBus", "VirtualBus", "WorkerBus"]

@@ -12,7 +12,7 @@ from protocol.connection import Argument, Link
 from protocol.durability import weaknesses
 from protocol.errors import ServiceError, StartError
 from protocol.keys import Keys, check_name
-from protocol.messages import Job, body_hash, encode
+from protocol.messages import Frame, Job, Row, Terminal, body_hash, encode
 from protocol.records import LeaderRecord, RequestRecord, WorkerRecord
 from protocol.scripts import load
 
@@ -135,6 +135,28 @@ def stream_entries(reply: Any) -> list[tuple[bytes, list[bytes]]]:
     if not reply:
         return []
     return [(entry_id, flat) for entry_id, flat in reply[0][1] if flat]
+
+
+def rejection(
+    entry_id: str,
+    *,
+    payload_hash: str,
+    error: dict[str, Any],
+    reply_to: str | None = None,
+    results: str | None = None,
+    tenant: str | None = None,
+    id: str | None = None,
+) -> list[Argument]:
+    """What script reject is told of a push that can be no request: dead letter, and where ``tenant`` is known one error
+    result, without a rid, under ``id`` (default: the entry id). ``error``: code, message, param. The same payload
+    again, under the same id, is told nothing more."""
+    producer_id = id or entry_id
+    frames = encode(Frame(None, "", "error", error))
+    row = encode(Row("", 0, 0, frames, producer_id))
+    result = encode(Terminal(rid="", id=producer_id, finish_reason="error", error=error))
+    dead = {"entry": entry_id, "hash": payload_hash, "code": str(error.get("code", "")), "id": id or ""}
+    args: list[Argument] = [tenant or "", producer_id, payload_hash, reply_to or "", row, results or "", result]
+    return [*args, *(part for field in dead.items() for part in field)]
 
 
 def job_fingerprint(job: Job) -> str:

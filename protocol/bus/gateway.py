@@ -19,6 +19,7 @@ from protocol.messages import Job, ModelCard, encode
 from protocol.records import Accepted, Limits, Reply, RequestRecord
 
 SHED_AT_ONCE = 32  # cached answers
+POINTER_STAYS_MS = 7 * 86_400_000  # longer than a request that was moved runs
 
 _card_decoder = msgspec.msgpack.Decoder(ModelCard)
 
@@ -26,7 +27,7 @@ _card_decoder = msgspec.msgpack.Decoder(ModelCard)
 class GatewayBus(RequestReads, ProducerBus):
     """The calls of a gateway."""
 
-    SCRIPTS: ClassVar[tuple[str, ...]] = ("accept", "attach", "cancel", "shed", "void")
+    SCRIPTS: ClassVar[tuple[str, ...]] = ("accept", "attach", "cancel", "move", "shed", "void")
 
     async def _accept(self, *args: Argument) -> Reply:
         """Cached answers go before any request is refused for want of memory."""
@@ -98,6 +99,17 @@ class GatewayBus(RequestReads, ProducerBus):
         if marked < 0:
             raise NotFound("no such request", param="id")
         return bool(marked)
+
+    async def move(self, rid: str, tenant: str, model: str, rid_there: str) -> bool:
+        """End a request here, since ``model`` has accepted it too as ``rid_there``: if nothing of it was said yet. Its
+        record points there from now on. False: it stays."""
+        to = f"{model} {rid_there}"
+        return bool(await self._run("move", rid, tenant, to, POINTER_STAYS_MS, key=self.keys.live) == b"moved")
+
+    async def forget_pointer(self, rid: str, tenant: str, idempotency: str | None) -> None:
+        """Free what `move` has left of a request, once the one that took its place is gone."""
+        keys = [self.keys.request(rid), *([self.keys.idempotency(tenant, idempotency)] if idempotency else [])]
+        await self._link.pipeline([("PEXPIRE", key, 1) for key in keys])
 
     async def attach(self, rid: str, tenant: str, name: str) -> RequestRecord:
         """Add reply channel ``name`` (an ended request needs none). NotFound, or Overloaded at the fifth channel with

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from protocol import records
-from protocol.bus.base import RequestReads, job_fingerprint, stream_entries
+from protocol.bus.base import RequestReads, job_fingerprint, rejection, stream_entries
 from protocol.connection import Argument, Link, OutOfMemory
 from protocol.errors import StoreFailed
 from protocol.keys import GROUP, REGISTRY
@@ -19,12 +19,10 @@ from protocol.messages import (
     ID_BYTES,
     WIRE,
     CommitRow,
-    Frame,
     Job,
     ModelCard,
     Plan,
     Row,
-    Terminal,
     commit_arguments,
     encode,
     next_id,
@@ -272,6 +270,10 @@ class LeaderBus(RequestReads):
         with contextlib.suppress(OutOfMemory):
             await self._run("keep_answer", epoch, key, int(stays_s * 1000), size, most, *parts)
 
+    async def answers_bytes(self) -> int:
+        """Bytes of all cached answers."""
+        return int(await self._link.command("HGET", self.keys.prefix + "answers:sizes", "*") or 0)
+
     async def memory(self) -> tuple[int, int]:
         """Bytes that the server uses, and that it may use (0: no limit)."""
         text = (await self._link.command("INFO", "memory")).decode()
@@ -293,26 +295,10 @@ class LeaderBus(RequestReads):
         self,
         epoch: int,
         entry_id: str,
-        *,
-        payload_hash: str,
-        error: dict[str, Any],
-        reply_to: str | None = None,
-        results: str | None = None,
-        tenant: str | None = None,
-        id: str | None = None,
+        **told: Any,
     ) -> None:
-        """End a push that can be no request: dead letter, and where ``tenant`` is known one error result, without a
-        rid, under ``id`` (default: the entry id). ``error``: code, message, param. The same payload again, under the
-        same id, is told nothing more."""
-        producer_id = id or entry_id
-        frames = encode(Frame(None, "", "error", error))
-        row = encode(Row("", 0, 0, frames, producer_id))
-        result = encode(Terminal(rid="", id=producer_id, finish_reason="error", error=error))
-        dead = {"entry": entry_id, "hash": payload_hash, "code": str(error.get("code", "")), "id": id or ""}
-        args: list[Argument] = [tenant or "", producer_id, payload_hash, reply_to or "", row, results or "", result]
-        await self._run(
-            "reject", epoch, entry_id, self._retention_ms, *args, *(part for field in dead.items() for part in field)
-        )
+        """End a push that can be no request: see `rejection`."""
+        await self._run("reject", epoch, entry_id, self._retention_ms, *rejection(entry_id, **told))
         self._handed_out.discard(entry_id)
 
     async def plan(self, epoch: int, wid: str, gen: int, *plans: Plan, fingerprint: str = "") -> None:

@@ -47,8 +47,8 @@ local function hand_flight_over(rid, flight, followers)
   end
 end
 
--- The last choice ended: what is kept of the request expires from now on.
-local function end_request(rid, record)
+-- A request has ended: what is kept of it, but for its journals, expires from now on.
+local function close_request(rid, record)
   local v = redis.call('HMGET', record, 'n', 'idem', 'tenant', 'charged', 'seed', 'flight', 'followers')
   redis.call('HDEL', P .. 'live', rid)
   redis.call('HSET', record, 'ended', milliseconds())
@@ -58,9 +58,15 @@ local function end_request(rid, record)
     if not v[5] then owe(v[3], -tonumber(v[4])) end -- its prompt was never computed
     redis.call('HSET', P .. 'owed', 'end:' .. rid, v[3])
   end
-  for i = 0, tonumber(v[1]) - 1 do redis.call('PEXPIRE', P .. 'j:' .. rid .. ':' .. i, retention) end
   if v[2] and v[2] ~= '' then redis.pcall('PEXPIRE', P .. v[2], retention) end
   if v[6] then hand_flight_over(rid, v[6], v[7]) end
+  return tonumber(v[1])
+end
+
+-- The last choice ended.
+local function end_request(rid, record)
+  local choices = close_request(rid, record)
+  for i = 0, choices - 1 do redis.call('PEXPIRE', P .. 'j:' .. rid .. ':' .. i, retention) end
 end
 
 local function write_result(name, result)
@@ -93,12 +99,14 @@ local function close_broken(rid, choice, placement)
 end
 
 -- The row of argument i, which has just landed, lands for `rid` too, which waits for the same answer: the two journals
--- are the same bytes. Whatever has a placement of its own is fed no more.
+-- are the same bytes. Whatever has a placement of its own is fed no more. The last row of one that is to have a result is
+-- its own affair, since only who computes it can write the result: it is set free when the other one has ended.
 local function feed_one(i, rid)
   local choice, cursor, finish, frames = ARGV[i + 1], tonumber(ARGV[i + 3]), ARGV[i + 4], ARGV[i + 7]
   local record, journal = P .. 'r:' .. rid, P .. 'j:' .. rid .. ':' .. choice
-  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'joins', 'id')
+  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'joins', 'id', 'results')
   if not v[1] or v[3] or v[4] ~= ARGV[i] then return end
+  if finish ~= '' and v[6] and v[6] ~= '' then return end
   if v[2] or redis.call('STRLEN', journal) ~= cursor then return set_free(rid, record, ARGV[i]) end
   redis.call('APPEND', journal, frames)
   local head = '\149' .. cmsgpack.pack(rid) .. string.sub(ARGV[i + 6], 2 + #cmsgpack.pack(ARGV[i]))

@@ -32,13 +32,16 @@ local function row_of(choice, frames)
   return '\149' .. cmsgpack.pack(rid) .. cmsgpack.pack(choice) .. '\0' .. bin .. frames .. tail
 end
 
--- Take over what the owner's journals hold; choices that ended as the model wanted have ended here too.
+local wants_result = v[6] and v[6] ~= ''
+
+-- Take over what the owner's journals hold; choices that ended as the model wanted have ended here too, but where a result
+-- is to be written: then they are made anew.
 local function copy(owner)
   local rows = {}
   for choice = 0, tonumber(v[4]) - 1 do
     local frames = redis.call('GETRANGE', P .. 'j:' .. owner .. ':' .. choice, 0, -1)
     local ended = redis.call('HGET', P .. 'r:' .. owner, 'e' .. choice)
-    if frames ~= '' and (not ended or ended == 'stop' or ended == 'length') then
+    if frames ~= '' and (not ended or (not wants_result and (ended == 'stop' or ended == 'length'))) then
       redis.call('APPEND', P .. 'j:' .. rid .. ':' .. choice, frames)
       rows[#rows + 1] = row_of(choice, frames)
       if ended then
@@ -54,7 +57,7 @@ local function may_join(owner)
   local o = redis.call('HMGET', P .. 'r:' .. owner, 'open', 'n', 'cancel', 'followers', 'flight')
   if not o[1] or o[1] == '0' or o[2] ~= v[4] or o[3] or o[5] ~= key then return nil, true end
   local _, count = string.gsub(o[4] or '', '%S+', '')
-  if count >= most or v[5] or v[8] or (v[6] and v[6] ~= '') then return nil, false end
+  if count >= most or v[5] or v[8] then return nil, false end
   return o[4] or ''
 end
 

@@ -17,6 +17,8 @@ from protocol.keys import MODEL_NAME, NAME
 
 Choose = Literal["first", "cheapest", "least-loaded", "fastest"]
 Class = Literal["interactive", "standard", "batch"]
+Verdict = Literal["simple", "medium", "complex"]
+VERDICTS: tuple[Verdict, ...] = ("simple", "medium", "complex")
 
 MOST_NAMES = 256  # aliases, routes, upstreams, tenants: of each
 MOST_RULES = 64  # of one route
@@ -50,6 +52,7 @@ class Terms(Part):
     max_waiting_requests: int | None = None  # in place of the gateway's bounds
     max_waiting_tokens: int | None = None
     sleeps: bool = False  # it has no worker while nobody asks for it: one is started for the next request
+    waits: str = ""  # why it is not loaded though it has work: what its clients are told
 
 
 class Rule(Part):
@@ -60,6 +63,7 @@ class Rule(Part):
     choose: Choose = "first"
     fallbacks: list[str] = []
     max_waiting: int | None = None  # a candidate with more waiting requests is passed over
+    first_token_within: float | None = None  # seconds; one that has said nothing by then gives the request to the next
     # conditions
     min_prompt_tokens: int | None = None
     max_prompt_tokens: int | None = None
@@ -71,11 +75,14 @@ class Rule(Part):
     tenants: list[str] | None = None
     classes: list[Class] | None = None
     hours: str | None = None  # 22:00-06:00, in the route's time zone
+    complexity: list[Verdict] | None = None  # what the route's scorer says of the question
 
 
 class Route(Part):
     rules: list[Rule]
     timezone: str = "UTC"
+    scorer: str | None = None  # a served model, small, that is asked how hard a question is
+    scorer_within: float = 2.0  # seconds; a verdict that comes later is none
 
 
 class Upstream(Part):
@@ -144,7 +151,7 @@ def faults(table: Routing, served: Iterable[str] | None) -> Iterator[Fault]:
     known = None if models is None else models | table.aliases.keys() | table.routes.keys() | table.upstreams.keys()
     yield from _alias_faults(table, known)
     for name, route in table.routes.items():
-        yield from _route_faults(("routes", name), route, known)
+        yield from _route_faults(("routes", name), route, known, models)
     for name, upstream in table.upstreams.items():
         yield from _upstream_faults(("upstreams", name), upstream)
     for name, tenant in table.tenants.items():
@@ -170,9 +177,15 @@ def _alias_faults(table: Routing, known: set[str] | None) -> Iterator[Fault]:
             yield ("aliases", name), "all weights are 0"
 
 
-def _route_faults(path: tuple[str | int, ...], route: Route, known: set[str] | None) -> Iterator[Fault]:
+def _route_faults(
+    path: tuple[str | int, ...], route: Route, known: set[str] | None, served: set[str] | None
+) -> Iterator[Fault]:
     if not 1 <= len(route.rules) <= MOST_RULES:
         yield path, f"one to {MOST_RULES} rules are needed"
+    if route.scorer is not None and served is not None and route.scorer not in served:
+        yield (*path, "scorer"), f"no served model has the name {route.scorer}"
+    if not 0 < route.scorer_within <= 60:
+        yield (*path, "scorer-within"), "seconds in (0, 60] are needed"
     try:
         ZoneInfo(route.timezone)
     except (ValueError, OSError, KeyError):
@@ -187,6 +200,10 @@ def _route_faults(path: tuple[str | int, ...], route: Route, known: set[str] | N
             for name in names:
                 if known is not None and name not in known:
                     yield (*at, key), f"nothing has the name {name}"
+        if rule.complexity is not None and route.scorer is None:
+            yield (*at, "complexity"), "the route names no scorer"
+        if rule.first_token_within is not None and not 0 < rule.first_token_within <= 3600:
+            yield (*at, "first-token-within"), "seconds in (0, 3600] are needed"
         if rule.hours is not None and not HOURS.fullmatch(rule.hours):
             yield (*at, "hours"), "write it as 22:00-06:00"
         if rule.words is not None and (len(rule.words) > MOST_WORDS or any(not 0 < len(w) <= 64 for w in rule.words)):

@@ -67,7 +67,7 @@ class Traces:
         from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-        from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
+        from opentelemetry.trace import SpanContext, SpanKind, TraceFlags, TraceState
         from opentelemetry.trace.status import Status, StatusCode
 
         named = {"service.name": f"headrace-{role}"} if not environ.get("OTEL_SERVICE_NAME") else {}
@@ -81,6 +81,7 @@ class Traces:
         self._span, self._context, self._flags = ReadableSpan, SpanContext, TraceFlags
         self._kinds = {kind.name.lower(): kind for kind in SpanKind}
         self._status, self._codes = Status, StatusCode
+        self._state = TraceState
 
     def sampled(self, trace_id: str, parent: str | None, name: str) -> bool:
         """Whether the span that begins here is recorded: by the client's decision where it sent one, else as
@@ -134,15 +135,17 @@ class Traces:
 
     def part(
         self, whole: Place, name: str, begin_ns: int, end_ns: int, attributes: Mapping[str, Value | None] | None = None,
-        *, events: Sequence[tuple[str, int, Mapping[str, Value]]] = (), error: str | None = None,
+        *, events: Sequence[tuple[str, int, Mapping[str, Value]]] = (), links: Sequence[Place] = (),
+        error: str | None = None,
     ) -> None:  # fmt: skip
         """A span within ``whole``."""
-        place = Place(whole.trace_id, new_span_id(), whole.sampled)
-        self.add(place, whole, name, begin_ns, end_ns, attributes or {}, events=events, error=error)
+        place = Place(whole.trace_id, new_span_id(), whole.sampled, whole.state)
+        self.add(place, whole, name, begin_ns, end_ns, attributes or {}, events=events, links=links, error=error)
 
     def _context_of(self, place: Place, *, remote: bool = False) -> Any:
         flags = self._flags(self._flags.SAMPLED if place.sampled else self._flags.DEFAULT)
-        return self._context(int(place.trace_id, 16), int(place.span_id, 16), remote, flags)
+        state = self._state.from_header([place.state]) if place.state else None
+        return self._context(int(place.trace_id, 16), int(place.span_id, 16), remote, flags, state)
 
     async def close(self) -> None:
         """Send what is left, for CLOSE_S at most: a collector that is away must not keep a process from its end."""

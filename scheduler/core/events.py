@@ -155,6 +155,7 @@ class RequestDone:
     prefill_s: float  # first plan to first token
     decode_s: float  # first token to end
     preemptions: int = 0
+    load_s: float = 0.0  # of queued_s: until the model was loaded, where no worker served it when the request came
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Lifecycle:
         self.counters = Counters()
         self.effects: list[Effect] = []
         self.now = 0.0
+        self.served_at = 0.0  # when the first worker came, after there was none
 
     # ----------------------------------------------------- in and out of the queue
 
@@ -277,6 +278,7 @@ class Lifecycle:
     def _summary(self, request: Request) -> RequestDone:
         first_planned = self.now if request.first_planned is None else request.first_planned
         first_token = first_planned if request.first_token is None else request.first_token
+        queued_s = max(0.0, first_planned - request.arrived)  # arrivals come from another clock
         return RequestDone(
             rid=request.rid,
             tenant=request.tenant,
@@ -284,10 +286,11 @@ class Lifecycle:
             output_tokens=sum(len(sequence.output) for sequence in request.sequences),
             cached_tokens=sum(sequence.cached_tokens or 0 for sequence in request.sequences),
             finish_reasons=[sequence.finish_reason or "" for sequence in request.sequences],
-            queued_s=max(0.0, first_planned - request.arrived),  # arrivals come from another clock
+            queued_s=queued_s,
             prefill_s=first_token - first_planned,
             decode_s=self.now - first_token,
             preemptions=request.preemptions,
+            load_s=min(queued_s, max(0.0, self.served_at - request.arrived)),
         )
 
 

@@ -64,6 +64,7 @@ class Stats:
     tenants: dict[str, tuple[int, int]]  # waiting requests and tokens
     workers: dict[str, WorkerStats]
     counters: Counters  # live object: copy to keep
+    classes: dict[str, int] = field(default_factory=dict)  # waiting requests
 
     def depth(self) -> dict[str, float]:
         """The fields of the `depth` hash that the core knows: what waits, in all and per tenant, and what runs."""
@@ -181,6 +182,7 @@ class Core:
                 for worker in self._workers.values()
             },
             counters=self._lifecycle.counters,
+            classes=dict(zip(PRIORITIES, self._queue.classes, strict=True)),
         )
 
     def oldest_waiting(self) -> float | None:
@@ -267,6 +269,8 @@ class Core:
             return
         if worker is not None:
             self._worker_lost(events.WorkerLost(event.wid, worker.gen))
+        if not self._workers:
+            self._lifecycle.served_at = self._lifecycle.now
         config = self.config
         self._workers_made += 1
         self._workers[event.wid] = worker = WorkerState(

@@ -39,6 +39,7 @@ class WaitingQueue:
         self._floor = 0.0  # where a tenant starts when no other is active
         self._forget_at = MOST_COUNTERS
         self.waiting: dict[str, list[int]] = {}  # tenant -> [requests, tokens] that wait
+        self.classes = [0] * len(PRIORITIES)  # requests that wait, by the class that they came with
         self.sequences = 0
 
     # ------------------------------------------------------------- shares
@@ -96,6 +97,7 @@ class WaitingQueue:
             heapq.heappush(self._due, (due, sequence.entry, sequence))
         counts = self.waiting.setdefault(request.tenant, [0, 0])
         counts[0] += request.waiting == 0
+        self.classes[request.level] += request.waiting == 0
         counts[1] += sequence.known_tokens
         request.waiting += 1
         self.sequences += 1
@@ -108,6 +110,7 @@ class WaitingQueue:
         request.waiting -= 1
         counts = self.waiting[request.tenant]
         counts[0] -= request.waiting == 0
+        self.classes[request.level] -= request.waiting == 0
         counts[1] -= sequence.known_tokens
         if not counts[0]:
             del self.waiting[request.tenant]
@@ -185,3 +188,5 @@ class WaitingQueue:
         for request in {id(s.request): s.request for s in queued}.values():
             tokens[request.tenant][0] += 1
         assert tokens == self.waiting, "waiting counts differ from the queue"
+        assert sum(self.classes) == sum(requests for requests, _ in tokens.values())
+        assert min(self.classes) >= 0

@@ -27,6 +27,8 @@ def gateway_registry() -> CollectorRegistry:
         counter.labels(MODEL).inc()
     door.ROUTED.labels(MODEL, "default", "auto", "rule-1").inc()
     door.ROUTED_TOKENS.labels(MODEL, "default", "rule-1", "prompt").inc()
+    door.MOVED.labels(MODEL, "org/other").inc()
+    door.SCORED.labels(MODEL, "simple").inc()
     door.COST.labels(MODEL, "default", "rule-1").inc()
     error_answer(NotFound("this model is not served here", code="model_not_found"))
     return door.REGISTRY
@@ -38,7 +40,8 @@ def scheduler_metrics() -> scheduler.metrics.Metrics:
     metrics.answered("hit")
     metrics.planned(WORKER, Plan(epoch=1, gen=1, step=1))
     worker = WorkerStats(1, 2, 4, 0, 0.0, False)
-    metrics.observe(Stats(1, 1, 0, 0, {}, {WORKER: worker}, Counters()), 1.0, 0, 0.0)
+    tenants = {"default": (1, 1)}
+    metrics.observe(Stats(1, 1, 1, 1, tenants, {WORKER: worker}, Counters(), {"standard": 1}), 1.0, 0, 0.0)
     metrics.request_done(
         RequestDone("r", "default", 1, 1, 0, ["stop"], 0.1, 0.1, 0.1),
     )

@@ -60,5 +60,8 @@ def test_compose_mounts_what_is_there_and_scrapes_its_services() -> None:
         for volume in services[name]["volumes"]:
             assert (ROOT / volume.split(":")[0]).exists(), volume
     scraped = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
-    targets = [target.split(":")[0] for job in scraped for one in job["static_configs"] for target in one["targets"]]
-    assert set(targets) == {name for name in services if name.split("-")[0] in ("gateway", "scheduler", "worker")}
+    listed = [target for job in scraped for one in job.get("static_configs", ()) for target in one["targets"]]
+    found = [name for job in scraped for one in job.get("dns_sd_configs", ()) for name in one["names"]]
+    assert {target.split(":")[0] for target in (*listed, *found)} == {
+        name for name in services if name.split("-")[0] in ("gateway", "scheduler", "worker")
+    }

@@ -92,6 +92,7 @@ class Backend:
     running: list[Running] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
     entries: list[tuple[str, RequestRecord]] = field(default_factory=list)
     steps: int = 0
 
@@ -184,6 +185,11 @@ class Backend:
             for event in await self.bus.read_events(after, 64, 50):
                 after = event.event_id
                 if event.kind == "cancel" and event.rid is not None:
+                    record = await self.bus.read_request(event.rid)
+                    if record is not None and record.moved is not None:  # the store has ended it
+                        self.moved.append(event.rid)
+                        self.running = [r for r in self.running if r.record.rid != event.rid]
+                        continue
                     self.cancelled.append(event.rid)
                     for choice in [r for r in self.running if r.record.rid == event.rid and not r.over]:
                         await self.commit([(choice, Frame(None, "", "abort"))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -12,11 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 import redis
 
 from headrace import Client
 from headrace.serve.embedded import DURABLE, EmbeddedServer
+from protocol.bus import GatewayBus
+from protocol.messages import Job
+from protocol.routing.table import Routing
 from tests.headrace.test_examples import EXAMPLE
 from tests.stack import START_S, free_port
 
@@ -111,12 +116,38 @@ def test_every_role_works_as_its_own_user(guarded: Guarded) -> None:
     assert produced.returncode == 0, produced.stderr
     assert "result:" in produced.stdout
 
+    table = msgspec.json.encode(Routing(aliases={"fast": {MODEL: 1}}))
+    guarded.admin.set("{headrace:models}:routing", table)
+    with guarded.as_user("producer") as producer:
+        job = {"id": "once", "prompt": "x", "sampling": {"max_tokens": 2}, "results": "mine"}
+        producer.xadd("headrace:{fast}:jobs", {"job": "none"})
+        producer.xadd("headrace:{fast}:jobs", {"job": json.dumps(job)})
+        deadline = time.monotonic() + START_S
+        while not (found := producer.xread({f"headrace:{{{MODEL}}}:results:mine": "0"})):
+            assert time.monotonic() < deadline, guarded.admin.acl_log()
+            time.sleep(0.2)
+        ((_, ((_, entry),)),) = found
+        assert msgspec.msgpack.decode(entry[b"result"])["id"] == "once"
+        assert producer.get("headrace:{fast}:routed:default:once") == MODEL.encode()
+    assert guarded.admin.xlen("headrace:{fast}:dead") == 1
+    assert asyncio.run(_moved(guarded.user_url("gateway")))
+
     with Client(guarded.user_url("gateway"), MODEL) as client:  # to the queue, a client is a gateway
         assert client.result(client.submit("x", max_tokens=3)).choices[0].finish_reason
 
     denied = [(e["username"], e["context"], e["object"]) for e in guarded.admin.acl_log()]
     # the scheduler alone looks at the server's settings, among which are passwords; the others say that they may not
     assert set(denied) <= {(user, "toplevel", "config|get") for user in ("gateway", "worker")}
+
+
+async def _moved(url: str) -> bool:
+    """Whether a gateway may give a request of a model that nobody leads to another one."""
+    bus = GatewayBus(url, "org/other")
+    await bus.connect()
+    await bus.accept(Job(prompt="x"), rid="r" * 32, idempotency="k")
+    moved = await bus.move("r" * 32, "default", MODEL, "s" * 32)
+    await bus.close()
+    return moved
 
 
 @pytest.mark.parametrize(

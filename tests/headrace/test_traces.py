@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from headrace.serve.embedded import server_url
 from protocol.bus import GatewayBus
@@ -69,7 +70,7 @@ def test_one_trace_tells_a_chat_over_all_processes(traced: Stack, receiver: Rece
     trace_id, span_id, headers = caller()
     body = {"model": MODEL, "messages": [{"role": "user", "content": WORDS}], "max_tokens": 6, "stream": True,
             "temperature": 0.5, "seed": 3, "ignore_eos": True}  # fmt: skip
-    told, _ = post(traced, "/v1/chat/completions", body, headers)
+    told, _ = post(traced, "/v1/chat/completions", body, {**headers, "tracestate": "vendor=a, other=b"})
     http, model = "POST /v1/chat/completions", f"chat {MODEL}"
     spans = whole(receiver, trace_id, {http, model, "accept", *PARTS})
     assert (spans[http].kind, spans[http].parent_id) == ("server", span_id)
@@ -78,6 +79,10 @@ def test_one_trace_tells_a_chat_over_all_processes(traced: Stack, receiver: Rece
     assert spans[http].attributes["http.response.status_code"] == 200
     assert [name for name, *_ in spans["prefill"].events] == ["placed"]
     assert [name for name, *_ in spans["decode"].events] == ["first token"]
+    assert {span.state for span in spans.values()} == {"vendor=a,other=b"}
+    commits = [found for link in spans["decode"].links for found in receiver.of(link[0])["commit"]]
+    assert [commit.attributes["headrace.worker"] for commit in commits] == ["worker-0"] * 2
+    assert commits[0].attributes["headrace.step"] < commits[1].attributes["headrace.step"]
     names = [spans[name].resource["service.name"] for name in (http, model)]
     assert names == ["headrace-gateway", "headrace-scheduler"]
     given = spans[model].attributes
@@ -174,3 +179,18 @@ def test_a_collector_that_is_away_keeps_nobody(tmp_path: Path, model_dir: Path) 
         began = time.monotonic()
         assert stack.stop() == 0
         assert time.monotonic() - began < PATIENCE_S
+
+
+def test_metrics_name_a_trace_where_openmetrics_is_asked_for(traced: Stack, receiver: Receiver) -> None:
+    trace_id, _, headers = caller()
+    body = {"model": MODEL, "prompt": WORDS, "max_tokens": 2, "stream": True}
+    post(traced, "/v1/completions", body, headers)
+    asked = urllib.request.Request(traced.url + "/metrics", headers={"Accept": "application/openmetrics-text"})
+    with urllib.request.urlopen(asked, timeout=60) as reply:
+        assert reply.headers["Content-Type"].startswith("application/openmetrics-text")
+        families = {f.name: f for f in text_string_to_metric_families(reply.read().decode())}
+    for name in ("headrace_time_to_first_token_seconds", "llm_request_duration_seconds"):
+        told = [sample.exemplar.labels["trace_id"] for sample in families[name].samples if sample.exemplar]
+        assert trace_id in told
+    with urllib.request.urlopen(traced.url + "/metrics", timeout=60) as reply:
+        assert b"trace_id" not in reply.read()

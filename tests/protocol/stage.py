@@ -77,10 +77,10 @@ class Stage:
         row = CommitRow(rid, 0, 0, 0, frame(None, "", "error"), "error")
         assert await self.bus.finish(self.epoch, [row], entry_id=entry.entry_id) == "l"
 
-    async def place(self, *rids: str, choice: int = 0, placement: int = 1, wid: str = "w0") -> None:
+    async def place(self, *rids: str, choice: int = 0, placement: int = 1, wid: str = "w0", cursor: int = 0) -> None:
         self.step += 1
         new = [
-            NewSequence(seat, rid, choice, placement, b"", 3, SamplingParams(max_tokens=9), 5, 0, b"", 0)
+            NewSequence(seat, rid, choice, placement, b"", 3, SamplingParams(max_tokens=9), 5, cursor, b"", 0)
             for seat, rid in enumerate(rids)
         ]
         await self.bus.plan(self.epoch, wid, self.gen, Plan(self.epoch, self.gen, self.step, new=new))

@@ -8,7 +8,7 @@ import redis
 from protocol.messages import CommitRow, Job
 from protocol.sampling import SamplingParams
 from tests.bus import Bus
-from tests.protocol.stage import Stage, frame
+from tests.protocol.stage import Stage, frame, terminal
 
 KEY = "a" * 64
 
@@ -92,12 +92,33 @@ async def test_what_has_a_placement_of_its_own_is_fed_no_more(stage: Stage) -> N
     assert await stage.commit(row(second, 0, frame(7, "a"))) == "l"
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"), [({"n": 2}, "first"), ({"results": "r"}, "alone")], ids=["other choices", "results"]
-)
-async def test_who_cannot_join(stage: Stage, fields: dict[str, object], said: str) -> None:
+async def test_who_has_other_choices_cannot_join(stage: Stage) -> None:
     await asked(stage)
-    assert (await asked(stage, **fields))[1] == said  # type: ignore[arg-type]
+    assert (await asked(stage, n=2))[1] == "first"
+
+
+async def test_one_that_is_to_have_a_result_makes_its_last_token_itself(stage: Stage) -> None:
+    """It shares all others; the end with its result is one row of its own, so there is one result whatever dies."""
+    first, _ = await asked(stage)
+    await stage.place(first)
+    begin, end = frame(7, "a"), frame(8, "b", "stop")
+    await stage.commit(row(first, 0, begin))
+    second, said = await asked(stage, results="mine", id="p1")
+    third, _ = await asked(stage, results="mine", id="p2")
+    assert (said, stage.journal(second)) == ("joined", begin)
+    for _ in range(2):
+        assert await stage.commit(row(first, len(begin), end, "stop")) == "l"
+    assert (stage.journal(second), stage.field(second, "e0"), stage.field(second, "joins")) == (begin, None, None)
+    assert (stage.journal(third), stage.field(third, "joins")) == (begin, second)
+    assert [entry[b"r"] for entry in stage.entries("events") if entry[b"k"] == b"j"] == [second.encode()]
+    for rid, id in ((second, "p1"), (third, "p2")):
+        await stage.place(rid, cursor=len(begin))
+        done = CommitRow(rid, 0, 1, len(begin), end, "stop", result=terminal(rid, id=id))
+        for _ in range(2):
+            assert await stage.commit(done) == "l"
+        assert stage.journal(rid) == begin + end
+    assert [t.id for _, t in await stage.bus.read_results("mine")] == ["p1", "p2"]
+    assert not stage.raw.exists(stage.key("live"), stage.key("flights"))
 
 
 async def test_a_first_one_that_is_to_end_is_not_joined(stage: Stage) -> None:

@@ -20,7 +20,12 @@ async def meets(request: Asked, now: datetime.datetime = NOON, timezone: str = "
         return len(str(request.prompt))
 
     route = Route(rules=[Rule(models=["m"], **conditions)], timezone=timezone)
-    return await first_match(route, request, now, count) is not None
+    return await first_match(route, request, now, count, silent) is not None
+
+
+async def silent() -> str | None:
+    """A scorer that says nothing."""
+    return None
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,7 @@ async def test_the_first_match_wins_and_tokens_are_counted_last() -> None:
         Rule(models=["c"], name="short", max_prompt_tokens=60),
         Rule(models=["d"], name="rest"),
     ]
-    match = await first_match(Route(rules=rules), Asked("t", prompt="x"), NOON, count)
+    match = await first_match(Route(rules=rules), Asked("t", prompt="x"), NOON, count, silent)
     assert match is not None
     assert (match[0], match[1].name, counted) == (2, "short", ["long", "short"])
 
@@ -126,6 +131,15 @@ def test_weights_are_kept_and_a_key_stays() -> None:
         (
             Routing(routes={"r": Route(rules=[Rule(models=["m"])], timezone="Mars/Base")}),
             ("routes", "r", "timezone"), "no such time zone",
+        ),
+        (
+            Routing(routes={"r": Route(rules=[Rule(models=["m"], complexity=["simple"])])}),
+            ("routes", "r", "rules", 0, "complexity"), "names no scorer",
+        ),
+        (Routing(routes={"r": Route(rules=[Rule(models=["m"])], scorer="r")}), ("routes", "r", "scorer"), "no served"),
+        (
+            Routing(routes={"r": Route(rules=[Rule(models=["m"], first_token_within=0)])}),
+            ("routes", "r", "rules", 0, "first-token-within"), "seconds in",
         ),
         (Routing(upstreams={"u": Upstream(url="ftp://x")}), ("upstreams", "u", "url"), "http or https"),
         (Routing(upstreams={"u": Upstream(url="https://me:pw@x/v1")}), ("upstreams", "u", "url"), "without user"),

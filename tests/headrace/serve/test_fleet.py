@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ SLOW = "{step_us = 20000}"
 
 
 def text_of(model_dir: Path, **models: str) -> str:
-    head = f"[defaults]\nmodel = '{model_dir}'\nengine = 'simulated'\nengine-options = {SLOW}\n"
+    head = f"least-stay = 20\n[defaults]\nmodel = '{model_dir}'\nengine = 'simulated'\nengine-options = {SLOW}\n"
     return head + "".join(f"[models.{name}]\n{keys}\n" for name, keys in models.items())
 
 
@@ -163,6 +164,9 @@ def test_an_idle_model_gives_its_memory_back_and_is_loaded_again_when_asked(flee
     with ask(fleet, "nap", 4) as reply:
         assert json.loads(reply.read())["usage"]["completion_tokens"] == 4
     assert "model nap is loaded again" in fleet.output()
+    (log,) = (fleet.run_dir / "run" / "logs").glob("scheduler-nap-*.log")
+    told = [json.loads(line) for line in log.read_text().splitlines() if '"load_s"' in line]
+    assert 0 < told[-1]["load_s"] <= told[-1]["queue_s"]  # the cold start
 
 
 def test_an_alias_moves_for_who_asks_next(fleet: Stack) -> None:
@@ -175,3 +179,32 @@ def test_an_alias_moves_for_who_asks_next(fleet: Stack) -> None:
     assert (refused.returncode, "nothing has the name gone" in refused.stderr) == (78, True)
     assert headrace(fleet, "models", "alias", "prod").returncode == 0
     until(lambda: "prod" not in fleet.models(), fleet)
+
+
+def test_models_that_share_a_card_take_turns_and_who_waits_is_told_why(fleet: Stack, model_dir: Path) -> None:
+    """The least stay is that of a test: long enough to see who waits."""
+    for name in ("day", "night"):
+        added = headrace(fleet, "models", "add", name, "--model", str(model_dir), "--card", "gpu0")
+        assert added.returncode == 0, added.stderr
+    rows = headrace(fleet, "models", "list").stdout
+    assert {row.split()[0]: row.split()[1] for row in rows.splitlines()}.items() >= {"day": "serving"}.items()
+    assert "worker-night-0" not in fleet.pids("worker")
+    running = Reader(fleet, "day", 2500)  # fifty seconds: longer than its least stay
+    waiting = ask(fleet, "night", 4, stream=True)
+    why = re.compile(
+        "waits for its turn on gpu0: day stays for 20 s at least|waits until day has ended what it runs on"
+    )
+    until(lambda: why.search(headrace(fleet, "models", "list").stdout), fleet)
+
+    def told() -> str:
+        with ask(fleet, "night", 1, stream=True) as second:
+            return str(second.headers["X-Headrace-Waits"])
+
+    until(lambda: why.search(told()), fleet)  # gateways read it every three seconds
+    assert waiting.read().endswith(b"data: [DONE]\n\n")
+    assert "model day gives its place on gpu0 to night" in fleet.output()
+    assert "worker-day-0" not in fleet.pids("worker")
+    assert b'"finish_reason":"length"' in running.ended()[-2]
+    with ask(fleet, "day", 4) as back:
+        assert json.loads(back.read())["usage"]["completion_tokens"] == 4
+    assert "model night gives its place on gpu0 to day" in fleet.output()

@@ -13,17 +13,18 @@ from protocol.messages import Job
 from protocol.sampling import SamplingParams
 from tests.bus import Bus
 from tests.protocol.model.link import Crash, Turn
-from tests.protocol.model.world import World
+from tests.protocol.model.world import ELSEWHERE, World
 
 GROUPS = 4  # answers that several requests ask for
 
 
 def draw_job(rng: random.Random, **fields: Any) -> Job:
-    """A third of them ask for one of a few answers, without results: these join each other."""
+    """A third of them ask for one of a few answers: these join each other, with results or without."""
     if rng.random() < 0.35:
         group = rng.randrange(GROUPS)
         sampling = SamplingParams(max_tokens=60, n=1 + group % 2, temperature=0.0)
-        return Job(prompt="x", sampling=sampling, reply_to="gw", cache_salt=f"g{group}", **fields)
+        results = rng.choice([None, "res"])
+        return Job(prompt="x", sampling=sampling, results=results, reply_to="gw", cache_salt=f"g{group}", **fields)
     sampling = SamplingParams(max_tokens=rng.randrange(1, 25), n=rng.choice([1, 1, 1, 2]))
     return Job(prompt="x", sampling=sampling, results="res", reply_to="gw", **fields)
 
@@ -40,6 +41,7 @@ async def client(world: World, number: int, requests: int) -> None:
                 accepted = await bus.accept(job, rid=rid, idempotency=key)
                 world.accepted[accepted.rid] = job
                 world.agents.append(perhaps_cancel(world, accepted.rid))
+                world.agents.append(perhaps_move(world, accepted.rid))
                 break
             except Crash:
                 world.stats["client died"] += 1
@@ -56,6 +58,24 @@ async def perhaps_cancel(world: World, rid: str) -> None:
     try:
         await meddle(world, world.bus(), rid)
     except Crash:
+        world.stats["client died"] += 1
+
+
+async def perhaps_move(world: World, rid: str) -> None:
+    """A gateway that gives a request to another model if it says nothing for a while; it may die at any point."""
+    for _ in range(world.rng.randrange(400)):
+        await Turn()
+    if world.rng.random() < 0.5:
+        return
+    bus, there = world.bus(), f"{world.rng.getrandbits(128):032x}"
+    try:
+        await world.bus(ELSEWHERE).accept(world.accepted[rid], rid=there)
+        moved = await bus.move(rid, "default", ELSEWHERE, there)
+        world.stats["moved" if moved else "stayed"] += 1
+        world.moves.append((rid, there, moved))
+        if not moved:
+            await world.bus(ELSEWHERE).cancel(there, "default")
+    except (Crash, OutOfMemory, Overloaded):
         world.stats["client died"] += 1
 
 

@@ -31,6 +31,7 @@ FAULT_RATES = {
     "admit": 0.03,
     "accept": 0.05,
     "join": 0.05,
+    "move": 0.1,
     "retire": 0.1,
     "register": 0.1,
     "claim": 0.1,
@@ -53,6 +54,11 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "",
     ),
     "placement": ("_rows", "if not ours then return 's' end", ""),
+    "move": (
+        "move",
+        "if redis.call('EXISTS', P .. 'j:' .. rid .. ':' .. choice) == 1 then return 'stays' end",
+        "",
+    ),
     "void": ("accept", "if redis.call('EXISTS', P .. 'void:' .. rid) == 1 then return {'void'} end\n", ""),
     "cursor": (
         "_rows",

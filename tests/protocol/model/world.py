@@ -11,12 +11,14 @@ import redis
 
 from protocol import messages
 from protocol.errors import Fenced
+from protocol.keys import Keys
 from protocol.messages import Job, Terminal, decode_frames
 from tests.bus import Bus
 from tests.conftest import leaked_keys
 from tests.protocol.model.link import FAULT_RATES, FAULTS, OTHER_FAULT_RATE, Crash, ModelLink, Turn, load_scripts
 
 MODEL = "model"
+ELSEWHERE = "another"  # to which requests are moved; nothing runs there
 PAUSES = (60, 120, 200, 600)  # turns; the longest is longer than it takes to be declared dead
 
 
@@ -57,6 +59,7 @@ class World:
         self.epochs: list[int] = []
         self.deaths: collections.defaultdict[str, set[int]] = collections.defaultdict(set)
         self.wrong: collections.Counter[str] = collections.Counter()
+        self.moves: list[tuple[str, str, bool]] = []  # rid, rid there, what `move` said
         self.clients_left = 0
         self.agents: list[Coroutine[Any, Any, None]] = []
 
@@ -164,6 +167,9 @@ class World:
             record = self.plain.hgetall(keys.request(rid))
             if record.get(b"open") != b"0":
                 self.wrong["open choices miscounted or unfinished"] += 1
+            if b"moved" in record:
+                self._judge_moved(rid, record[b"moved"].decode())
+                continue
             if int(record.get(b"attempts", 0)) > len(self.deaths[rid]):
                 self.wrong["a death counted twice"] += 1
             for choice in range(job.choices):
@@ -180,10 +186,22 @@ class World:
         pending = self.plain.xpending(keys.jobs, "scheduler")
         if pending["pending"] or self.plain.xlen(keys.jobs) or self.plain.exists(keys.live):
             self.wrong["inbox or live not empty"] += 1
+        for key in self.plain.scan_iter(f"headrace:{{{ELSEWHERE}}}:*"):
+            self.plain.delete(key)  # nobody runs it
         if leaked_keys(self.plain, MODEL):
             self.wrong["leaked keys"] += 1
         if self.epochs != sorted(set(self.epochs)):
             self.wrong["an epoch led twice"] += 1
+
+    def _judge_moved(self, rid: str, to: str) -> None:
+        """Nothing of it was ever said here, and where it went it is; whoever was told so was told the truth."""
+        if any(self.plain.scan_iter(f"{self.bus().keys.prefix}j:{rid}:*")):
+            self.wrong["moved and said here"] += 1
+        there = self.plain.hmget(Keys(ELSEWHERE).request(to.split()[1]), "open", "cancel")
+        if there[0] is None or there[1] is not None:
+            self.wrong["moved to where it is not"] += 1
+        if any(one == rid and said != (f"{ELSEWHERE} {there}" == to) for one, there, said in self.moves):
+            self.wrong["told another move"] += 1
 
     def _judge_journal(self, journal: bytes, end: str) -> None:
         """One terminal frame, the last; the chain of tokens unbroken; the record agrees."""
