@@ -280,7 +280,7 @@ def block_product(
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program of widened_rows computes at a time."""
+    """What a program of widened_rows computes at a time: so many columns, or half as many of gate and of up."""
 
     columns: int
     warps: int
@@ -304,9 +304,10 @@ def widened(
     width = outputs if act == NO_ACT else outputs // 2
     height = max(16, min(STRIP, triton.next_power_of_2(rows)))
     tile = tile or (FEW[0] if height <= FEW_ROWS else MANY)
-    tiles, strips = triton.cdiv(width, tile.columns), triton.cdiv(rows, height)
+    columns = tile.columns if act == NO_ACT else tile.columns // 2
+    tiles, strips = triton.cdiv(width, columns), triton.cdiv(rows, height)
     form = _form(weight)
-    room = min(COUNTERS, SUMS // (tile.columns * height))
+    room = min(COUNTERS, SUMS // (columns * height))
     pieces = 1 if act != NO_ACT else _pieces(tiles * strips, inputs, x.device, room)
     piece = triton.cdiv(triton.cdiv(inputs, pieces), form["DEPTH"]) * form["DEPTH"]
     pieces = triton.cdiv(inputs, piece)
@@ -319,7 +320,7 @@ def widened(
         x, codes, scale, zeros, x if bias is None else bias, out, partial, done,
         rows, outputs, inputs, piece, x.stride(0), out.stride(0),
         EVEN=inputs % form["DEPTH"] == 0, BIAS=bias is not None, ACT=act, CUT=pieces > 1, ROWS=height,
-        COLUMNS=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **form,
+        COLUMNS=columns, num_warps=tile.warps, num_stages=tile.stages, **form,
     )  # fmt: skip
     return out
 
