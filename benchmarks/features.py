@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import Process, Queue
+from multiprocessing import Process
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +58,19 @@ class _Forgets(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def _collect(port: int, up: Queue[None]) -> None:
+def _collect(port: int, up: Event) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", port), _Forgets)
-    up.put(None)
+    up.set()
     server.serve_forever()
 
 
 @contextlib.contextmanager
 def collector() -> Iterator[dict[str, str]]:
     """The variables that send all traces to a process of its own."""
-    port, up = free_port(), Queue[None]()
+    port, up = free_port(), multiprocessing.Event()
     process = Process(target=_collect, args=(port, up), daemon=True)
     process.start()
-    up.get()
+    up.wait()
     try:
         yield {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
     finally:
