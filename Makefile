@@ -42,7 +42,7 @@ venv: $(DEV) ## make and fill .venv
 serve: $(KERNELS) ## serve a small chat model (MODEL=... serves another; ARGS='--port ...')
 	@bash -c '[ -t 0 ] && set -m && { $(BIN)/headrace serve "$$@"; exit $$?; }; exec $(BIN)/headrace serve "$$@"' serve $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
-# Several at once, file by file: most of them wait for processes of their own rather than compute.
+# Several at once, file by file (tests/sharing.py): most of them wait for processes of their own rather than compute.
 test: $(DEV) $(KERNELS) ## run the tests (ARGS='tests/headrace -k cli')
 	$(PYTEST) -m "not sweep and not nightly and not clients and not ray and not ops" -n 3 --dist loadfile $(ARGS)
 

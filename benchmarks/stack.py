@@ -17,8 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from typing import Any, Self
 import redis
 
 from headrace.serve.embedded import server_url
+from tests.stack import answers
 
 START_S = 600.0
 STOP_S = 120.0
@@ -108,12 +107,8 @@ class Process:
             assert self.process is not None
             if self.process.poll() is not None:
                 raise Unavailable(f"ended with {self.process.returncode}: {self.tail()}")
-            try:
-                with urllib.request.urlopen(url, timeout=5) as reply:
-                    if reply.status == 200:
-                        return
-            except (urllib.error.URLError, OSError):
-                pass
+            if answers(url):
+                return
             time.sleep(0.2)
         raise Unavailable(f"not ready after {patience:.0f} s: {self.tail()}")
 

@@ -16,9 +16,11 @@ from headrace.model import cache_dir
 from headrace.serve.embedded import FAST, EmbeddedServer
 from protocol.keys import HOME, REGISTRY
 from tests.bus import Bus
+from tests.sharing import pytest_xdist_make_scheduler
 from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
+from tests.stack import Stack
 
-__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]  # hooks
+__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport", "pytest_xdist_make_scheduler"]  # hooks
 
 MODEL = "test/model"
 TRIES = 3  # a machine under load may be too slow for a registry's few seconds
@@ -27,6 +29,10 @@ TRIES = 3  # a machine under load may be too slow for a registry's few seconds
 # which any test that imports transformers does.
 if not Path("/proc/driver/nvidia").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Test processes stand beside each other: torch's threads would wait for each other's cores, by spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +64,25 @@ def small_model() -> Path:
         except default_model.NotFetched as error:
             why = str(error)
     pytest.fail(f"the small model cannot be had: {why}")
+
+
+@pytest.fixture(scope="session")
+def small_stack(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Stack]:
+    """As a user starts it, but for the memory that it takes: no --model. ``small_model`` says if it cannot be had."""
+    place = tmp_path_factory.mktemp("small")
+    with Stack(place, "--max-model-len", "2048", "--kv-cache-memory", "256MiB", "--dtype", "float32") as running:
+        yield running
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch's own arithmetic on one thread: sums in one order."""
+    import torch  # takes seconds, and most tests need none
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -35,6 +35,15 @@ def free_port() -> int:
             return first
 
 
+def answers(url: str) -> bool:
+    """Whether a GET gives 200 within some seconds."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
 class Stack:
     """Use as a context manager. ``args`` are further options of `headrace serve`."""
 
@@ -72,12 +81,8 @@ class Stack:
             assert self.process is not None
             if self.process.poll() is not None:
                 raise AssertionError(f"serve ended with {self.process.returncode}:\n{self.output()}")
-            try:
-                with urllib.request.urlopen(url, timeout=5) as reply:
-                    if reply.status == 200:
-                        return
-            except (urllib.error.URLError, OSError):
-                pass
+            if answers(url):
+                return
             time.sleep(0.2)
         raise AssertionError(f"not ready after {START_S} s:\n{self.output()}")
 

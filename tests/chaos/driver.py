@@ -78,8 +78,11 @@ class Chaos:
     server: subprocess.Popen[bytes] | None = None
     draining: list[asyncio.Task[None]] = field(default_factory=list)  # each waits for the end of a flood
 
-    async def run(self, seconds: float, every: float, kinds: list[str] | None = None, *, rolling: bool = False) -> None:
-        """Load for ``seconds``, a fault every ``every``, or one rolling restart; then rest, judge, and stop."""
+    async def run(
+        self, seconds: float, every: float, kinds: list[str] | None = None, *, once: bool = False, rolling: bool = False
+    ) -> None:
+        """Load for ``seconds``, a fault every ``every``, or one rolling restart; then rest, judge, and stop.
+        ``once``: until every kind has come, if that is sooner."""
         self.rng = random.Random(self.seed)
         self.redis_port = free_port()
         self._start_server()
@@ -105,7 +108,7 @@ class Chaos:
             if rolling:
                 await self._restart_all()
             else:
-                await self._inject(seconds, every, kinds or list(self._table()), loading)
+                await self._inject(seconds, every, kinds or list(self._table()), loading, once)
             self.load.stop.set()
             await asyncio.wait_for(loading, 300)
             watching.cancel()
@@ -247,8 +250,10 @@ class Chaos:
             await asyncio.sleep(self.rng.uniform(0.1, 1))
             self._start_server()
 
-    async def _inject(self, seconds: float, every: float, kinds: list[str], loading: asyncio.Task[None]) -> None:
-        begun, deck = time.monotonic(), []
+    async def _inject(
+        self, seconds: float, every: float, kinds: list[str], loading: asyncio.Task[None], once: bool
+    ) -> None:
+        begun, deck = time.monotonic(), list[str]()
         table = self._table()
         await asyncio.sleep(min(3, every))
         while time.monotonic() - begun < seconds:
@@ -265,6 +270,8 @@ class Chaos:
                     )
                 print(f"{at - begun:7.1f} s  {kind:24} done {self.load.done}, resumed {self.load.resumed}", flush=True)
             await asyncio.sleep(every * self.rng.uniform(0.6, 1.4))
+            if once and not deck:
+                return
 
     async def _restart_all(self) -> None:
         """SIGTERM to every process in turn, each followed by the next only once its successor serves."""

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,8 @@ pytestmark = pytest.mark.timeout(1800)  # the first test of a client installs it
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Stack]:
-    place = tmp_path_factory.mktemp("clients")
-    with Stack(place, "--max-model-len", "2048", "--kv-cache-memory", "256MiB", "--dtype", "float32") as running:
-        yield running
+def stack(small_stack: Stack) -> Stack:
+    return small_stack
 
 
 def report_of(client: str, url: str, model: str, tokenizer: Path, home: Path) -> dict[str, str | None]:

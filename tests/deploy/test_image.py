@@ -18,10 +18,11 @@ DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts need root on Linux"),
     pytest.mark.timeout(1500),
+    pytest.mark.nightly,
 ]
 
 
-@pytest.mark.parametrize("light", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["light", "full"])
+@pytest.mark.parametrize("light", [True, False], ids=["light", "full"])
 def test_the_image_serves_on_its_native_kernels(tmp_path: Path, light: bool) -> None:
     image = Image.of(DOCKERFILE.read_text(), {"TORCH_INDEX": ""})
     assert image.user.isdigit(), "Kubernetes' runAsNonRoot needs a number"

@@ -32,12 +32,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator
         yield running
 
 
-@pytest.fixture
-def client(stack: Stack) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=stack.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 @pytest.fixture(scope="module")
 def reference(model_dir: Path) -> tuple[object, object]:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()

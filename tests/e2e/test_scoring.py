@@ -20,21 +20,6 @@ MODEL = "demo"
 TOKENIZER = AutoTokenizer.from_pretrained("examples/demo-model")
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(
-        tmp_path_factory.mktemp("scoring"), "--model", "examples/demo-model", "--served-model-name", MODEL,
-        "--dtype", "float32", "--max-num-seqs", "8",
-    ) as running:  # fmt: skip
-        yield running
-
-
-@pytest.fixture
-def client(stack: Stack) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=stack.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 @pytest.fixture
 def queue(stack: Stack) -> Iterator[Client]:
     with Client(server_url(stack.run_dir / "data")) as made:

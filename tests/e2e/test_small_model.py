@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -56,11 +55,8 @@ CHATS = [
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Stack]:
-    """As a user starts it, but for the memory that it takes: no --model."""
-    place = tmp_path_factory.mktemp("small")
-    with Stack(place, "--max-model-len", "1024", "--kv-cache-memory", "256MiB", "--dtype", "float32") as running:
-        yield running
+def stack(small_stack: Stack) -> Stack:
+    return small_stack
 
 
 def test_the_start_and_the_list_of_models_say_which_it_is(stack: Stack) -> None:
@@ -98,14 +94,6 @@ def test_the_readmes_examples_answer_what_it_shows(stack: Stack) -> None:
     assert given.keys() == shown.keys()
     assert all(given[part] == shown[part] for part in ("object", "model", "choices", "usage"))
     assert told[1] == text.strip()
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.timeout(900)  # transformers takes a while where others compute too

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -29,21 +28,6 @@ SCHEMA = {
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
 TAG = {"begin": "<f=a>", "schema": {"type": "integer", "maximum": 99, "minimum": 0}, "end": "</f>"}
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(
-        tmp_path_factory.mktemp("structure"), "--model", "examples/demo-model", "--served-model-name", MODEL,
-        "--dtype", "float32",
-    ) as running:  # fmt: skip
-        yield running
-
-
-@pytest.fixture
-def client(stack: Stack) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=stack.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def ask(client: openai.OpenAI, **fields: Any) -> Any:

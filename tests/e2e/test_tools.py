@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +40,6 @@ ASK: Any = {
     "tools": TOOLS,
     "max_tokens": 200,
 }
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(
-        tmp_path_factory.mktemp("stack"), "--model", str(MODEL), "--served-model-name", "demo", "--dtype", "float32"
-    ) as running:
-        yield running
-
-
-@pytest.fixture
-def client(stack: Stack) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=stack.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def forecast(city: str, days: int, units: str | None) -> str:

@@ -11,7 +11,8 @@ import pytest
 
 from gateway.app import Gateway, GatewayConfig
 from tests.gateway.backend import Backend
-from tests.gateway.front import Front, eventually, followers
+from tests.gateway.front import Front, followers
+from tests.waits import eventually
 
 
 @pytest.fixture

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 
 from gateway.app import Gateway
 from tests.gateway.backend import MODEL
-
-PATIENCE_S = 60.0  # for what must come; a loaded machine may be slow
-
 
 CHAT = {
     "model": MODEL,
@@ -42,18 +37,6 @@ def rid_of(events: list[bytes]) -> str:
 def followers(gateway: Gateway) -> int:
     """Readers of every model's streams."""
     return sum(len(model.outlet.everyone()) for model in gateway.models._open.values())
-
-
-async def eventually(condition: Callable[[], Any], what: str = "the condition") -> Any:
-    """Wait until ``condition()`` (may be async) is true, and return it."""
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            value = condition()
-            if isinstance(value, Awaitable):
-                value = await value
-            if value:
-                return value
-            await asyncio.sleep(0.01)
 
 
 class Front:

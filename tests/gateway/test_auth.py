@@ -18,7 +18,7 @@ from gateway.metrics import REGISTRY
 from protocol.errors import StartError
 from protocol.keys import HOME
 from tests.gateway.backend import MODEL, Backend
-from tests.gateway.front import eventually
+from tests.waits import eventually
 
 COMPLETION = {"model": MODEL, "prompt": "hi"}
 

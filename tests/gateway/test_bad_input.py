@@ -1,4 +1,7 @@
-"""What must be refused, one row per fault: over HTTP, by the status and the field that the error names."""
+"""What must be refused, one row per fault: over HTTP, by the status and the field that the error names.
+
+Over 400 lines: most are the table of faults.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A request's life as its clients make it: they leave, stall, repeat themselves; it fails, or the gateway leaves."""
+"""A request's life as its clients make it: they leave, stall, repeat themselves; it fails, or the gateway leaves.
+
+Over 400 lines: one test for each way in which a request's life can go.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from protocol.keys import HOME
 from protocol.messages import CommitRow, Frame, Hint, encode
 from scheduler.sweep import sweep
 from tests.gateway.backend import MODEL, Backend, word
-from tests.gateway.front import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of
+from tests.gateway.front import CHAT, COMPLETION, Front, event_id, payload, rid_of
+from tests.waits import eventually
 
 # ------------------------------------------------------------------ readers that go away
 

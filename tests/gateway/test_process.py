@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from tests.gateway.backend import MODEL, Backend
-from tests.gateway.front import eventually
+from tests.waits import eventually
 
 PROGRAM = """
 import asyncio, logging, sys

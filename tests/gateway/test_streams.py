@@ -18,7 +18,8 @@ from gateway.streams import SILENCE_S, Collector, Outlet
 from headrace.serve.embedded import EmbeddedServer
 from protocol.errors import Expired, Unavailable
 from tests.gateway.backend import Backend, word
-from tests.gateway.front import CHAT, COMPLETION, Front, event_id, eventually, payload, rid_of, split_events
+from tests.gateway.front import CHAT, COMPLETION, Front, event_id, payload, rid_of, split_events
+from tests.waits import eventually
 
 FORMS = {
     "chat": ("/v1/chat/completions", CHAT),

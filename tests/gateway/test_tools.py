@@ -15,7 +15,8 @@ from protocol.formats.message import call_id
 from protocol.formats.spec import FormatSpec
 from protocol.messages import Frame
 from tests.gateway.backend import MODEL, Backend, Running
-from tests.gateway.front import Front, event_id, eventually, payload, rid_of
+from tests.gateway.front import Front, event_id, payload, rid_of
+from tests.waits import eventually
 
 OPEN, CLOSE, THINK, THOUGHT = 300, 301, 302, 303
 FORMAT = FormatSpec(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace.serve.embedded import server_url
+from headrace.serve.embedded import FAST, EmbeddedServer, server_url
+from tests.headrace.services import Services
 from tests.models import tiny_model
 from tests.stack import Stack
 
@@ -33,6 +34,17 @@ def stack(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator
         "--engine", "simulated", "--max-model-len", str(CONTEXT),
     ) as running:  # fmt: skip
         yield running
+
+
+@pytest.fixture
+def services(tmp_path: Path, model_dir: Path) -> Iterator[Services]:
+    """On a server of their own; what runs when the test ends is killed."""
+    with EmbeddedServer(tmp_path / "data", settings=FAST) as server:
+        made = Services(tmp_path, server.url, model_dir)
+        try:
+            yield made
+        finally:
+            made.close()
 
 
 @pytest.fixture(scope="session")

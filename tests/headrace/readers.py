@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 
-PATIENCE_S = 120.0  # for what must come; a loaded machine may be slow
-
-
-async def eventually(condition: Callable[[], Any], what: str) -> Any:
-    """Wait until ``condition()`` (may be async) is true, and return it."""
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while True:
-                value = condition()
-                if isinstance(value, Awaitable):
-                    value = await value
-                if value:
-                    return value
-                await asyncio.sleep(0.05)
-    except TimeoutError:
-        raise AssertionError(f"never happened: {what}") from None
+from tests.waits import PATIENCE_S, eventually
 
 
 class Reader:

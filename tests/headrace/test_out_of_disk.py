@@ -20,8 +20,9 @@ import pytest
 from headrace.clients.queue import AsyncClient
 from headrace.serve.embedded import server_url
 from protocol.errors import Unavailable
-from tests.headrace.readers import Reader, attempt, eventually
+from tests.headrace.readers import Reader, attempt
 from tests.stack import Stack
+from tests.waits import eventually
 
 UNLIMITED = resource.RLIM_INFINITY
 LARGEST = 1 << 20  # bytes of a file, where the size is limited: the append-only file alone grows so large
@@ -74,7 +75,9 @@ class FullDisk:
         self._libc.umount2(os.fsencode(self._data_dir), 2)  # lazily
 
 
-@pytest.fixture(params=[SizeLimit, FullDisk], ids=["file size limit", "full disk"])
+@pytest.fixture(
+    params=[SizeLimit, pytest.param(FullDisk, marks=pytest.mark.nightly)], ids=["file size limit", "full disk"]
+)
 def starved(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Stack, SizeLimit | FullDisk, Path]]:
     place = tmp_path / "stack"
     means = request.param(place / "data")

@@ -10,8 +10,9 @@ import redis
 
 from headrace.serve.embedded import server_url
 from protocol.keys import Keys
-from tests.headrace.readers import Reader, attempt, eventually
+from tests.headrace.readers import Reader, attempt
 from tests.stack import Stack
+from tests.waits import eventually
 
 TOKENS = 1500
 LEADER = Keys("org/tiny").leader

@@ -17,6 +17,7 @@ TOKENS = 400
 async def test_a_rolling_restart_fails_no_request(tmp_path: Path, model_dir: Path) -> None:
     stack = Stack(
         tmp_path / "s", "--model", str(model_dir), "--served-model-name", "org/tiny", "--engine", "simulated",
+        "--engine-options", '{"step_us": 10000}',  # each stream lasts through a restart, and little is computed
         "--gateways", "2", "--schedulers", "2", "--workers", "2", "--drain-timeout", "5",
     )  # fmt: skip
     await asyncio.to_thread(stack.__enter__)

@@ -13,8 +13,9 @@ import pytest
 from headrace.serve.embedded import server_url
 from scheduler.election import Timing, stand_by
 from tests.bus import Bus
-from tests.headrace.readers import Reader, attempt, eventually
+from tests.headrace.readers import Reader, attempt
 from tests.stack import Stack
+from tests.waits import eventually
 
 FROZEN_S = 15.0  # more than twice what makes a leader or a worker count as dead
 TOKENS = 1200

@@ -6,28 +6,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from headrace.clients.http import HttpClient
-from headrace.serve.embedded import FAST, EmbeddedServer
 from protocol.bus import GatewayBus
 from protocol.messages import decode_frames
+from tests.headrace.services import MODEL, ROOT, Services, ready, until, until_ready
 from tests.stack import START_S, free_port
 
-ROOT = Path(__file__).parents[2]
 BEFORE = "2aa90d4"  # the version before levels of jobs were told
 pytestmark = pytest.mark.timeout(900)  # six processes start one after the other
-MODEL, TOKENS = "tiny", 120
+TOKENS = 120
 
 
 @pytest.fixture(scope="module")
@@ -37,71 +31,6 @@ def old_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", BEFORE], capture_output=True, check=True)
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
     return folder
-
-
-class Services:
-    """Processes of either version on one server."""
-
-    def __init__(self, folder: Path, url: str, model_dir: Path) -> None:
-        self.folder, self.url, self.model_dir = folder, url, model_dir
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(self, role: str, code: Path, version: str, port: int = 0, *more: str) -> None:
-        own = {
-            "gateway": ["--port", str(port)],
-            "scheduler": ["--model", str(self.model_dir), "--served-model-name", MODEL],
-            "worker": ["--model", str(self.model_dir), "--served-model-name", MODEL, "--engine", "simulated",
-                       "--drain-timeout", "20"],
-        }[role]  # fmt: skip
-        name = f"{role}-{version}"
-        command = [sys.executable, "-m", "headrace", role, "--redis-url", self.url, "--name", name, *own, *more]
-        with (self.folder / f"{name}.log").open("wb") as log:
-            self.processes[name] = subprocess.Popen(
-                command, cwd=code, env={**os.environ, "PYTHONPATH": str(code)}, stdout=log, stderr=log
-            )
-
-    def stop(self, name: str) -> None:
-        process = self.processes.pop(name)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, (self.folder / f"{name}.log").read_text()
-
-    def close(self) -> None:
-        for process in self.processes.values():
-            process.kill()
-            process.wait()
-
-    def logs(self) -> str:
-        return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.folder.glob("*.log")))
-
-
-@pytest.fixture
-def services(tmp_path: Path, model_dir: Path) -> Iterator[Services]:
-    with EmbeddedServer(tmp_path / "data", settings=FAST) as server:
-        made = Services(tmp_path, server.url, model_dir)
-        try:
-            yield made
-        finally:
-            made.close()
-
-
-def ready(port: int) -> bool:
-    with contextlib.suppress(urllib.error.URLError, OSError):
-        return urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).status == 200
-    return False
-
-
-async def until_ready(services: Services, port: int) -> None:
-    deadline = time.monotonic() + START_S
-    while not await asyncio.to_thread(ready, port):
-        assert time.monotonic() < deadline, services.logs()
-        await asyncio.sleep(0.2)
-
-
-async def until(services: Services, what: str, condition) -> None:
-    deadline = time.monotonic() + START_S
-    while not await condition():
-        assert time.monotonic() < deadline, f"{what}\n{services.logs()}"
-        await asyncio.sleep(0.2)
 
 
 async def stream_all_the_time(client: HttpClient, seed: int, done: asyncio.Event) -> int:
@@ -131,9 +60,10 @@ def structured(port: int) -> int:
         return error.code
 
 
-@pytest.mark.parametrize(
-    "order", [("gateway", "scheduler", "worker"), ("worker", "scheduler", "gateway")], ids=["down", "up"]
-)
+UP = pytest.param(("worker", "scheduler", "gateway"), marks=pytest.mark.nightly, id="up")
+
+
+@pytest.mark.parametrize("order", [pytest.param(("gateway", "scheduler", "worker"), id="down"), UP])
 async def test_clients_stream_through_an_update(order: tuple[str, ...], services: Services, old_code: Path) -> None:
     first = free_port()
     ports = {"old": first, "new": first + 1}

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from headrace.clients.http import HttpClient
-from headrace.serve.embedded import FAST, EmbeddedServer
 from protocol.bus import GatewayBus
-from tests.headrace.test_update import MODEL, ROOT, Services, until, until_ready
+from tests.headrace.services import MODEL, ROOT, Services, until, until_ready
 from tests.stack import free_port
 
 TOKENS = 300
 # the simulated engine's weights: which tokens it gives
 WEIGHTS = {"old": (97, 100), "new": (110, 113), "newer": (120, 123)}
-
-
-@pytest.fixture
-def services(tmp_path: Path, model_dir: Path) -> Iterator[Services]:
-    with EmbeddedServer(tmp_path / "data", settings=FAST) as server:
-        made = Services(tmp_path, server.url, model_dir)
-        try:
-            yield made
-        finally:
-            made.close()
 
 
 def start_worker(services: Services, version: str) -> None:

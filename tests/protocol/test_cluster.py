@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -206,8 +207,8 @@ async def rows_of(subscription, count: int) -> list:  # type: ignore[no-untyped-
     return rows
 
 
-async def test_a_model_that_moves_to_another_node_is_followed(bus: Bus, cluster: Cluster) -> None:
-    """Calls, blocking reads and subscriptions find the new node; nothing is lost on the way."""
+async def running_and_read(bus: Bus, cluster: Cluster) -> tuple[Stage, Any, str]:
+    """A stage at the owner, and a request that runs there, whose reader has been told so."""
     stage = Stage(bus, cluster.nodes[cluster.owner()])
     subscription = bus.subscribe("gw")
     await subscription.start()
@@ -215,6 +216,12 @@ async def test_a_model_that_moves_to_another_node_is_followed(bus: Bus, cluster:
     await stage.register()
     rid = await stage.running(reply_to="gw")
     assert len(await rows_of(subscription, 1)) == 1
+    return stage, subscription, rid
+
+
+async def test_a_model_that_moves_to_another_node_is_followed(bus: Bus, cluster: Cluster) -> None:
+    """Calls, blocking reads and subscriptions find the new node; nothing is lost on the way."""
+    stage, subscription, rid = await running_and_read(bus, cluster)
     assert await stage.commit(CommitRow(rid, 0, 1, 0, frame(1, "a"))) == "l"
     after = (await bus.read_events("0-0", 100, 0))[-1].event_id
     reading = asyncio.create_task(bus.read_events(after, 10, 30_000))
@@ -267,13 +274,7 @@ async def test_each_primary_is_checked_for_durability(cluster: Cluster) -> None:
 
 
 async def test_a_node_that_dies_and_returns_has_lost_nothing(bus: Bus, cluster: Cluster) -> None:
-    stage = Stage(bus, cluster.nodes[cluster.owner()])
-    subscription = bus.subscribe("gw")
-    await subscription.start()
-    await stage.lead()
-    await stage.register()
-    rid = await stage.running(reply_to="gw")
-    assert len(await rows_of(subscription, 1)) == 1
+    stage, subscription, rid = await running_and_read(bus, cluster)
     owner = cluster.owner()
     cluster.kill(owner)
     committing = asyncio.create_task(stage.commit(CommitRow(rid, 0, 1, 0, frame(1, "a"))))

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import redis
 
 from protocol.messages import CommitRow, Job
 from protocol.sampling import SamplingParams
-from tests.bus import Bus
 from tests.protocol.stage import Stage, frame, terminal
 
 KEY = "a" * 64
-
-
-@pytest.fixture
-async def stage(bus: Bus, raw: redis.Redis) -> Stage:
-    made = Stage(bus, raw)
-    await made.lead()
-    await made.register()
-    return made
 
 
 async def asked(stage: Stage, n: int = 1, **fields: object) -> tuple[str, str]:

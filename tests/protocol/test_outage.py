@@ -20,7 +20,8 @@ from protocol.errors import StartError, Unavailable
 from protocol.messages import Job
 from tests.bus import Bus
 from tests.protocol.stage import MODEL, Stage, frame
-from tests.protocol.test_scripts import row, until
+from tests.protocol.test_scripts import row
+from tests.waits import eventually
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ async def test_a_call_that_was_given_up_may_land_late_and_changes_nothing(
     os.kill(pid, signal.SIGSTOP)
     try:
         committed = asyncio.ensure_future(stage.commit(row(rid, 0, frame(1, "a"))))
-        await until(lambda: stage.bus._link.losses >= 3)  # three repeats wait in the server's sockets
+        await eventually(lambda: stage.bus._link.losses >= 3)  # three repeats wait in the server's sockets
     finally:
         monkeypatch.setattr("protocol.connection.REPLY_TIMEOUT_S", 15.0)
         os.kill(pid, signal.SIGCONT)

@@ -39,14 +39,20 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def tokenizer_process(model_dir: Path) -> Iterator[Preloaded]:
+    process = Preloaded(MODULE)
+    process.start()
+    process.load(str(model_dir), None, "guard")
+    yield process
+    process.close()
+
+
 @pytest.fixture(scope="session")
 def home(model_dir: Path) -> Iterator[Preloaded]:
     """The process that holds the model's tokenizer: one for all schedulers of the tests, since it takes seconds."""
-    home = Preloaded(MODULE)
-    home.start()
-    home.load(str(model_dir), None, "guard")
-    yield home
-    home.close()
+    with tokenizer_process(model_dir) as running:
+        yield running
 
 
 class Stage:

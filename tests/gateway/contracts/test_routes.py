@@ -10,7 +10,7 @@ import pytest
 from gateway.app import Gateway, GatewayConfig
 from protocol.errors import StartError
 from tests.gateway.backend import MODEL, Backend
-from tests.gateway.front import eventually
+from tests.waits import eventually
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
 COMPLETION = {"prompt": "hi", "max_tokens": 5}

@@ -10,8 +10,9 @@ import pytest
 from gateway.page.hosts import host_of, is_loopback, parse_hosts
 from protocol.errors import StartError
 from tests.gateway.backend import MODEL, Backend
-from tests.gateway.front import COMPLETION, Front, eventually
+from tests.gateway.front import COMPLETION, Front
 from tests.gateway.test_auth import bearer, write_keys
+from tests.waits import eventually
 
 
 async def test_the_page_brings_all_it_needs_and_runs_nothing_else(front: Front) -> None:

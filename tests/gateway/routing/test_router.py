@@ -17,7 +17,8 @@ from protocol.errors import Overloaded
 from protocol.routing.store import RoutingStore, day_of
 from protocol.routing.table import Price, Route, Routing, Rule, Tenant, Terms, Upstream
 from tests.gateway.backend import Backend
-from tests.gateway.front import Front, eventually, payload, split_events
+from tests.gateway.front import Front, payload, split_events
+from tests.waits import eventually
 
 BIG, SMALL = "org/big", "org/small"
 Open = Callable[..., Awaitable[Front]]

@@ -24,19 +24,7 @@ from protocol.sampling import SamplingParams
 from protocol.structures.structure import Structure
 from scheduler.metrics import Metrics
 from scheduler.prompts.tokenization import Prompts
-from tests.models import BOS, CONFIGS, EOS, IM_END, VOCAB, byte_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory without weights: the scheduler needs none."""
-    from transformers import AutoConfig
-
-    path = tmp_path_factory.mktemp("weightless")
-    fields = dict(CONFIGS["llama"])
-    AutoConfig.for_model(fields.pop("model_type"), vocab_size=VOCAB, eos_token_id=EOS, **fields).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
+from tests.models import BOS, EOS, IM_END, VOCAB, byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from protocol.errors import ContextLengthExceeded, EngineFailed, HeadraceError, 
 from protocol.messages import Job, encode, unpack_ids
 from protocol.preloaded import Preloaded
 from protocol.sampling import SamplingParams
-from scheduler.prompts.tokenizer_pool import LONG_BOUNDS, MODULE, SHORT, SHORT_BOUNDS, TokenizerPool
+from scheduler.prompts.tokenizer_pool import LONG_BOUNDS, SHORT, SHORT_BOUNDS, TokenizerPool
 from tests.models import VOCAB
+from tests.scheduler.conftest import tokenizer_process
 
 PATIENCE_S = 60.0
 # what the first message says, the template does
@@ -44,11 +45,8 @@ def odd_model(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def odd_home(odd_model: Path) -> Iterator[Preloaded]:
-    home = Preloaded(MODULE)
-    home.start()
-    home.load(str(odd_model), None, "guard")
-    yield home
-    home.close()
+    with tokenizer_process(odd_model) as running:
+        yield running
 
 
 @pytest.fixture

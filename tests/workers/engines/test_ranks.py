@@ -25,18 +25,8 @@ from workers.torch_engine.config import EngineConfig
 
 
 @pytest.fixture
-def loaded():
-    made = []
-
-    def make(kind="simulated", config=FAST, size=3):
-        engine = RankedEngine(kind, config, size)
-        made.append(engine)
-        engine.load(lambda stage, fraction: None)
-        return engine
-
-    yield make
-    for engine in made:
-        engine.close()
+def loaded(ranked):
+    return lambda kind="simulated", config=FAST, size=3: ranked(kind, config, size)
 
 
 def gone(pid):

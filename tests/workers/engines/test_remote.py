@@ -17,7 +17,7 @@ from protocol.messages import Plan
 from tests.workers.engines.test_process import FAST, new, rows
 from tests.workers.engines.test_ranks import fails, gone
 from workers.engines import ranks
-from workers.engines.ranks import RankedEngine, Remote
+from workers.engines.ranks import Remote
 from workers.engines.remote import address_of, free_port
 
 
@@ -43,18 +43,8 @@ def program(address):
 
 
 @pytest.fixture
-def loaded(address):
-    made = []
-
-    def make():
-        engine = RankedEngine("simulated", FAST, 2, 1, Remote(address))
-        made.append(engine)
-        engine.load(lambda stage, fraction: None)
-        return engine
-
-    yield make
-    for engine in made:
-        engine.close()
+def loaded(ranked, address):
+    return lambda: ranked("simulated", FAST, 2, 1, Remote(address))
 
 
 def child_of(pid):

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
+
+from tests.models import tiny_model
+from tests.workers.torch_engine.parity import make_engine
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_engine(tiny_model(tmp_path_factory, "llama"))
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """torch's own arithmetic on one thread: sums in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def engine(llama):
+    yield llama
+    llama.reset()

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from protocol.errors import ModelRefused
 from tests.models import CONFIGS, SERVED, build, byte_tokenizer, liven
@@ -50,7 +50,7 @@ def save(name: str, path: Path) -> None:
     if name in CONFIGS:
         model = build(CONFIGS[name])
     else:
-        config = sweep.tiny_config(dict(sweep.architectures())[name])
+        config = sweep.tiny_config(CONFIG_MAPPING[name])
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         liven(model)

@@ -28,17 +28,6 @@ from workers.torch_engine import loader, make
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_engine(tiny_model(tmp_path_factory, "llama"))
-
-
-@pytest.fixture
-def engine(llama):
-    yield llama
-    llama.reset()
-
-
 def plan(*rows, new=(), **fields):
     """Rows are (seat, count, samples)."""
     seats, counts, samples = zip(*rows, strict=True) if rows else ((), (), ())

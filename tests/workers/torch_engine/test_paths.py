@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 
 import pytest
-import torch
 import transformers
 
 from tests.workers.torch_engine import paths
@@ -15,15 +14,10 @@ from workers.native.library import instruction_sets, load_kernels
 RENEW = "python -m tests.workers.torch_engine.paths"
 WRITTEN = paths.rows_of(paths.TABLE.read_text())
 
-pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the table is of the interpreter")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="the table is of the interpreter"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def test_the_table_has_every_architecture_of_this_transformers():

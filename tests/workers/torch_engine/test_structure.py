@@ -35,17 +35,6 @@ SCHEMAS: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_engine(tiny_model(tmp_path_factory, "llama"))
-
-
-@pytest.fixture
-def engine(llama):
-    yield llama
-    llama.reset()
-
-
 def request(number: int, structure: Structure | None, **fields: Any) -> Sequence:
     params = {
         "max_tokens": 120 if structure else 24,

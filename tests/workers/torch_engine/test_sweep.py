@@ -165,11 +165,15 @@ def table(request):
         print(", ".join(f"{result} {count}" for result, count in Counter(r for r, _ in TABLE.values()).most_common()))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """To list the architectures is to import them all, which takes longer than most tests: not where none is run."""
+    if "config_class" in metafunc.fixturenames:
+        found = [] if "not sweep" in metafunc.config.option.markexpr else architectures()
+        metafunc.parametrize(("name", "config_class"), found, ids=lambda value: value if isinstance(value, str) else "")
+
+
 @pytest.mark.sweep
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    ("name", "config_class"), architectures(), ids=lambda value: value if isinstance(value, str) else ""
-)
 def test_architecture(tmp_path, name, config_class):
     result, reason = TABLE[name] = verdict(config_class, tmp_path)
     if result == "not made":

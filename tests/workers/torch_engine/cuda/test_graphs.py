@@ -87,7 +87,7 @@ def test_replayed_steps_give_what_transformers_gives(llama):
     for recorded in engine.backend.steps._recorded:
         run = recorded.recording.replay
         recorded.recording.replay = lambda run=run, bucket=recorded.bucket: (replays.append(bucket), run())
-    served = serve(engine)
+    served = serve(engine, count=3, output=4)
     engine.reset()
     assert not wrong(path, served)
     assert {bucket.single for bucket in replays} == {True, False}
