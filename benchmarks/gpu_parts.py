@@ -2,6 +2,8 @@
 
 Engines are made without files where no other process has to read the model: weights are drawn on the device. One part
 a process, so that none inherits memory or a broken device; with --tiny, all of them in one.
+
+Over 400 lines: one function for each part, as the table at the end names them.
 """
 
 from __future__ import annotations

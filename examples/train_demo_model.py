@@ -3,8 +3,8 @@
 It exists so that a first run of the service needs no network: examples/demo-model/ is what this script writes. The one
 idea is that every Python installation already carries ten megabytes of good text under a free licence, its own source,
 from which both plain code and question-and-answer pairs (docstrings and small functions, cut out by `ast`) can be made.
-The same interpreter, seed and thread count give the same model. Some of its length is text to train on and the model
-card: it stays one file so that it can be read, and run, alone.
+The same interpreter, seed and thread count give the same model. Over 400 lines: some are text to train on and the model
+card, and it stays one file so that it can be read, and run, alone.
 
     python examples/train_demo_model.py --out examples/demo-model
 """

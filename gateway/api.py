@@ -1,4 +1,7 @@
-"""The routes: what each takes and what it answers. How a request is run is in answers.py."""
+"""The routes: what each takes and what it answers. How a request is run is in answers.py.
+
+Over 400 lines: one short method for each route.
+"""
 
 from __future__ import annotations
 

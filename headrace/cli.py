@@ -3,6 +3,8 @@ never loads torch and ``headrace --help`` loads nothing at all.
 
 Exit codes: 0 a clean end; 1 a failure; 2 a wrong command line; 78 (EX_CONFIG) a start that cannot succeed with this
 configuration, which ``serve`` never repeats; 130 ended by a second Ctrl-C.
+
+Over 400 lines: most are the help that each command shows, beside what it runs.
 """
 
 from __future__ import annotations

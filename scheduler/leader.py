@@ -2,6 +2,8 @@
 
 One term is one epoch. Four loops run: new jobs, events, planning and a slow tick. Redis calls for effects run in
 tasks of their own, so that the core never waits. A term ends by Fenced or by cancellation.
+
+Over 400 lines: one class, whose tasks share the state of one term.
 """
 
 from __future__ import annotations

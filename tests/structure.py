@@ -1,4 +1,4 @@
-"""The structure of the code, counted: import circles, files per folder, arrows, and who changes a block's owner.
+"""The structure of the code, counted: import circles, files per folder, long files, arrows, a block's owners.
 
     python -m tests.structure
 
@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("gateway", "headrace", "protocol", "scheduler", "workers")
 MOST_FILES = 16  # Python files in one folder
+MOST_LINES = 400  # of a file whose head does not say why it has more
 # what gives a block to a sequence, shares it, or takes it back
 BLOCK_CHANGES = re.compile(r"\bblocks\.(start|take|publish|release)\(|\bsequence\.blocks( =|\.append)")
 
@@ -86,6 +87,18 @@ def folders() -> Counter[str]:
     )
 
 
+def long_files() -> list[str]:
+    """Files of Python, tests and benchmarks too, that have more than MOST_LINES lines and do not say why."""
+    paths = [path for top in (*PACKAGES, "tests", "benchmarks", "examples") for path in (ROOT / top).rglob("*.py")]
+    found = [path for path in paths if len(path.read_text().splitlines()) > MOST_LINES]
+    return [str(path.relative_to(ROOT)) for path in found if not _says_why(path)]
+
+
+def _says_why(path: Path) -> bool:
+    head = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return f"{MOST_LINES} lines:" in head
+
+
 def block_way() -> list[str]:
     """Files in which a KV block changes hands."""
     inside = [path for path in modules().values() if path.is_relative_to(ROOT / "scheduler")]
@@ -103,6 +116,8 @@ def lines() -> Iterator[str]:
     yield f"{len(found)} circles" + "".join(f"\n  {' <-> '.join(group)}" for group in found)
     for folder, count in sorted(folders().items()):
         yield f"{count:4d} files in {folder}"
+    long = long_files()
+    yield f"{len(long)} files over {MOST_LINES} lines that do not say why" + "".join(f"\n  {path}" for path in long)
     yield "a block's way: " + ", ".join(block_way())
 
 

@@ -22,6 +22,10 @@ def test_no_folder_is_crowded() -> None:
     assert {folder: count for folder, count in structure.folders().items() if count > structure.MOST_FILES} == {}
 
 
+def test_a_long_file_says_why() -> None:
+    assert structure.long_files() == [], f"over {structure.MOST_LINES} lines: split it, or say why in its first lines"
+
+
 def test_a_block_changes_hands_in_at_most_four_files() -> None:
     assert len(structure.block_way()) <= 4
 

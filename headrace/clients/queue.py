@@ -9,6 +9,8 @@ A submitted request is durable: it continues without its client, and any client 
 long as its journal is kept. Publications only save polling the journal. So after a lost publication or a restart of
 Redis, or for a client that connects late, the reader continues from its cursor in the journal.
 ``headrace.Client`` (clients/sync.py) has the same methods without ``await``.
+
+Over 400 lines: what a client gets is defined where it is filled, piece by piece.
 """
 
 from __future__ import annotations

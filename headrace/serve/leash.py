@@ -2,7 +2,8 @@
 
 On Linux the kernel is asked to send SIGKILL when the parent ends (prctl PR_SET_PDEATHSIG); the setting survives
 exec, so it works for any program, such as the embedded server. SIGKILL is safe here: what was
-acknowledged is on disk. Elsewhere this is a plain exec. Run by path and without site, it costs some 15 ms.
+acknowledged is on disk. Elsewhere this is a plain exec. Run by path and without site, it costs some 15 ms; so it can
+import nothing of ours, and does itself what protocol/preloaded.py (die_with) does for Python.
 """
 
 import os

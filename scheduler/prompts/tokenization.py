@@ -2,6 +2,8 @@
 
 Every error of a request that can be found without running it is found here, before admission, since the gateway sends
 its 200 at admission. Any error ends only the job that caused it.
+
+Over 400 lines: one class, which loads what a model brings once and makes prompts of it, and why it may be refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Jobs to token ids in processes: the scheduler's loop only sends bytes and gets bytes.
 
-Two lanes, each with processes of its own: one for short jobs, one for long ones, at a lower priority than anything that
-serves running streams. So a long text stands before no short one, here and on the processor. A process has one job at
-a time, and one that dies, or takes more time or memory than its lane allows, ends that job and no other.
+Two groups, each with processes of its own: one for short jobs, one for long ones, at a lower priority than anything
+that serves running streams. So a long text stands before no short one, here and on the processor. A process has one job
+at a time, and one that dies, or takes more time or memory than its group allows, ends that job and no other.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class TokenizerPool:
         )  # fmt: skip
         self._home = home or Preloaded(MODULE)
         self._lent = home is not None
-        self._short, self._long = _Lane(self, short), _Lane(self, long)
+        self._short, self._long = _Processes(self, short), _Processes(self, long)
         self._reloading = asyncio.Lock()
         self._card: ModelCard | None = None
         self.tokenizer_json: bytes | None = None
@@ -127,11 +127,11 @@ class TokenizerPool:
         return await self._prepare(True, payload)
 
     async def _prepare(self, push: bool, body: bytes) -> Prepared:
-        lane = self.lane(len(body))
-        limit = lane.bounds.time(len(body))
+        group = self.group(len(body))
+        limit = group.bounds.time(len(body))
         try:
-            async with lane.worker() as worker:
-                answer = await worker.ask((push, body, self.max_model_len), limit, lane.bounds.wall_s)
+            async with group.worker() as worker:
+                answer = await worker.ask((push, body, self.max_model_len), limit, group.bounds.wall_s)
         except WorkerDied as death:
             log.error("the process that prepared a prompt died of it: %s", death)
             raise _ended(death, limit) from None
@@ -140,7 +140,7 @@ class TokenizerPool:
         _, prompts, job = answer
         return Prepared(prompts, _decode_job(job) if job is not None else None)
 
-    def lane(self, size: int) -> _Lane:
+    def group(self, size: int) -> _Processes:
         return self._short if size <= SHORT else self._long
 
     async def fork(self, bounds: Bounds) -> Worker:
@@ -165,7 +165,7 @@ class TokenizerPool:
             self._home.close()
 
 
-class _Lane:
+class _Processes:
     """Processes with the same bounds; forked at need, kept, replaced when they end."""
 
     def __init__(self, pool: TokenizerPool, bounds: Bounds) -> None:

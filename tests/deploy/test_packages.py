@@ -28,7 +28,7 @@ SDIST = "import sys; from setuptools import build_meta; print(build_meta.build_s
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
     # an environment of its own: not the checkout that the tests import
-    given = {**os.environ, "PYTHONPATH": "", "HEADRACE_REQUIRE_KERNELS": "1", "CXXFLAGS": "-O0", **environment}
+    given = {**os.environ, "PYTHONPATH": "", "HEADRACE_REQUIRE_KERNELS": "1", "CXXFLAGS": "-O1", **environment}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=given, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

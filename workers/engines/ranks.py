@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 from protocol.errors import EngineFailed, HeadraceError
 from protocol.messages import Capacity, Plan, encode
 from workers.engines.base import Place, Progress, Sampled, StepOutput
-from workers.engines.process import SILENCE_S, ProcessEngine, ProcessOutput, Shown, how
+from workers.engines.link import SILENCE_S, Shown
+from workers.engines.process import ProcessEngine, ProcessOutput, how
 from workers.engines.remote import Door, RemoteRank, free_port
 
 T = TypeVar("T")

@@ -24,7 +24,8 @@ from typing import Any
 from protocol.errors import StartError
 from protocol.levels import release
 from workers.engines.base import Place
-from workers.engines.process import PING_S, REFUSED, Channel, ProcessEngine, Shown
+from workers.engines.link import PING_S, REFUSED, Channel, Shown
+from workers.engines.process import ProcessEngine
 
 log = logging.getLogger("headrace.engine")
 
@@ -172,7 +173,7 @@ def join(address: tuple[str, int], rank: int, level: int) -> None:
         log.info("rank %d of the worker at %s:%d", rank, *address)
         with link:
             Channel(link).send("rank", rank, release())
-            command = [sys.executable, "-m", "workers.engines.process"]
+            command = [sys.executable, "-m", "workers.engines.child"]
             command += map(str, (link.fileno(), -1, os.getpid(), level))
             child = subprocess.Popen(command, pass_fds=(link.fileno(),), stdin=subprocess.DEVNULL)
         code = child.wait()

@@ -7,6 +7,7 @@ what an engine relies on: that plans follow each other, and that every computed 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from tokenizers import Tokenizer
 
 from protocol.errors import StartError, StructureNotSupported
 from protocol.messages import (
@@ -75,6 +77,34 @@ def byte_vocabulary() -> Vocabulary:
     return Vocabulary(lambda token: bytes([token]) if 0 <= token < 256 else b"")
 
 
+def read_tokenizer(model: str) -> tuple[Any, int, int | None]:
+    """A directory's tokenizer, how many ids it has, and the one that ends a text. StartError.
+
+    tokenizer.json is read without transformers, whose import takes longer than all else that a worker with this engine
+    does at its start. A hub id and slow tokenizers need it.
+    """
+    directory = Path(model).expanduser()
+    try:
+        told = json.loads((directory / "tokenizer_config.json").read_bytes()).get("eos_token")
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except FileNotFoundError:
+        return _read_by_transformers(model)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise StartError(f"cannot load the tokenizer of {model}: {error}") from error
+    end = told["content"] if isinstance(told, dict) else told
+    return tokenizer, tokenizer.get_vocab_size(), tokenizer.token_to_id(end) if end else None
+
+
+def _read_by_transformers(model: str) -> tuple[Any, int, int | None]:
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise StartError(f"cannot load the tokenizer of {model}: {error}") from error
+    return getattr(found, "backend_tokenizer", found), len(found), found.eos_token_id
+
+
 class SimulatedEngine:
     overlaps = True
 
@@ -121,23 +151,17 @@ class SimulatedEngine:
         return fingerprint(directory if directory is not None and directory.is_dir() else None, computed)
 
     def _load_tokenizer(self, model: str) -> None:
-        from transformers import AutoTokenizer  # takes seconds to import
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise StartError(f"cannot load the tokenizer of {model}: {error}") from error
-        self._vocab_size = len(self.tokenizer)
+        self.tokenizer, self._vocab_size, end = read_tokenizer(model)
         self._range = self.config.token_range or (0, self._vocab_size)
-        if self.tokenizer.eos_token_id is not None:
-            self.eos_token_ids = [self.tokenizer.eos_token_id]
+        if end is not None:
+            self.eos_token_ids = [end]
 
     def _make_grammars(self) -> Grammars:
         if self.tokenizer is None:
             tokens = [bytes([byte]) for byte in range(EOS)] + [b""] * (self._vocab_size - EOS)
             vocabulary: Any = TokenVocabulary(tokens, list(self.eos_token_ids))
-        elif (backend := getattr(self.tokenizer, "backend_tokenizer", None)) is not None:
-            vocabulary = backend.to_str()
+        elif isinstance(self.tokenizer, Tokenizer):
+            vocabulary = self.tokenizer.to_str()
         else:
             raise StructureNotSupported("this model's tokenizer has no tokenizer.json", param="structure")
         return Grammars(vocabulary, self._vocab_size, self.eos_token_ids)

@@ -5,6 +5,8 @@ min_tokens, bad_words, the masks of constrained rows; then the draw (draw.py), w
 row in which all this leaves nothing ends with an error.
 
 What no row of a step asks for is not computed. Counts of earlier tokens exist only for seats with penalties.
+
+Over 400 lines: a token goes from the logits to the host in one file.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from workers.engines.checks import NO_TOKEN_LEFT, NON_FINITE, Refusals
 from workers.masks import StepMasks
 from workers.torch_engine.draw import DRAW_FIELDS, Draw, OwnDraw, RuleOut, rule_out
 from workers.torch_engine.logits.bad_words import BadWords, Encode
+from workers.torch_engine.logits.penalties import Penalties
 from workers.torch_engine.logits.prompt_scores import PromptScores
-from workers.torch_engine.staging import Returned, main_stream, to_device
+from workers.torch_engine.staging import DEVICES, Returned, main_stream, to_device
 
 WARM_UP: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0, "logprobs": 5}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
@@ -146,13 +149,9 @@ class Sampler:
             self.drop(seat)
 
     def sample(
-        self,
-        logits: torch.Tensor,
-        seats: np.ndarray,
-        positions: np.ndarray,
-        best: torch.Tensor | None = None,
+        self, logits: torch.Tensor, seats: np.ndarray, positions: np.ndarray, best: torch.Tensor | None = None,
         masks: StepMasks | None = None,
-    ) -> Drawn:
+    ) -> Drawn:  # fmt: skip
         """Draw one token per row of ``logits`` [k, vocabulary]. ``best`` (int64 [k]): the largest of each, if known.
 
         ``seats`` [k] names the rows' seats, ``positions`` [k] the position that each token takes in its sequence.
@@ -242,25 +241,26 @@ class Sampler:
         if (biased or banned or allowed) and processed is logits:
             processed = logits.clone()
         if biased:
-            at = [self._index(np.repeat([b[0] for b in biased], [len(b[1]) for b in biased]))]
-            at.append(self._index(np.concatenate([b[1] for b in biased])))
-            processed.index_put_(
-                tuple(at), to_device(np.concatenate([b[2] for b in biased]), self.device), accumulate=True
-            )
+            values = to_device(np.concatenate([b[2] for b in biased]), self.device)
+            processed.index_put_(self._places([b[:2] for b in biased]), values, accumulate=True)
         for row, ids in allowed:
             index = self._index(ids)
             kept = processed[row, index]
             processed[row].fill_(-torch.inf).index_copy_(0, index, kept)
         if banned:
-            at = [self._index(np.repeat([b[0] for b in banned], [len(b[1]) for b in banned]))]
-            at.append(self._index(np.concatenate([b[1] for b in banned])))
-            processed.index_put_(tuple(at), torch.full((), -torch.inf, device=self.device))  # torch.tensor() would wait
+            out = torch.full((), -torch.inf, device=self.device)  # torch.tensor() would wait
+            processed.index_put_(self._places(banned), out)
         self.bad_words.rule_out(processed, rows)
         return processed
 
     @property
     def _has_processors(self) -> bool:
         return bool(self.penalties.slots or self.bias or self.banned or self.allowed or self.bad_words.seats)
+
+    def _places(self, ids: list[tuple[int, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index of the ids of each row: int64 [all of them] rows, and ids."""
+        rows = np.repeat([row for row, _ in ids], [len(own) for _, own in ids])
+        return self._index(rows), self._index(np.concatenate([own for _, own in ids]))
 
     def _index(self, array: np.ndarray) -> torch.Tensor:
         return to_device(np.ascontiguousarray(array), self.device)
@@ -276,71 +276,6 @@ def _top(logits: torch.Tensor, best: torch.Tensor | None) -> tuple[torch.Tensor,
 
 _NO_IDS = np.zeros(0, np.int64)
 _NEVER: tuple[int, np.ndarray] = (-1, _NO_IDS)
-
-
-class Penalties:
-    """Counts of earlier tokens for the seats that use them: one row ("slot") of the two tables each."""
-
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self.device = device
-        self.slots: dict[int, int] = {}
-        self.factors: dict[int, tuple[float, float, float]] = {}  # seat -> repetition, frequency, presence
-        self._free: list[int] = []
-        self.in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
-        self.drawn = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)  # times each id was drawn
-
-    def add(self, seat: int, params: SamplingParams, ids: np.ndarray, prompt_len: int) -> None:
-        slot = self._take_slot()
-        self.slots[seat] = slot
-        self.factors[seat] = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        self.in_prompt[slot].zero_()
-        self.in_prompt[slot, to_device(ids[:prompt_len], self.device)] = True
-        outputs = to_device(ids[prompt_len:], self.device)
-        self.drawn[slot].zero_()
-        self.drawn[slot].index_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
-
-    def _take_slot(self) -> int:
-        if not self._free:
-            size = self.drawn.shape[0]
-            more = max(4, size)
-            self.in_prompt = torch.nn.functional.pad(self.in_prompt, (0, 0, 0, more))
-            self.drawn = torch.nn.functional.pad(self.drawn, (0, 0, 0, more))
-            self._free = list(range(size + more - 1, size - 1, -1))
-        return self._free.pop()
-
-    def drop(self, seat: int) -> None:
-        slot = self.slots.pop(seat, None)
-        if slot is not None:
-            self._free.append(slot)
-            del self.factors[seat]
-
-    def apply(self, logits: torch.Tensor, rows: dict[int, int]) -> torch.Tensor:
-        """``logits`` with the penalties of the rows that have any; a copy unless there is none.
-
-        Repetition (CTRL, arXiv:1909.05858) covers prompt and output, frequency and presence the output only.
-        """
-        seats = [seat for seat in rows if seat in self.slots]
-        if not seats:
-            return logits
-        at = to_device(np.array([rows[seat] for seat in seats]), self.device)
-        slots = to_device(np.array([self.slots[seat] for seat in seats]), self.device)
-        factors = to_device(np.array([self.factors[seat] for seat in seats], np.float32), self.device)
-        repetition, frequency, presence = factors[:, :, None].unbind(1)
-        drawn = self.drawn[slots]
-        seen = self.in_prompt[slots] | (drawn > 0)
-        own = logits[at]
-        own = torch.where(seen, torch.where(own > 0, own / repetition, own * repetition), own)
-        own = own - frequency * drawn - presence * (drawn > 0)
-        return logits.index_copy(0, at, own)
-
-    def count(self, seats: np.ndarray, tokens: torch.Tensor) -> None:
-        """Count the tokens just drawn for the seats with penalties."""
-        if not self.slots:
-            return
-        counted = [(row, self.slots[int(seat)]) for row, seat in enumerate(seats) if int(seat) in self.slots]
-        if counted:
-            rows, slots = (to_device(np.array(column), self.device) for column in zip(*counted, strict=True))
-            self.drawn.index_put_((slots, tokens[rows]), torch.ones_like(slots, dtype=torch.int32), accumulate=True)
 
 
 # ------------------------------------------------------------------ the way to the host
@@ -372,25 +307,37 @@ class StepClock:
         return int(self._marks[0].elapsed_time(self._marks[1]) * 1e3)
 
 
+class OnHost:
+    """Results that lie on the host already; what Returned is for those of a GPU."""
+
+    def __init__(self, results: tuple[torch.Tensor | None, ...]) -> None:
+        self._results = results
+
+    def wait(self) -> list[np.ndarray | None]:
+        return [None if tensor is None else tensor.numpy() for tensor in self._results]
+
+    def release(self) -> None:
+        pass
+
+
+def _to_host(results: tuple[torch.Tensor | None, ...]) -> Returned | OnHost:
+    elsewhere = [t.device for t in results if t is not None and t.device.type in DEVICES]
+    return Returned(results, elsewhere[0]) if elsewhere else OnHost(results)
+
+
 class TorchStepOutput:
     """Holds one step's draws (None where no row samples). On a GPU their copy to pinned memory is queued here.
 
     ``wait`` is called once."""
 
     def __init__(
-        self,
-        seats: np.ndarray,
-        drawn: Drawn | None,
-        tops: np.ndarray,
-        clock: StepClock,
-        refused: Refusals,
-        masks: StepMasks | None = None,
-        names: dict[int, np.ndarray] | None = None,
+        self, seats: np.ndarray, drawn: Drawn | None, tops: np.ndarray, clock: StepClock, refused: Refusals,
+        masks: StepMasks | None = None, names: dict[int, np.ndarray] | None = None,
         prompts: PromptScores | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """``tops`` and ``names``: what each row's seat asked for, as the sampler tells it."""
         self._prompts = prompts
-        self._of_prompts = Returned(prompts.tensors) if prompts is not None else None
+        self._of_prompts = _to_host(prompts.tensors) if prompts is not None else None
         self._refused = refused
         self._names = names or {}
         self._seats = seats
@@ -404,7 +351,7 @@ class TorchStepOutput:
         if drawn is not None:
             logprobs = drawn.lp_drawn, drawn.lp_top_ids, drawn.lp_top, drawn.lp_named
             results = (drawn.tokens, *logprobs, drawn.finite, drawn.left)
-        self._results = Returned(results) if results else None
+        self._results = _to_host(results) if results else None
         self._tokens: np.ndarray | None = None  # once they have been read
         self._reading = threading.Lock()
 
@@ -433,7 +380,7 @@ class TorchStepOutput:
         logprobs = {} if drawn is None else self._logprobs(drawn, top_ids, top, named)
         sampled = Sampled(self._seats.astype(np.int32), tokens.astype(np.int32), logprobs, exec_us, prompts=of_prompts)
         assert finite is not None
-        if self._refused or not finite.all():
+        if self._refused.dropped or not finite.all():
             sampled.failed |= self._refused.failed
             sampled.dropped += self._refused.dropped
             for seat in self._seats[~finite].tolist():

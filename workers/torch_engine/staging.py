@@ -106,13 +106,11 @@ def _incoming(device: torch.device) -> Incoming:
 class Returned:
     """Tensors of a step on their way to the host; any thread may read them until ``release``."""
 
-    def __init__(self, results: tuple[torch.Tensor | None, ...]) -> None:
+    def __init__(self, results: tuple[torch.Tensor | None, ...], device: torch.device) -> None:
         self._buffer: torch.Tensor | None = None
         self._copied: Any = None
         self._results: list[torch.Tensor | None] = list(results)
-        device = next((t.device for t in results if t is not None and t.device.type in DEVICES), None)
-        if device is not None:
-            self._queue(device)
+        self._queue(device)
 
     def _queue(self, device: torch.device) -> None:
         sizes = [0 if t is None else -(-t.nbytes // 16) * 16 for t in self._results]

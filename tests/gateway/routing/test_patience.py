@@ -11,8 +11,9 @@ import pytest
 from protocol.bus import GatewayBus
 from protocol.routing.table import Route, Routing, Rule
 from tests.gateway.backend import Backend
-from tests.gateway.front import Front, eventually, payload
+from tests.gateway.front import Front, payload
 from tests.gateway.routing.test_router import BIG, SMALL, ask, ready, state
+from tests.waits import eventually
 
 Open = Callable[..., Awaitable[Front]]
 QUICKLY = Rule(models=[BIG], fallbacks=[SMALL], first_token_within=0.05)

@@ -17,8 +17,9 @@ from protocol.messages import ModelCard, encode
 from protocol.records import InboxEntry
 from protocol.routing.table import Route, Routing, Rule, Tenant
 from tests.bus import Bus
-from tests.gateway.front import Front, eventually
+from tests.gateway.front import Front
 from tests.gateway.routing.test_router import BIG, SMALL, state
+from tests.waits import eventually
 
 Open = Callable[..., Awaitable[Front]]
 AUTO = Route(rules=[Rule(models=[BIG], words=["SQL"]), Rule(models=[SMALL])])

@@ -110,10 +110,10 @@ class SimScheduler:
 
     def hint(self, event: StepDone) -> None:
         chance = self.world.rng.random()
-        lane_step = max(
+        planned_step = max(
             (p.step for p in self.world.server.workers[event.wid].plans if p.epoch == self.epoch), default=0
         )
-        if chance < self.world.hint_loss and event.step < lane_step:  # another follows, which shows the gap
+        if chance < self.world.hint_loss and event.step < planned_step:  # another follows, which shows the gap
             self.world.count["lost hints"] += 1
             return
         self.apply(event)

@@ -6,11 +6,14 @@ import json
 from array import array
 
 import pytest
+from transformers import AutoTokenizer
 
+from protocol.errors import StartError
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from protocol.structures.structure import Structure
-from workers.engines.simulated import EOS, SimulatedConfig, SimulatedEngine
+from tests.models import byte_tokenizer
+from workers.engines.simulated import EOS, SimulatedConfig, SimulatedEngine, read_tokenizer
 
 
 def engine(**fields: object) -> SimulatedEngine:
@@ -141,3 +144,21 @@ def test_constrained_sequences_keep_their_grammar_and_go_on_the_same_when_moved(
     while rest[-1] != EOS:
         rest += moved.execute(plan(len(rest) + 1, {1: 1})).wait().tokens.tolist()
     assert ids[:4] + rest == ids
+
+
+def test_its_tokenizer_is_what_transformers_reads(tmp_path):
+    """With its end token as a string, as an entry with its properties, and with none; and where there is no file."""
+    for number, end in enumerate(("<|eos|>", {"content": "<|eos|>", "__type": "AddedToken"}, None)):
+        path = tmp_path / str(number)
+        byte_tokenizer().save_pretrained(path)
+        config = json.loads((path / "tokenizer_config.json").read_text()) | {"eos_token": end}
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer, size, found = read_tokenizer(str(path))
+        theirs = AutoTokenizer.from_pretrained(path)
+        assert (size, found) == (len(theirs), theirs.eos_token_id)
+        assert tokenizer.decode(range(size)) == theirs.decode(range(size), skip_special_tokens=True)
+    with pytest.raises(StartError, match="cannot load the tokenizer"):
+        read_tokenizer(str(tmp_path))
+    (path / "tokenizer.json").write_text("{}")
+    with pytest.raises(StartError, match="cannot load the tokenizer"):
+        read_tokenizer(str(path))

@@ -81,13 +81,15 @@ def on_cpu(path: Path) -> FuseReport:
 def on_cuda(path: Path) -> FuseReport:
     """What the Triton kernels replace. Whether logits are then the model's own is not asked here: that takes ten times
     as long in the interpreter, and test_graphs asks it of some."""
+    from tests.workers.torch_engine.cuda.triton_device import short_samples
     from workers.torch_engine.cuda.backend import CudaBackend
 
     config, device = config_of(path), torch.device("cpu")
     backend = CudaBackend(config, device)
     backend.take(loader.load_model(config, loader.load_config(config.model), device, silent))
     loader.fix_rotary(backend.model, 64)
-    backend.replace_modules()
+    with short_samples():
+        backend.replace_modules()
     return backend.report
 
 

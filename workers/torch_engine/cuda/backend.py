@@ -120,7 +120,7 @@ class CudaBackend(Backend[HostStep]):
         A model that keeps something of a step outside of the tables would show it here. Those run at once are not run
         as decodes, so that what only these do is compared too.
         """
-        steps, size, count = self.steps, self.config.block_size, min(20, self.seats.max_model_len - 1)
+        steps, size, count = self.steps, self.config.block_size, min(verify.LENGTH, self.seats.max_model_len) - 1
         width = -(-(count + 1) // size)
         rows = max(1, min(3, self.config.max_num_seqs, self.pool.blocks // width))
         params = SamplingParams()

@@ -6,6 +6,8 @@ how).
   with the norm that follows it, the next layer's first norm included;
 - mixture-of-experts as products grouped by expert (triton_experts.py);
 - `apply_rotary_pos_emb` together with the write of keys and values, where the attention hands on what it rotated.
+
+Over 400 lines: what replaces a module stands beside what finds it.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ log = logging.getLogger(__name__)
 
 FEW_ROWS = (32, 16, 8, 1)  # that are timed on a GPU
 TEXT = 21  # tokens of the pass by which whole layers are compared
+ROUTED = 64  # rows by which routers are compared
 
 
 class FusedNorm(nn.Module):
@@ -260,13 +263,13 @@ def _routers(model: nn.Module, sample: SeededInput) -> Iterator[Candidate]:
         weight, most = getattr(router, "weight", None), getattr(router, "top_k", None)
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or not isinstance(most, int):
             continue
-        x = sample(64, weight.shape[1]) * 0.2  # small: where one expert takes all, both ways give the same
+        x = sample(ROUTED, weight.shape[1]) * 0.2  # small: where one expert takes all, both ways give the same
         try:
             theirs = router(x)
             logits, weights, chosen = theirs
         except (TypeError, ValueError, RuntimeError):  # called in another way, or of another kind
             continue
-        if weights.shape != (64, most) or chosen.shape != (64, most) or len(weight) > MOST_EXPERTS:
+        if weights.shape != (ROUTED, most) or chosen.shape != (ROUTED, most) or len(weight) > MOST_EXPERTS:
             continue
         found: list[tuple[float, FusedRouter]] = []
         for among_chosen in (False, True):

@@ -105,6 +105,14 @@ def place_pairs(
 
 
 @triton.jit
+def tile_of(order, block, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile of this program: pairs [ROWS], which of them are real, output columns [COLUMNS], which of them exist."""
+    pair = tl.load(order + block * ROWS + tl.arange(0, ROWS))
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    return pair, pair >= 0, column, column < OUTPUTS
+
+
+@triton.jit
 def gate_up_blocks(
     x, weight, bias, hidden, order, expert_of,
     x_row, w_expert, w_out, w_in, b_expert, up_at, limit, alpha,
@@ -117,10 +125,7 @@ def gate_up_blocks(
     expert = tl.load(expert_of + block)
     if expert < 0:
         return
-    pair = tl.load(order + block * ROWS + tl.arange(0, ROWS))
-    real = pair >= 0
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = column < WIDTH
+    pair, real, column, there = tile_of(order, block, WIDTH, ROWS, COLUMNS)
     depth = tl.arange(0, DEPTH)
     x_at = x + (tl.maximum(pair, 0) // CHOICES).to(tl.int64)[:, None] * x_row + depth[None, :]
     w_at = weight + expert.to(tl.int64) * w_expert + (column * EVERY).to(tl.int64)[None, :] * w_out
@@ -168,10 +173,7 @@ def down_blocks(
     expert = tl.load(expert_of + block)
     if expert < 0:
         return
-    pair = tl.load(order + block * ROWS + tl.arange(0, ROWS))
-    real = pair >= 0
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = column < SIZE
+    pair, real, column, there = tile_of(order, block, SIZE, ROWS, COLUMNS)
     depth = tl.arange(0, DEPTH)
     h_at = hidden + tl.maximum(pair, 0).to(tl.int64)[:, None] * WIDTH + depth[None, :]
     w_at = weight + expert.to(tl.int64) * w_expert + column.to(tl.int64)[None, :] * w_out + depth[:, None] * w_in

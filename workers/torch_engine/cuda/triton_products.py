@@ -9,6 +9,8 @@ round_rows: rows of x in FP8, each (and each 128 inputs, where weights have scal
 
 block_product: rows and weights both in FP8, scales by blocks of 128. (Where weights have a scale for each output, that
 product is torch's.)
+
+Over 400 lines: each kernel stands before what launches it, and they share how numbers are widened.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"

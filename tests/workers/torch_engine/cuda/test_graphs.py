@@ -18,7 +18,7 @@ from protocol.sampling import SamplingParams
 from tests.models import CONFIGS, build, byte_tokenizer, tiny_model
 from tests.workers.plan_maker import PlanMaker, Sequence
 from tests.workers.torch_engine.cuda.launches import counted, of_a_layer
-from tests.workers.torch_engine.cuda.triton_device import DEVICE
+from tests.workers.torch_engine.cuda.triton_device import DEVICE, short_samples
 from tests.workers.torch_engine.parity import first_difference, reference_of
 from tests.workers.torch_engine.paths import save
 from workers.torch_engine import staging
@@ -68,10 +68,17 @@ def wrong(path, served):
 
 
 def small_llama(path, layers):
-    """Interpreted kernels are slow: no more layers than a test needs."""
-    build({**CONFIGS["llama"], "num_hidden_layers": layers}).save_pretrained(path)
+    """Interpreted kernels are slow: no more layers and heads than a test needs."""
+    small = {"num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1}
+    build(CONFIGS["llama"] | small).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    with short_samples():
+        yield
 
 
 @pytest.fixture(scope="module")

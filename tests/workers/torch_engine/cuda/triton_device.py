@@ -5,14 +5,33 @@ Whether they are interpreted is settled when triton is first imported (tests/con
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
+
+from workers.torch_engine import verify
 
 triton = pytest.importorskip("triton", reason="the kernels need triton (on Linux: pip install triton)")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu" and type(triton.language.max).__name__ != "InterpretedFunction":
     pytest.skip("triton was loaded without its interpreter: TRITON_INTERPRET=1", allow_module_level=True)
+
+
+@contextmanager
+def short_samples() -> Iterator[None]:
+    """What a load compares is shorter in the interpreter, which takes a millisecond for each row of each kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            from workers.torch_engine.cuda import modules  # needs triton, which is settled above
+
+            patch.setattr(modules, "TEXT", 4)
+            patch.setattr(modules, "ROUTED", 8)
+            patch.setattr(verify, "LENGTH", 10)  # still longer than a block of the tests
+        yield
+
 
 on_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter has no products of bfloat16")
 
