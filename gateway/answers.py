@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
@@ -25,6 +25,7 @@ from gateway.openai.view import View
 from gateway.routing.money import Money
 from gateway.routing.patience import said_in_time
 from gateway.routing.router import Step
+from gateway.routing.slot import Slot
 from gateway.sse import EventReader, ReaderStalled
 from gateway.streams import Collector, Follower, Moved
 from gateway.tracing import AnswerTrace
@@ -58,6 +59,7 @@ class Ask:
     """One HTTP request to a model, and its state."""
 
     model: Model
+    slot: Slot  # the shard of the model that it runs in
     caller: Caller
     job: Job
     view: View
@@ -65,7 +67,7 @@ class Ask:
     numbered: bool = False  # its events have ids, to go on from
     idempotency: str | None = None
     trace: AnswerTrace = field(default_factory=lambda: AnswerTrace(None, "", None))
-    fresh_rid: str = field(default_factory=new_rid)  # of a new request, unless an idempotency key names an older one
+    fresh_rid: str = ""  # of a new request, unless an idempotency key names an older one
     step: Step | None = None  # how the request came to this model; None: it was begun before
     last: bool = True  # no other candidate would be asked instead
     others: Iterator[Ask] | None = None  # the same request to the candidates after this one
@@ -79,6 +81,9 @@ class Ask:
     status: int = 0
     stalled: bool = False
     moved_to: str = ""  # rid of the request that took its place
+
+    def __post_init__(self) -> None:
+        self.fresh_rid = new_rid(self.slot.shard.number)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -167,9 +172,9 @@ class Answers:
         reader.behind = True  # accepts no rows until the part already shown is counted
         self._follow(ask, reader)
         try:
-            record = await ask.model.bus.attach(rid, ask.caller.tenant, self.name)
+            record = await ask.slot.bus.attach(rid, ask.caller.tenant, self.name)
             log.debug("request %s is resumed", rid)
-            ask.model.outlet.saw(rid, record.attached)
+            ask.slot.outlet.saw(rid, record.attached)
             reader.learn(record)
             if shown is not None:
                 await _replay(reader.chunks, shown, ask)
@@ -195,48 +200,62 @@ class Answers:
             accepted = await asyncio.shield(accepting)
         except BaseException as error:
             ask.follower = None  # it may not exist
-            ask.model.outlet.remove(follower)
+            ask.slot.outlet.remove(follower)
             if isinstance(error, asyncio.CancelledError):
                 self._spawn(self._give_up_when_accepted(ask, accepting))
             elif isinstance(error, Unavailable) and not found:  # it may be there, only the reply was lost
-                self._spawn(self._give_up(ask.model, ask.caller.tenant, rid, 0, ask.view.grace_s))
+                self._spawn(self._give_up(ask.slot, ask.caller.tenant, rid, 0, ask.view.grace_s))
             raise
         ask.rid = accepted.rid
         ask.trace.accepted(began)
         log.debug("request %s is %s", accepted.rid, "joined" if accepted.joined else "accepted")
         ask.rates = rate_headers(ask.caller.limits, accepted.left)
         follower.accepted = True
-        ask.model.outlet.saw(accepted.rid, accepted.attached)
+        ask.slot.outlet.saw(accepted.rid, accepted.attached)
         if accepted.joined:
-            ask.model.outlet.remove(follower)
+            ask.slot.outlet.remove(follower)
             await self._join(ask, accepted)
 
     async def _claim(self, ask: Ask) -> Claim:
         """The claim of the request's idempotency key: a new one, or that of whoever came first. RunsElsewhere,
         Conflict."""
-        asked = ask.step.asked if ask.step is not None else ""
-        body, model = _fingerprint(ask), ask.model.name
+        asked, key = (ask.step.asked if ask.step is not None else ""), ask.idempotency or ""
+        first, body = ask.model.first, _fingerprint(ask)
+        if ask.slot is not first and await first.bus.find_request(ask.caller.tenant, key) is not None:
+            self._move(ask, first)  # perhaps accepted before there were claims, and other shards
         claim = await self._home.claim_or_find(
-            ask.caller.tenant, ask.idempotency or "", asked or model, model=model, rid=ask.fresh_rid, body=body
-        )
-        if claim.model != model:
-            raise RunsElsewhere(claim.model)
+            ask.caller.tenant, key, asked or ask.model.name, model=ask.slot.shard.tag, rid=ask.fresh_rid, body=body
+        )  # fmt: skip
+        if claim.model.partition("#")[0] != ask.model.name:
+            raise RunsElsewhere(claim.model.partition("#")[0])
         if claim.body != body:
             raise Conflict("this idempotency key was used with another body", param="Idempotency-Key")
+        if claim.model != ask.slot.shard.tag:
+            slot = ask.model.slot_of(claim.rid)
+            if slot is None:
+                raise Unavailable("the request of this idempotency key is in a shard that is not known here yet")
+            self._move(ask, slot)
         return claim
 
+    @staticmethod
+    def _move(ask: Ask, slot: Slot) -> None:
+        """To the shard where the request of its idempotency key is."""
+        ask.slot, ask.fresh_rid = slot, new_rid(slot.shard.number)
+
     async def _accept(self, ask: Ask, rid: str, claim: Claim | None) -> Accepted:
-        async with ask.model.accepting:
+        async with ask.slot.accepting:
             if ask.follower is None:
                 raise Unavailable("the client has gone before its turn came")
             try:
                 return await self._home.accept(
-                    ask.model.bus,
+                    ask.slot.bus,
                     ask.job,
                     rid=rid,
                     idempotency=ask.idempotency,
                     reply_to=self.name,
-                    limits=(ask.step.limits if ask.step is not None else None) or self.limits,
+                    limits=_part(
+                        (ask.step.limits if ask.step is not None else None) or self.limits, len(ask.model.slots)
+                    ),
                     tenant_limits=ask.caller.limits,
                     prompt_tokens=_prompt_tokens(ask.job),
                     claim=claim,
@@ -249,7 +268,7 @@ class Answers:
     async def _join(self, ask: Ask, accepted: Accepted) -> None:
         """Follow the request that an idempotency key named, from its beginning, and show it as it was asked for."""
         ask.follower = None
-        record = await ask.model.bus.read_request(accepted.rid)
+        record = await ask.slot.bus.read_request(accepted.rid)
         if record is None:
             raise NotFound("the request of this idempotency key is not there any more")
         attached = accepted.attached
@@ -266,11 +285,11 @@ class Answers:
         """The request to which a record points, with this process among its readers."""
         found = await self._models.where_it_runs(ask.model, pointer)
         if found is None:
-            await ask.model.bus.forget_pointer(pointer.rid, pointer.tenant, ask.idempotency)
+            await ask.slot.bus.forget_pointer(pointer.rid, pointer.tenant, ask.idempotency)
             raise Unavailable("what this idempotency key stood for is not kept any more; send it again", retry_after=1)
         ask.model, record = found
-        ask.rid = record.rid
-        return await ask.model.bus.attach(record.rid, record.tenant, self.name)
+        ask.rid, ask.slot = record.rid, ask.model.slot_of(record.rid) or ask.model.first
+        return await ask.slot.bus.attach(record.rid, record.tenant, self.name)
 
     def _made(self, ask: Ask, rid: str, job: Job, view: View) -> Follower:
         if ask.stream:
@@ -287,7 +306,7 @@ class Answers:
 
     def _follow(self, ask: Ask, follower: Follower, attached: int = 0) -> None:
         ask.follower = follower
-        ask.model.outlet.add(follower, attached)
+        ask.slot.outlet.add(follower, attached)
 
     # -------------------------------------------------------------- another candidate's turn
 
@@ -302,7 +321,7 @@ class Answers:
             return
         other = next(ask.others, None) if ask.others is not None else None
         if other is None or await said_in_time(
-            ask.follower, ask.model, self._models, time.monotonic() + ask.step.within_s
+            ask.follower, ask.slot.bus, ask.model, self._models, time.monotonic() + ask.step.within_s
         ):
             return
         while other is not None:
@@ -321,7 +340,7 @@ class Answers:
             return False
         tenant, taken = ask.caller.tenant, False
         try:
-            taken = await ask.model.bus.move(ask.rid, tenant, other.model.name, other.rid)
+            taken = await ask.slot.bus.move(ask.rid, tenant, other.model.name, other.rid)
         except BaseException:  # it may have been moved: then the other one goes on as this one would
             if not ask.view.detached:
                 self._drop(other, ask.view.grace_s)
@@ -336,8 +355,8 @@ class Answers:
 
     def _drop(self, ask: Ask, grace_s: float) -> None:
         if ask.follower is not None:
-            ask.model.outlet.remove(ask.follower)
-        self._spawn(self._give_up(ask.model, ask.caller.tenant, ask.rid, 0, grace_s))
+            ask.slot.outlet.remove(ask.follower)
+        self._spawn(self._give_up(ask.slot, ask.caller.tenant, ask.rid, 0, grace_s))
 
     # -------------------------------------------------------------- answer
 
@@ -354,7 +373,7 @@ class Answers:
         if self.draining:
             answer.force_close()
         try:
-            await reader.run(ask.model.bus, self.stall_s)
+            await reader.run(ask.slot.bus, self.stall_s)
         except (Draining, Moved):
             reader.break_off()
         except HeadraceError as error:
@@ -401,9 +420,9 @@ class Answers:
             await follower.news.wait()
             follower.news.clear()
             if follower.behind:
-                await follower.catch_up(ask.model.bus)
+                await follower.catch_up(ask.slot.bus)
         while not follower.failed and follower.over and follower.tally.prompt_tokens is None:
-            await follower.catch_up(ask.model.bus)
+            await follower.catch_up(ask.slot.bus)
         follower.news.set()  # the next step has to check the state first
 
     # -------------------------------------------------------------- the end
@@ -413,24 +432,24 @@ class Answers:
         follower = ask.follower
         if follower is None:
             return
-        outlet = ask.model.outlet
+        outlet = ask.slot.outlet
         seen = outlet.attached.get(ask.rid, 0)
         outlet.remove(follower)
         ended, handed_on = follower.tally.open == 0, isinstance(follower.failed, Draining | Moved) or ask.moved_to
         if ended or handed_on or ask.view.detached or not ask.rid:
             return
         grace_s = max(ask.view.grace_s, STALL_GRACE_S if ask.stalled else 0.0)
-        self._spawn(self._give_up(ask.model, ask.caller.tenant, ask.rid, seen, grace_s))
+        self._spawn(self._give_up(ask.slot, ask.caller.tenant, ask.rid, seen, grace_s))
 
-    async def _give_up(self, model: Model, tenant: str, rid: str, seen: int, grace_s: float) -> None:
+    async def _give_up(self, slot: Slot, tenant: str, rid: str, seen: int, grace_s: float) -> None:
         """Cancel after the grace, if nobody has picked the request up since. It waits for up to a day, so it must
         hold nothing of the request's body: not the `Ask`."""
         if grace_s:
             await asyncio.sleep(grace_s)
         deadline = time.monotonic() + GIVE_UP_S
-        while not model.outlet.follows(rid):
+        while not slot.outlet.follows(rid):
             try:
-                await model.bus.cancel(rid, tenant, attached=seen)
+                await slot.bus.cancel(rid, tenant, attached=seen)
             except NotFound:
                 pass  # it was never accepted, or is gone already
             except ServiceError as error:
@@ -441,7 +460,7 @@ class Answers:
             return
 
     async def _give_up_when_accepted(self, ask: Ask, accepting: asyncio.Task[Accepted]) -> None:
-        model, tenant, view = ask.model, ask.caller.tenant, ask.view
+        slot, tenant, view = ask.slot, ask.caller.tenant, ask.view
         del ask
         try:
             accepted = await accepting
@@ -450,7 +469,7 @@ class Answers:
         finally:
             del accepting  # it holds the `Ask`
         if not view.detached:
-            await self._give_up(model, tenant, accepted.rid, accepted.attached, view.grace_s)
+            await self._give_up(slot, tenant, accepted.rid, accepted.attached, view.grace_s)
 
     # -------------------------------------------------------------- accounts
 
@@ -573,9 +592,17 @@ async def _replay(chunks: Chunks, shown: EventId, ask: Ask) -> None:
         raise StreamDiverged("the event id belongs to another stream")
     journals = []
     for choice, cursor in enumerate(shown.cursors):
-        whole = await ask.model.bus.read_journal(ask.rid, choice) if cursor else b""
+        whole = await ask.slot.bus.read_journal(ask.rid, choice) if cursor else b""
         journals.append(whole[:cursor])
     chunks.replay(shown, journals)
+
+
+def _part(limits: Limits, slots: int) -> Limits:
+    """The bounds of one shard, of those of a model."""
+    if slots == 1:
+        return limits
+    parts = {name: bound and -(-bound // slots) for name, bound in asdict(limits).items()}
+    return Limits(**parts)
 
 
 def _prompt_tokens(job: Job) -> int:

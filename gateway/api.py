@@ -27,6 +27,7 @@ from gateway.openai.view import View, rid_of
 from gateway.openapi import PAGE_HEADERS, Documents
 from gateway.routing.router import Router, Step
 from gateway.routing.rules import asked
+from gateway.routing.slot import Slot
 from gateway.routing.upstream import UpstreamDown, Upstreams, check_hops
 from gateway.tracing import AnswerTrace
 from protocol.errors import Expired, InvalidRequest, NotFound, Overloaded, RequestError, Unavailable
@@ -260,6 +261,7 @@ class Api:
         job.cache = _cache_use(request, job)
         return Ask(
             model=model,
+            slot=model.choose(caller.tenant, job),
             caller=caller,
             job=job,
             view=msgspec.convert(job.view, View),
@@ -302,8 +304,9 @@ class Api:
         model, record = found
         trace = AnswerTrace(self.traces, "GET /v1/streams/{id}", _traced(request))
         ask = Ask(
-            model=model, caller=caller, job=record.job, view=View.of(record), stream=True, numbered=True, trace=trace
-        )
+            model=model, slot=_slot(model, record), caller=caller, job=record.job, view=View.of(record), stream=True,
+            numbered=True, trace=trace,
+        )  # fmt: skip
         return await self.answers.resume(ask, record.rid, shown, request)
 
     async def show_request(self, request: web.BaseRequest, caller: Caller, public: str) -> web.StreamResponse:
@@ -323,7 +326,7 @@ class Api:
         if found is None:
             raise NotFound("no such request", param="id")
         model, record = found
-        cancelled = await model.bus.cancel(record.rid, caller.tenant)
+        cancelled = await _slot(model, record).bus.cancel(record.rid, caller.tenant)
         body = {"id": View.of(record).public_id(record.rid), "object": "request", "cancelled": cancelled}
         return json_answer(body, headers={"X-Request-Id": record.rid})
 
@@ -417,6 +420,13 @@ class Api:
 # ------------------------------------------------------------------ parts
 
 
+def _slot(model: Model, record: RequestRecord) -> Slot:
+    """Where it was found."""
+    slot = model.slot_of(record.rid)
+    assert slot is not None
+    return slot
+
+
 async def _shown(model: Model, record: RequestRecord) -> dict[str, Any]:
     """A request as GET /v1/requests shows it."""
     view, rid, job = View.of(record), record.rid, record.job
@@ -431,7 +441,7 @@ async def _shown(model: Model, record: RequestRecord) -> dict[str, Any]:
     }
     if record.open:
         return body
-    journals = await model.bus.read_journals([(rid, choice) for choice in range(job.choices)])
+    journals = await _slot(model, record).bus.read_journals([(rid, choice) for choice in range(job.choices)])
     prompt_tokens = sum(len(prompt) // ID_BYTES for prompt in record.prompts)
     echoed = await model.prompt_texts(job) if view.echo else None
     answer, tally = whole_answer(

@@ -23,12 +23,13 @@ from gateway.contracts.routes import Contract
 from gateway.edge import Routes, Server, error_answer
 from gateway.headers import Origins, arrived, parse_origins, tell
 from gateway.metrics import exposition
-from gateway.models import PATIENCE_S, Models
+from gateway.models import Models
 from gateway.page.hosts import Hosts, parse_hosts
 from gateway.page.routes import Page
 from gateway.routing.money import Money
 from gateway.routing.pushes import Pushes
 from gateway.routing.router import Router
+from gateway.routing.slot import PATIENCE_S
 from gateway.routing.upstream import Upstreams
 from protocol.bus import HomeBus
 from protocol.errors import HeadraceError, NotFound, StartError

@@ -7,7 +7,9 @@ worker whose beat has not been seen to change does not count: after all was kill
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +17,14 @@ from typing import Any
 import msgspec
 
 from gateway.metrics import gone, seen
+from gateway.routing.slot import PATIENCE_S, Slot
 from gateway.streams import Outlet
 from gateway.tokenizer import TokenizerProcess
 from protocol.bus import GatewayBus
 from protocol.errors import HeadraceError, InvalidRequest, NotFound, ServiceError, StartError, Unavailable
-from protocol.messages import Job, ModelCard
+from protocol.messages import Job, ModelCard, shard_of
 from protocol.records import RequestRecord
+from protocol.routing.shards import Shard, ShardStore, choose, first_bytes, served
 from protocol.routing.store import RoutingStore, decode
 from protocol.routing.table import Routing
 
@@ -29,25 +33,17 @@ log = logging.getLogger("headrace.gateway")
 REFRESH_S = 3.0  # how often the registry is read
 MISS_S = 0.5  # the same for a name that is not in it
 LOOK_S = 0.5  # how often workers and leaders are read
-STILL_S = 6.0  # a leader whose beat has not changed for so long counts as dead
-PATIENCE_S = 3.0  # how long a request waits for Redis to come back
 MOST_MOVES = 64  # of one request
-ACCEPTS_AT_ONCE = 64  # each takes a connection
 
 
 class Model:
-    """One served model as this process sees it."""
+    """One served model as this process sees it, with all its shards."""
 
     def __init__(self, url: str, card: ModelCard, name: str) -> None:
         self.card = card
-        self.bus = GatewayBus(url, card.model, patience=PATIENCE_S)
-        self.outlet = Outlet(self.bus, name)
-        self.accepting = asyncio.Semaphore(ACCEPTS_AT_ONCE)
-        self.workers = 0  # serving now
-        self.waiting_requests, self.waiting_tokens, self.rate = 0, 0, 0.0  # as the leader told it last
-        self._beat: tuple[int, int] | None = None
-        self._first_beats: dict[str, tuple[int, int]] = {}  # of each worker, when it was first seen: (gen, beat)
-        self._moved: float | None = None  # when the leader's beat was last seen to change
+        self._url, self._channel = url, name
+        self.first = Slot(url, Shard(card.model, 0, card.model), name)
+        self.slots: dict[int, Slot] = {0: self.first}
         self._tokenizer: TokenizerProcess | None = None
         self._tokenizer_of = 0  # the card's time of creation
         self._making_tokenizer = asyncio.Lock()
@@ -56,29 +52,87 @@ class Model:
     def name(self) -> str:
         return self.card.model
 
+    @property
+    def bus(self) -> GatewayBus:
+        """Of the shard that every model has: what is told of the model lies there."""
+        return self.first.bus
+
+    @property
+    def outlet(self) -> Outlet:
+        """Of the same."""
+        return self.first.outlet
+
     async def open(self) -> None:
         """Connect and subscribe. Unavailable if the server cannot be used now."""
-        try:
-            await self.bus.connect()
-        except StartError as error:
-            raise Unavailable(str(error)) from None
-        await self.outlet.start()
+        await self.first.open()
 
     async def close(self) -> None:
         if self._tokenizer is not None:
             self._tokenizer.close()
-        await self.outlet.close()
-        await self.bus.close()
+        for slot in self.slots.values():
+            await slot.close()
+
+    # -------------------------------------------------------------- shards
+
+    async def follow(self, shards: Sequence[Shard]) -> None:
+        """Take note of the shards that there are now. One that cannot be reached is tried again at the next look."""
+        for shard in served(shards):
+            slot = self.slots.get(shard.number)
+            if slot is None:
+                slot = Slot(self._url, shard, self._channel)
+                try:
+                    await slot.open()
+                except HeadraceError as error:
+                    log.warning("shard %d of %s cannot be reached: %s", shard.number, self.name, error)
+                    await slot.close()
+                    continue
+            slot.shard = shard
+            self.slots[shard.number] = slot
+
+    def slot_of(self, rid: str) -> Slot | None:
+        """Where the request of this id lies, if it is one of this model; None: a shard that is not known here."""
+        return self.slots.get(shard_of(rid))
+
+    def choose(self, tenant: str, job: Job) -> Slot:
+        """Where a new request goes."""
+        if len(self.slots) == 1:
+            return self.first
+        open_slots = [slot for slot in self.slots.values() if slot.shard.open]
+        reachable = [slot for slot in open_slots if slot.ready] or open_slots
+        least = min(reachable, key=lambda slot: slot.load)
+        if least.load == math.inf:
+            reachable = [least]
+        slot = choose(reachable, lambda s: s.shard.tag, lambda s: s.load, tenant, first_bytes(job))
+        slot.sent += 1
+        return slot
 
     # -------------------------------------------------------------- readiness
 
     @property
     def led(self) -> bool:
-        return self._moved is not None and time.monotonic() - self._moved < STILL_S
+        return any(slot.led for slot in self.slots.values())
 
     @property
     def ready(self) -> bool:
-        return self.workers > 0 and self.led
+        return any(slot.ready for slot in self.slots.values())
+
+    @property
+    def workers(self) -> int:
+        """That serve now."""
+        return sum(slot.workers for slot in self.slots.values())
+
+    @property
+    def waiting_requests(self) -> int:
+        return sum(slot.waiting_requests for slot in self.slots.values())
+
+    @property
+    def waiting_tokens(self) -> int:
+        return sum(slot.waiting_tokens for slot in self.slots.values())
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second that come."""
+        return sum(slot.rate for slot in self.slots.values())
 
     @property
     def load(self) -> float:
@@ -86,24 +140,19 @@ class Model:
         return self.waiting_requests / max(1, self.workers)
 
     async def look(self, depth: bool = False) -> None:
-        """Read which workers serve and whether the leader's beat changes; with ``depth`` also what waits."""
-        try:
-            leader = await self.bus.read_leader()
-            workers = await self.bus.list_workers()
-            if depth:
-                self.waiting_requests, self.waiting_tokens, self.rate = await self.bus.read_depth()
-        except HeadraceError:
-            self.workers = 0
-            seen(self.name, 0)
-            return
-        before = self._first_beats
-        self._first_beats = {w.wid: before.get(w.wid, (w.gen, w.beat)) for w in workers}
-        self.workers = sum(w.state == "serving" and self._first_beats[w.wid] != (w.gen, w.beat) for w in workers)
+        """Read which workers serve and which leaders live; with ``depth``, or of several shards, also what waits."""
+        slots = list(self.slots.values())
+        await asyncio.gather(*(slot.look(depth or len(slots) > 1) for slot in slots))
         seen(self.name, self.workers)
-        beat = (leader.epoch, leader.beat)
-        if self._beat is not None and beat != self._beat:
-            self._moved = time.monotonic()
-        self._beat = beat
+
+    async def used_tokens(self, day: int) -> dict[str, tuple[int, int]]:
+        """Tenant -> prompt and output tokens of its requests that ended on this day, in all shards."""
+        used: dict[str, tuple[int, int]] = {}
+        for slot in list(self.slots.values()):
+            for tenant, (prompt, output) in (await slot.bus.used_tokens(day)).items():
+                before = used.get(tenant, (0, 0))
+                used[tenant] = before[0] + prompt, before[1] + output
+        return used
 
     # -------------------------------------------------------------- tokens and text
 
@@ -154,6 +203,8 @@ class Models:
         self._read_at = float("-inf")
         self._tasks: list[asyncio.Task[None]] = []
         self._store = RoutingStore(url, PATIENCE_S)
+        self._shard_store = ShardStore(url, PATIENCE_S)
+        self._shards: dict[str, list[Shard]] = {}  # of models that have several
         self._routing_raw: bytes | None = None
 
     def start(self) -> None:
@@ -166,6 +217,7 @@ class Models:
         for model in self._open.values():
             await model.close()
         await self._store.close()
+        await self._shard_store.close()
 
     async def get(self, name: str) -> Model:
         """The model, opened. NotFound (model_not_found), or Unavailable."""
@@ -199,8 +251,12 @@ class Models:
 
     async def find_request(self, rid: str) -> tuple[Model, RequestRecord] | None:
         """The request of this id, of whichever model."""
-        for model in await self.opened():
-            record = await model.bus.read_request(rid)
+        models = await self.opened()
+        if any(model.slot_of(rid) is None for model in models):  # another gateway may know a shard that is new
+            await self.refresh(MISS_S)
+        for model in models:
+            slot = model.slot_of(rid)
+            record = await slot.bus.read_request(rid) if slot is not None else None
             if record is not None:
                 return await self.where_it_runs(model, record)
         if not self.reachable:  # a gateway that has just started may not know any model yet
@@ -217,7 +273,8 @@ class Models:
                 model = self._open.get(name) or await self.get(name)
             except NotFound:
                 return None
-            found = await model.bus.read_request(rid)
+            slot = model.slot_of(rid)
+            found = await slot.bus.read_request(rid) if slot is not None else None
             if found is None:
                 return None
             record = found
@@ -243,6 +300,7 @@ class Models:
                 self.reachable = False
             else:
                 await self._read_routing()
+                await self._read_shards()
             self._read_at = time.monotonic()
 
     async def _read_routing(self) -> None:
@@ -254,6 +312,13 @@ class Models:
                 self.routing = decode(raw)
         except (ServiceError, StartError) as error:
             log.error("the table of routes cannot be read, the last one stays: %s", error)
+
+    async def _read_shards(self) -> None:
+        """Which shards the models have; where that cannot be read, those that were known."""
+        with contextlib.suppress(ServiceError):
+            self._shards = await self._shard_store.read_all()
+        for model in self._open.values():
+            await model.follow(self._shards.get(model.name, ()))
 
     def up(self, model: Model) -> bool:
         """Whether a request is answered: by a worker that serves, or by one that is started for it."""
@@ -274,6 +339,7 @@ class Models:
                 model = Model(self.url, card, self.name)
                 try:
                     await model.open()
+                    await model.follow(self._shards.get(card.model, ()))
                 except BaseException:
                     await model.close()
                     raise

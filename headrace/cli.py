@@ -337,6 +337,25 @@ def dead(args: argparse.Namespace) -> int:
 
 
 @command(
+    "shards",
+    "list, add, drain and retire the shards of a model",
+    """
+examples:
+  headrace shards ls
+  headrace shards add                        one more; then start workers with --shard K
+  headrace shards drain 2                    takes nothing new, ends what it has; `open` takes that back
+  headrace shards retire 2                   once it has ended all: a push there is an error from now on
+
+The first shard stays. Other tools see another shard by --model TAG, as ls shows it.
+""",
+)
+def shards(args: argparse.Namespace) -> int:
+    from headrace.tools.shards import run
+
+    return run(vars(args) | {"redis_url": args.redis_url or _default_redis()})
+
+
+@command(
     "completion",
     "print what a shell needs to complete this command",
     """
@@ -373,6 +392,7 @@ def version(args: argparse.Namespace) -> int:
 ACTIONS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "requests": (("ls", "show", "cancel", "tail"), "ID"),
     "dead": (("ls", "retry", "drop"), "ENTRY"),
+    "shards": (("ls", "add", "drain", "open", "retire"), "SHARD"),
     "completion": (("bash", "zsh", "fish"), None),
     "ray": (("status", "up", "down"), None),
 }

@@ -43,7 +43,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--port", "serve gateway doctor", "port of the HTTP API; 0 picks a free one", port, 8000),
     Option(
         "--redis-url",
-        "serve gateway scheduler worker submit top doctor requests dead config ray",
+        "serve gateway scheduler worker submit top doctor requests dead shards config ray",
         "Redis or Valkey, as redis://[user:password@]host:port/db, rediss://..., unix:///path, or "
         "redis+cluster://host:port,host:port "
         "(default: serve starts an embedded one; the others find that, else redis://127.0.0.1:6379/0)",
@@ -90,6 +90,22 @@ OPTIONS: tuple[Option, ...] = (
     Option("--local-ranks", "worker", "with --rendezvous: ranks that this worker starts itself", count, 1, metavar="N"),
     Option("--rank", "worker", "be this rank of the worker at --rendezvous, and nothing else", count, metavar="K"),
     Option("--schedulers", "serve", "scheduler processes; one leads, the others stand by", count, 1, metavar="N"),
+    Option(
+        "--shards",
+        "serve scheduler",
+        "slots of Redis that the model's requests are spread over, each with a leader and workers of its own "
+        "(docs/scaling.md; default: as many as there are, at first 1)",
+        count,
+        metavar="N",
+    ),
+    Option(
+        "--shard",
+        "scheduler worker",
+        "of a model with several: which one this worker computes for (default: 0), or this scheduler leads first "
+        "(default: whichever nobody leads)",
+        whole,
+        metavar="K",
+    ),
     Option("--gateways", "serve", "gateway processes, on PORT, PORT+1, ...", count, 1, metavar="N"),
     Option(
         "--keep-alive",
@@ -371,12 +387,12 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--address", "ray", "the Ray cluster, as HOST:PORT of its head; auto: the one of this machine", default="auto"
     ),
-    Option("--json", "top doctor requests dead ray", "a JSON object a line", boolean, False),
+    Option("--json", "top doctor requests dead shards ray", "a JSON object a line", boolean, False),
     Option("--tenant", "requests", "only this tenant's (default: of all)", scope="REQUESTS_"),
     # submit: jobs from the command line
     Option(
         "--model",
-        "submit top requests dead",
+        "submit top requests dead shards",
         "served name of the model (default: the only one that is served)",
         scope="SUBMIT_",
     ),

@@ -49,6 +49,23 @@ async def primaries(url: str, ask: Ask) -> list[str]:
     return sorted({node for _, _, node in await _ranges(url, ask)})
 
 
+class Placement:
+    """Which node holds which key; of a single server always the same."""
+
+    def __init__(self, ranges: list[tuple[int, int, str]]) -> None:
+        self._ranges = ranges
+        self.nodes = sorted({node for _, _, node in ranges})
+
+    def __call__(self, key: str) -> str:
+        slot = key_slot(key.encode())
+        return next((node for first, last, node in self._ranges if first <= slot <= last), "")
+
+
+async def placement(url: str, ask: Ask) -> Placement:
+    """As it is now."""
+    return Placement(await _ranges(url, ask) if is_cluster(url) else [(0, 16383, url)])
+
+
 async def _ranges(url: str, ask: Ask) -> list[tuple[int, int, str]]:
     """(first slot, last slot, URL of their primary) from the first node that answers."""
     lost: Exception = LostConnection("the URL names no node")

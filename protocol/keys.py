@@ -11,11 +11,13 @@ import re
 from protocol.errors import InvalidRequest
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+TAG = re.compile(MODEL_NAME.pattern + r"(#[1-9][0-9]{0,3}\.[0-9a-f]{1,8})?")  # of a model's slot, or of a shard's
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 HOME = "headrace:{@home}:"  # prefix of what is not of one model: its tag is no model's name
 REGISTRY = "headrace:models"  # hash: served model name -> ModelCard
 ROUTING = "{headrace:models}:routing"  # string: the table of aliases, routes, ...; in the slot of the registry
+SHARDS = "{headrace:models}:shards"  # hash: `<model>#<k>` -> state and tag of shard k; beside the registry
 GROUP = "scheduler"  # the one consumer group of the inbox
 
 
@@ -35,18 +37,21 @@ def claim_name(tenant: str, key: str, name: str) -> str:
 
 
 class Keys:
-    """Key names of one model. Strings, built once; the per-request ones are methods."""
+    """Key names of one model, or of one of its shards: ``model`` is the tag (protocol/routing/shards.py). Strings,
+    built once; the per-request ones are methods."""
 
     def __init__(self, model: str) -> None:
-        if not MODEL_NAME.fullmatch(model):
+        if not TAG.fullmatch(model):
             raise InvalidRequest("model must match [A-Za-z0-9._:/-]{1,128}", param="model")
         self.model = model
+        self.shard = int(model.rpartition("#")[2].partition(".")[0]) if "#" in model else 0
         self.prefix = prefix = f"headrace:{{{model}}}:"
         self.jobs = prefix + "jobs"  # stream, group `scheduler`: the inbox
         self.live = prefix + "live"  # hash: unfinished rid -> reply channel names, space separated
         self.depth = prefix + "depth"  # hash: waiting requests and tokens, written by the leader
         self.leader = prefix + "leader"  # hash: epoch, owner, beat, gen counter, wire
         self.workers = prefix + "workers"  # set: wids that have a `w:` key
+        self.moving = prefix + "moving"  # stream: pushes that leave a shard that drains
         self.events = prefix + "events"  # stream: hints to the scheduler
         self.dead = prefix + "dead"  # stream: dead letters
         self.tenants = prefix + "tenants"  # set: tenants that have unfinished requests

@@ -30,9 +30,15 @@ DEFAULT_TENANT = "default"
 encode = msgspec.msgpack.Encoder().encode
 
 
-def new_rid() -> str:
-    """128 random bits, 32 hex digits."""
-    return secrets.token_hex(16)
+def new_rid(shard: int = 0) -> str:
+    """128 random bits, 32 hex digits; of another shard than the first followed by `s` and its number."""
+    return secrets.token_hex(16) + (f"s{shard}" if shard else "")
+
+
+def shard_of(rid: str) -> int:
+    """The shard that this request lies in, if a request has this rid."""
+    _, _, number = rid[32:].partition("s")
+    return int(number) if number.isascii() and number.isdigit() else 0
 
 
 LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON cannot say

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import msgspec
 from protocol.errors import NO_RATES, RatesLeft, StoreFailed
 from protocol.messages import Capacity, Hint, Job, Terminal, unpack_ids
 
+MOVED = re.compile(r"([0-9]{1,4})\.([0-9]{1,19}-[0-9]{1,19})")
 Reply = Any  # a decoded Redis reply: bytes, int, None, or a list of these
 
 
@@ -99,6 +101,19 @@ class TenantLimits:
     tokens_per_minute: int | None = None  # of prompts and answers
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a push was before it was moved: in the inbox of another shard, which drains."""
+
+    shard: int
+    entry_id: str
+
+    @property
+    def name(self) -> str:
+        """Of a push without an id: no entry of the shard that it is in now has it, nor can an id be so."""
+        return f"{self.shard}.{self.entry_id}"
+
+
 @dataclass
 class InboxEntry:
     """One entry of `jobs`: ``rid`` if it went through accept, else ``payload``."""
@@ -106,6 +121,7 @@ class InboxEntry:
     entry_id: str
     rid: str | None
     payload: bytes | None
+    origin: Origin | None = None
 
 
 @dataclass
@@ -194,9 +210,12 @@ def _request_record(rid: str, fields: dict[bytes, bytes]) -> RequestRecord:
 
 def inbox_entry(entry_id: bytes, flat: Sequence[bytes]) -> InboxEntry:
     fields = fields_of(flat)
-    rid = fields.get(b"rid")
+    rid, origin = fields.get(b"rid"), MOVED.fullmatch(fields.get(b"from", b"").decode("utf-8", "replace"))
     return InboxEntry(
-        entry_id.decode(), rid.decode("utf-8", "replace") if rid is not None else None, fields.get(b"job")
+        entry_id.decode(),
+        rid.decode("utf-8", "replace") if rid is not None else None,
+        fields.get(b"job"),
+        Origin(int(origin[1]), origin[2]) if origin else None,
     )
 
 

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from protocol.records import Origin
+
 LEAST_COST = 1 << 10  # bytes; what a job costs besides its text
 AGEING = 64 << 10  # bytes: a text so much longer lets a shorter one of its tenant pass that comes a second later
 MOST_TENANTS = 1024  # that are remembered although nothing of theirs waits
@@ -29,6 +31,7 @@ class Ticket:
     size: int  # bytes
     deadline_ms: int = 0  # server time; 0: none
     payload: bytes | None = None
+    origin: Origin | None = None
     waits: bool = field(default=True)  # False: handed out already, or moved to another queue
 
 

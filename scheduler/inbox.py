@@ -125,7 +125,8 @@ class Inbox:
         found = address(payload)
         deadline_ms = entry_ms(entry) + int(found.timeout_s * 1000) if found.timeout_s else 0
         ticket = Ticket(
-            entry.entry_id, None, sys.intern(found.tenant or DEFAULT_TENANT), len(payload), deadline_ms
+            entry.entry_id, None, sys.intern(found.tenant or DEFAULT_TENANT), len(payload), deadline_ms,
+            origin=entry.origin,
         )  # fmt: skip
         if len(payload) <= SHORT and self._kept + len(payload) <= KEPT_BYTES:
             ticket.payload = payload
@@ -140,7 +141,8 @@ class Inbox:
             elif ticket.rid is None:
                 payload = await self._bus.read_push(ticket.entry_id)
             there = ticket.rid is not None or payload is not None  # else somebody has deleted it
-            wait_s = await self._intake.take(InboxEntry(ticket.entry_id, ticket.rid, payload)) if there else 0.0
+            entry = InboxEntry(ticket.entry_id, ticket.rid, payload, ticket.origin)
+            wait_s = await self._intake.take(entry) if there else 0.0
         except BaseException:
             self._admission.done(ticket)
             raise

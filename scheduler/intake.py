@@ -11,9 +11,7 @@ from typing import Any
 import msgspec
 
 from protocol.bus import HomeBus, LeaderBus
-from protocol.bus.base import job_fingerprint
 from protocol.errors import (
-    Conflict,
     DeadlineExceeded,
     EngineFailed,
     Fenced,
@@ -26,9 +24,10 @@ from protocol.errors import (
 )
 from protocol.jobs import MAX_TIMEOUT_S
 from protocol.keys import NAME
-from protocol.messages import DEFAULT_TENANT, ID_BYTES, MAX_JOB_BYTES, Job, body_hash, encode, new_rid, unpack_ids
-from protocol.records import Claim, InboxEntry, RequestRecord, Reservation
+from protocol.messages import DEFAULT_TENANT, ID_BYTES, MAX_JOB_BYTES, Job, body_hash, encode, unpack_ids
+from protocol.records import InboxEntry, RequestRecord
 from scheduler.answers import Answer, Answers
+from scheduler.claims import CONFLICT, Elsewhere, claim_and_reserve
 from scheduler.core.events import Arrive
 from scheduler.election import ServerClock
 from scheduler.metrics import Metrics
@@ -42,12 +41,6 @@ log = logging.getLogger("headrace.scheduler")
 AGAIN_S = 0.1  # pause before a push is claimed anew
 MAX_ADDRESS_BYTES = 16 << 20  # a larger payload is rejected without being decoded
 
-
-class Elsewhere(Exception):
-    """The request of a push's id runs in another slot."""
-
-
-CONFLICT = Conflict("this id was used for a job with another body", param="id")
 NEITHER = InvalidRequest("an entry holds a rid (written by accept) or a job, never both")
 UNKNOWN = NotFound("no request has the rid of this entry", param="rid")
 UNFORESEEN = EngineFailed("the job could not be read or prepared")
@@ -69,6 +62,7 @@ class Intake:
         admit: Callable[[Arrive], None],
         recover: Callable[[str], Awaitable[None]],
         home: HomeBus | None = None,
+        drains: Callable[[], bool] = lambda: False,
     ) -> None:
         self._bus = bus
         self._tokenizers = tokenizers
@@ -80,6 +74,7 @@ class Intake:
         self._admit = admit
         self._recover = recover
         self._home = home
+        self._drains = drains  # whether this shard takes no new pushes
 
     async def take(self, entry: InboxEntry) -> float:
         """Admit or end one entry; returns 0, or for how many seconds a push has to wait whose tenant is at a limit.
@@ -185,6 +180,9 @@ class Intake:
 
     async def _take_push(self, entry: InboxEntry, payload: bytes) -> float:
         began = time.monotonic()
+        if self._drains():
+            await self._bus.divert(self._epoch, entry.entry_id)
+            return 0.0
         try:
             if len(payload) > MAX_JOB_BYTES:
                 raise TooLarge(f"a job may have at most {MAX_JOB_BYTES} bytes")
@@ -200,7 +198,8 @@ class Intake:
         key = self._answers.key(job, job.tenant, prepared.prompts)
         answer = await self._answers.find(job, key)
         try:
-            rid, held, claim = await self._claim_and_reserve(job, sum(map(len, prepared.prompts)) // ID_BYTES)
+            tokens = sum(map(len, prepared.prompts)) // ID_BYTES
+            rid, held, claim = await claim_and_reserve(self._bus, self._home, job, tokens)
         except Elsewhere:
             await self._bus.finish(self._epoch, [], entry_id=entry.entry_id)
             return 0.0
@@ -218,6 +217,7 @@ class Intake:
             job=job,
             payload_hash=body_hash(payload),
             reserved=held.tokens,
+            origin=entry.origin,
             cache="hit" if answer else "",
             tell=_told_at_once(job, key, answer),
         )
@@ -237,24 +237,6 @@ class Intake:
             await self._reject(entry, payload, CONFLICT)
         return 0.0
 
-    async def _claim_and_reserve(self, job: Job, tokens: int) -> tuple[str, Reservation, Claim | None]:
-        """The rid under which a push is to be admitted, what it holds of its tenant's limits, and the claim of its id:
-        it is made first, as for a request with an idempotency key. Elsewhere, Conflict, Overloaded."""
-        rid, claim, home = new_rid(), None, self._home
-        if home is None:
-            return rid, Reservation(None), None
-        slot, body = self._bus.keys.model, job_fingerprint(job)
-        if job.id is not None:
-            claim = await home.claim_or_find(job.tenant, job.id, slot, model=slot, rid=rid, body=body)
-            if claim.body != body:
-                raise CONFLICT
-            if claim.model != slot:
-                raise Elsewhere
-            rid = claim.rid
-            if not claim.mine and await self._bus.read_request(rid) is not None:  # it has its reservation
-                return rid, Reservation(None), claim
-        return rid, await home.reserve(job.tenant, rid, slot, tokens), claim
-
     async def _reject(self, entry: InboxEntry, payload: bytes, error: RequestError | ServiceError) -> None:
         """Write a dead letter, and one error result if the payload names a producer that can be told."""
         found = address(payload)
@@ -267,6 +249,7 @@ class Intake:
             results=found.results,
             tenant=found.tenant or DEFAULT_TENANT,
             id=found.id,
+            origin=entry.origin,
         )
         self._metrics.request_refused(None, found.tenant, "error", error.wire_code)
 
@@ -310,7 +293,7 @@ def _seed(job: Job) -> int:
 
 def entry_ms(entry: InboxEntry) -> int:
     """Server time of the push."""
-    return int(entry.entry_id.split("-")[0])
+    return int((entry.origin or entry).entry_id.split("-")[0])
 
 
 def _told_at_once(job: Job, key: str | None, answer: Answer | None) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -43,7 +43,8 @@ from scheduler.intake import Intake
 from scheduler.metrics import Health, Metrics
 from scheduler.prompts.tokenizer_pool import TokenizerPool
 from scheduler.recovery import READS_AT_ONCE, UNREADABLE, arrive, read_choices, read_state, terminal_row
-from scheduler.sweep import sweep_often
+from scheduler.shares import Shares
+from scheduler.sweep import move_often, sweep_often
 from scheduler.tracing import RequestTraces
 from scheduler.workers import WorkerRegistry
 
@@ -76,6 +77,9 @@ class Process:
     fingerprint: str = ""  # of the model, where answers are cached
     weights_grace_s: float = 60.0  # how long a begun request waits for its weights beside workers with others
     home: HomeBus | None = None  # whose claims for this model the leader sweeps
+    first: LeaderBus | None = None  # of the first shard, where this one is another
+    drains: Callable[[], bool] = lambda: False  # whether this shard gives its pushes to the first
+    several: Callable[[], bool] = lambda: False  # whether the model has more than one shard
 
 
 class Term:
@@ -86,6 +90,8 @@ class Term:
         self._epoch = epoch
         self._model = process.model
         self._home = process.home
+        self._first = process.first
+        self._several = process.several
         self._tokenizers = tokenizers = process.tokenizers
         self._longest_wanted = process.max_model_len
         self._metrics = metrics = process.metrics
@@ -108,7 +114,7 @@ class Term:
         )  # fmt: skip
         intake = Intake(
             bus, tokenizers, epoch, clock, metrics, self._traces, self._answers, self._admit, self._recover,
-            process.home,
+            process.home, process.drains,
         )  # fmt: skip
         self._inbox = Inbox(bus, f"epoch-{epoch}", intake, clock, weights)
         self._registry = WorkerRegistry(bus, epoch, self.core, process.timing, metrics, self._group, self._apply)
@@ -133,8 +139,12 @@ class Term:
             group.create_task(self._plan())
             group.create_task(self._inbox.run())
             group.create_task(self._tick())
+            if self._first is not None:
+                group.create_task(move_often(self._bus, self._first))
             if self._home is not None:
-                group.create_task(sweep_often(self._home, self._bus, self._model, self._epoch))
+                shares = Shares(self._home, self._model, self.core, self._several)
+                group.create_task(shares.exchange_often(self._apply))
+                group.create_task(sweep_often(self._home, self._bus, self._bus.keys.model, self._epoch))
 
     # -------------------------------------------------------------- taking over
 
@@ -164,7 +174,9 @@ class Term:
             log.info("put %d entries of running requests right", changed)
 
     async def _publish_card(self) -> None:
-        """Where the registry does not hold it yet."""
+        """Where the registry does not hold it yet. The first shard's leader speaks for the model."""
+        if self._bus.keys.shard:
+            return
         known = self._tokenizers
         shown = (known.max_model_len, self._registry.fingerprint)
         if shown == self._shown:
@@ -262,7 +274,8 @@ class Term:
     # -------------------------------------------------------------- out of the core
 
     async def _plan(self) -> None:
-        alive = self._health.alive("planner")
+        shard = self._bus.keys.shard
+        alive = self._health.alive(f"planner-{shard}" if shard else "planner")
         while True:
             self._planning.clear()
             started = time.monotonic()

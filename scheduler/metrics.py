@@ -66,14 +66,17 @@ class OldName(Collector):
 class Metrics:
     """All instruments of one scheduler, labelled with its model, in a registry of their own."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, process: bool = True) -> None:
+        """``process``: with what is told of the process itself."""
         self.registry = CollectorRegistry()
+        self.model = model
         self._counted = Counters()  # the core's totals when last read
         self._model = model
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        build = Info("headrace_build", "The release that runs", registry=self.registry)
-        build.info({"version": release(), "role": "scheduler"})
+        if process:
+            ProcessCollector(registry=self.registry)
+            PlatformCollector(registry=self.registry)
+            build = Info("headrace_build", "The release that runs", registry=self.registry)
+            build.info({"version": release(), "role": "scheduler"})
         self._workers: set[str] = set()  # that have series of their own
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         self.is_leader = gauge("is_leader", "1 while this scheduler leads")
@@ -240,14 +243,41 @@ class Health:
         note()
         return note
 
+    def forget(self, part: str) -> None:
+        """It has ended, and need not make progress any more."""
+        self._seen.pop(part, None)
+
     def silent(self) -> list[str]:
         """Parts that have made no progress for too long."""
         now = time.monotonic()
         return [part for part, seen in self._seen.items() if now - seen > self._limit]
 
 
-async def serve_status(metrics: Metrics, health: Health, host: str, port: int) -> web.AppRunner:
+class Exposed(Collector):
+    """What one process exposes: its own figures and those of each shard, one family after another. Series of other
+    shards than the first have a further label, `shard`."""
+
+    def __init__(self, first: Metrics) -> None:
+        self._first = first
+        self._shards: dict[int, Metrics] = {0: first}
+
+    def of(self, shard: int) -> Metrics:
+        return self._shards.setdefault(shard, Metrics(self._first.model, process=False))
+
+    def collect(self) -> Iterator[Metric]:
+        families = {family.name: family for family in self._first.registry.collect()}
+        for number, metrics in self._shards.items():
+            for family in metrics.registry.collect() if number else ():
+                labelled = [s._replace(labels={**s.labels, "shard": str(number)}) for s in family.samples]
+                families[family.name].samples.extend(labelled)
+        yield from families.values()
+
+
+async def serve_status(exposed: Collector, health: Health, host: str, port: int) -> web.AppRunner:
     """Start the metrics port: /metrics and /health (503 naming what is stuck). Port 0 is the caller's to skip."""
+
+    registry = CollectorRegistry()
+    registry.register(exposed)
 
     async def show_health(_: web.Request) -> web.Response:
         silent = health.silent()
@@ -255,7 +285,7 @@ async def serve_status(metrics: Metrics, health: Health, host: str, port: int) -
         return web.json_response(body, status=503 if silent else 200)
 
     async def exposition(_: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()
     app.on_response_prepare.append(_without_version)

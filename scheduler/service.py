@@ -1,4 +1,4 @@
-"""A scheduler process: it stands by until it leads, then leads until it is stopped or fenced.
+"""A scheduler process: for each shard of its model it stands by until it leads, then leads until stopped or fenced.
 
 A term reads its whole state from Redis when it begins: only the lead itself is handed over.
 """
@@ -19,20 +19,23 @@ from typing import Literal
 from aiohttp.web import AppRunner
 
 from protocol.bus import HomeBus, LeaderBus
-from protocol.errors import Fenced
+from protocol.errors import Fenced, InvalidRequest, StartError, StoreFailed
 from protocol.keys import check_name
 from protocol.preloaded import Preloaded
+from protocol.routing.shards import Shard, ShardStore, served
 from protocol.telemetry.traces import traces
 from scheduler.answers import AnswerSettings, fingerprint
 from scheduler.election import ServerClock, Timing, keep_lead, stand_by
 from scheduler.leader import Process, Term
-from scheduler.metrics import Health, Metrics, serve_status
+from scheduler.metrics import Exposed, Health, Metrics, serve_status
 from scheduler.prompts.chat_format import AUTO
 from scheduler.prompts.tokenizer_pool import SpecialTokensInContent, TokenizerPool
 
 log = logging.getLogger("headrace.scheduler")
 
 RELEASE_S = 3.0  # timeout of handing over the lead
+LOOK_S = 3.0  # how often it is looked whether the model has further shards
+LATER_S = 3.0  # how long a scheduler waits before it stands by for a shard that another one is to lead first
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class SchedulerConfig:
     response_cache_memory: int | None = None  # bytes; None: a tenth of the server's maxmemory
     response_cache_shared: bool = False  # by all tenants
     weights_grace: float = 60.0  # seconds that a begun request waits for a worker with its weights beside others
+    shards: int | None = None  # so many are made, if there are less; None: as many as there are
+    shard: int | None = None  # which this process leads first; None: all alike
     timing: Timing = field(default_factory=Timing)
 
     @property
@@ -71,7 +76,8 @@ class SchedulerConfig:
 async def run_scheduler(
     config: SchedulerConfig, stop: asyncio.Event | None = None, home: Preloaded | None = None
 ) -> int:
-    """Serve until stopped (0) or deposed by another leader (1). StartError and ModelRefused say what to do.
+    """Serve until stopped (0) or deposed by another leader (1). StartError and ModelRefused say what to do. Where the
+    model has several shards, a lead that is lost is stood by for again: the others go on.
 
     ``stop`` ends it; without it, the process is a scheduler alone and SIGTERM and SIGINT end it. The lead is handed
     over in both cases.
@@ -94,46 +100,79 @@ async def run_scheduler(
 
 
 class _Life:
-    """A scheduler from its start: it loads, stands by, and leads, once each. Can be cancelled at any point."""
+    """A scheduler from its start: it loads, and stands by for each shard of its model. Can be cancelled at any
+    point."""
 
     def __init__(self, config: SchedulerConfig, alone: bool, home: Preloaded | None) -> None:
         self.config = config
         self.alone = alone
-        name = check_name(config.name, "name") if config.name else socket.gethostname()
-        # unique to this process: a restarted scheduler must not be taken for the one before
-        self.owner = f"{name}.{secrets.token_hex(4)}"
         self.claims = HomeBus(config.redis_url)
-        self.bus = LeaderBus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
+        self.store = ShardStore(config.redis_url, patience=None)
         self.tokenizers = TokenizerPool(
             config.model, config.max_model_len, config.special_tokens_in_content, home,
             tool_format=config.tool_format, reasoning_format=config.reasoning_format,
             generation_config=config.generation_config,
         )  # fmt: skip
-        self.metrics, self.health = Metrics(config.served_model_name), Health()
+        self.first = Metrics(config.served_model_name)
+        self.exposed = Exposed(self.first)
+        self.health = Health()
         self.traces = traces("scheduler")
         self.fingerprint = ""  # of the model, where answers are cached
         self.status: AppRunner | None = None
         self.warming: asyncio.Task[None] | None = None
+        self.seats: dict[int, _Seat] = {}
 
     async def run(self) -> None:
-        """Ends only by cancellation, Fenced, or an error; the lead is released."""
+        """Ends only by cancellation, Fenced, or an error; the leads are released."""
         config = self.config
         if config.metrics_port:
-            self.status = await serve_status(self.metrics, self.health, config.metrics_host, config.metrics_port)
+            self.status = await serve_status(self.exposed, self.health, config.metrics_host, config.metrics_port)
         await self.tokenizers.load()
         self.warming = asyncio.create_task(self._warm_up())
         if config.response_cache:
             self.fingerprint = await fingerprint(config.model)
         if self.alone:
             gc.freeze()  # imported modules are permanent: the collector can skip them
-        await self.bus.connect()
+        model = config.served_model_name
+        self.seats[0] = first = _Seat(self, Shard(model, 0, model))
+        await first.bus.connect()  # else it says what is wrong with the server
+        if config.shards is not None:
+            try:
+                await self.store.create(model, config.shards)
+            except InvalidRequest as error:
+                raise StartError(f"--shards: {error}") from None
+        ended: list[BaseException] = []
         try:
-            await self._lead()
-        finally:
-            self.metrics.is_leader.set(0)
-            with contextlib.suppress(TimeoutError):  # the server is unreachable: standbys will notice the missing beats
-                async with asyncio.timeout(RELEASE_S):
-                    await self._release()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(first.run())
+                group.create_task(self._follow(group))
+        except* (Fenced, StartError) as error:
+            ended += error.exceptions  # raised below: Python before 3.11.4 wraps in a group what is raised in here
+        for failure in ended:
+            raise failure
+
+    async def _follow(self, group: asyncio.TaskGroup) -> None:
+        """Stand by for every further shard there is, and for those that come later."""
+        while True:
+            try:
+                shards = served(await self.store.read(self.config.served_model_name))
+            except StoreFailed as error:  # a user of the server that may not read them
+                log.error("the shards of %s cannot be read: %s", self.config.served_model_name, error)
+                shards = []
+            for shard in shards:
+                if shard.number not in self.seats:
+                    self.seats[shard.number] = seat = _Seat(self, shard)
+                    seat.task = group.create_task(seat.run())
+                self.seats[shard.number].shard = shard
+            for number in self.seats.keys() - {shard.number for shard in shards} - {0} if shards else ():
+                self._leave(self.seats.pop(number))
+            await asyncio.sleep(LOOK_S)
+
+    def _leave(self, seat: _Seat) -> None:
+        """Its shard is retired."""
+        if seat.task is not None:
+            seat.task.cancel()
+        log.info("%s is retired", seat.shard.tag)
 
     async def _warm_up(self) -> None:
         try:
@@ -141,21 +180,85 @@ class _Life:
         except Exception:
             log.warning("the processes that tokenize are forked at need", exc_info=True)
 
+    def note_state(self) -> None:
+        self.health.state = "leading" if any(seat.leads for seat in self.seats.values()) else "standby"
+
+    async def close(self) -> None:
+        if self.warming is not None:
+            self.warming.cancel()
+            await asyncio.gather(self.warming, return_exceptions=True)
+        if self.traces is not None:
+            await self.traces.close()
+        if self.status is not None:
+            await self.status.cleanup()
+        for seat in self.seats.values():
+            await seat.bus.close()
+        await self.claims.close()
+        await self.store.close()
+        self.tokenizers.close()
+
+
+class _Seat:
+    """One shard for which this process stands by, and which it leads."""
+
+    def __init__(self, life: _Life, shard: Shard) -> None:
+        self.life = life
+        self.shard = shard
+        config = life.config
+        self.bus = LeaderBus(config.redis_url, shard.tag, retention_s=config.retention_s)
+        self.metrics = life.exposed.of(shard.number)
+        self.part = f"-{shard.number}" if shard.number else ""
+        self.owner = ""
+        self.leads = False
+        self.task: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Ends only by cancellation or an error, or by Fenced where there are no other shards; the lead is released."""
+        try:
+            await self.bus.connect()
+            await self._run()
+        finally:
+            if self.shard.number:  # that of the first is used by the others
+                await self.bus.close()
+
+    async def _run(self) -> None:
+        if self.life.config.shard not in (None, self.shard.number):
+            await asyncio.sleep(LATER_S)  # another scheduler may want it first
+        while True:
+            try:
+                await self._lead()
+            except Fenced:
+                if len(self.life.seats) == 1:
+                    raise
+                log.error("deposed: another scheduler leads %s", self.shard.tag)
+            finally:
+                self.leads = False
+                self.life.health.forget("planner" + self.part)
+                self.life.note_state()
+                self.metrics.is_leader.set(0)
+                with contextlib.suppress(TimeoutError):  # the server is unreachable: standbys will notice
+                    async with asyncio.timeout(RELEASE_S):
+                        await self._release()
+
     async def _lead(self) -> None:
-        config, clock = self.config, ServerClock()
-        model, timing = config.served_model_name, config.timing
-        self.health.state = "standby"
-        note = self.health.alive("leadership")
-        log.info("%s stands by for the lead of %s", self.owner, model)
+        life, config, clock, timing = self.life, self.life.config, ServerClock(), self.life.config.timing
+        name = check_name(config.name, "name") if config.name else socket.gethostname()
+        # unique to this process and try: a restarted scheduler must not be taken for the one before
+        self.owner = f"{name}.{secrets.token_hex(4)}"
+        life.note_state()
+        note = life.health.alive("leadership" + self.part)
+        log.info("%s stands by for the lead of %s", self.owner, self.shard.tag)
         epoch, taken_over = await stand_by(self.bus, self.owner, timing, note)
-        log.info("%s leads %s in epoch %d", self.owner, model, epoch)
-        self.health.state = "leading"
+        log.info("%s leads %s in epoch %d", self.owner, self.shard.tag, epoch)
+        self.leads = True
+        life.note_state()
         self.metrics.leads(epoch, taken_over)
         process = Process(
-            self.bus, self.tokenizers, self.metrics, self.health, clock, timing, model,
+            self.bus, life.tokenizers, self.metrics, life.health, clock, timing, config.served_model_name,
             config.tenant_weights or {}, config.max_model_len, config.inter_token_target_ms / 1e3,
-            self.traces, config.trace_content, config.answers, self.fingerprint,
-            config.weights_grace, self.claims,
+            life.traces, config.trace_content, config.answers, life.fingerprint,
+            config.weights_grace, life.claims, life.seats[0].bus if self.shard.number else None,
+            lambda: self.shard.state == "draining", lambda: len(life.seats) > 1,
         )  # fmt: skip
         term = Term(process, epoch)
         deposed: BaseException | None = None
@@ -172,19 +275,7 @@ class _Life:
         """Hand the lead over if this process leads, also if it began to lead just before the end."""
         seen = await self.bus.read_leader()
         if seen.owner == self.owner and await self.bus.release(seen.epoch, self.owner):
-            log.info("%s gave up the lead of %s", self.owner, self.config.served_model_name)
-
-    async def close(self) -> None:
-        if self.warming is not None:
-            self.warming.cancel()
-            await asyncio.gather(self.warming, return_exceptions=True)
-        if self.traces is not None:
-            await self.traces.close()
-        if self.status is not None:
-            await self.status.cleanup()
-        await self.bus.close()
-        await self.claims.close()
-        self.tokenizers.close()
+            log.info("%s gave up the lead of %s", self.owner, self.shard.tag)
 
 
 async def _until(stop: asyncio.Event, life: Coroutine[None, None, None]) -> None:

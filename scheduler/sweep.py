@@ -1,5 +1,6 @@
-"""What lies in the home slot for a model is kept true: claims of idempotency keys and reservations of tenants that no
-request stands behind are freed, and what the model's slot owes is settled (protocol/bus/home.py)."""
+"""What a leader takes to other slots. To the home slot (protocol/bus/home.py): what its own slot owes is settled there,
+and claims of idempotency keys and reservations of tenants that no request stands behind are freed. To the first shard
+of its model: pushes that came to a shard that drains."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ log = logging.getLogger("headrace.scheduler")
 
 PAUSE_S = 15.0
 SETTLE_S = 0.25
+MOVE_S = 1.0
 AT_ONCE = 256  # claims or reservations in one look
 
 
@@ -57,3 +59,22 @@ async def sweep_often(home: HomeBus, bus: LeaderBus, model: str, epoch: int) -> 
             log.warning("claims and reservations could not be looked at: %s", error)
         looks += 1
         await asyncio.sleep(SETTLE_S)
+
+
+async def move(bus: LeaderBus, first: LeaderBus) -> int:
+    """Take what was diverted here to the first shard, in its order. Returns how much it was."""
+    found = await bus.read_moving(AT_ONCE)
+    for entry_id, origin, payload in found:
+        await first.receive(bus.keys.shard, entry_id, origin, payload)
+        await bus.moved(entry_id)
+    return len(found)
+
+
+async def move_often(bus: LeaderBus, first: LeaderBus) -> None:
+    """Until cancelled. Where the first shard does not answer, or its memory is full, pushes wait here."""
+    while True:
+        try:
+            await move(bus, first)
+        except ServiceError as error:
+            log.warning("pushes of a shard that drains could not be moved: %s", error)
+        await asyncio.sleep(MOVE_S)

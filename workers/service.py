@@ -20,10 +20,11 @@ from typing import Any
 import msgspec
 
 from protocol.bus import WorkerBus
-from protocol.errors import EngineFailed, Fenced, HeadraceError, StartError
+from protocol.errors import EngineFailed, Fenced, HeadraceError, StartError, Unavailable
 from protocol.keys import check_name
 from protocol.levels import LEVEL
 from protocol.messages import Capacity
+from protocol.routing.shards import ShardStore, served
 from workers import session
 from workers.detokenizer import Vocabulary, WindowVocabulary
 from workers.engine_thread import Device, Ticket
@@ -38,6 +39,7 @@ from workers.session import Session
 
 log = logging.getLogger("headrace.worker")
 
+SHARD_S = 60  # how long a worker waits for its shard to be made
 MOST_BARREN = 3  # engine processes in a row that ended before they had served a step
 SWITCH_S = 0.0003  # with the default of 5 ms the device thread waits that long whenever text or a commit is being made
 
@@ -52,6 +54,7 @@ class WorkerConfig:
     served_model_name: str
     model: str | None = None  # directory or hub id; a simulated engine may do without
     name: str = "worker-0"
+    shard: int | None = None  # of the model: whose requests it computes; None: 0
     engine: str = "torch"  # or "simulated"
     tensor_parallel_size: int = 1  # ranks that compute each layer together
     pipeline_parallel_size: int = 1  # stages of layers, each of so many ranks
@@ -86,7 +89,8 @@ async def run_worker(
     configured one. ``signals``: this process is the worker's alone (its signals, its interpreter's settings).
     """
     check_name(config.name, "name")
-    bus = WorkerBus(config.redis_url, config.served_model_name, retention_s=config.retention_s)
+    tag = await _tag(config.redis_url, config.served_model_name, config.shard) if config.shard else None
+    bus = WorkerBus(config.redis_url, tag or config.served_model_name, retention_s=config.retention_s)
     await bus.connect()
     worker = Worker(config, bus, engine or make_engine(config), progress or _silent)
     loop = asyncio.get_running_loop()
@@ -101,6 +105,24 @@ async def run_worker(
         for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
             loop.remove_signal_handler(number)
         await bus.close()
+
+
+async def _tag(url: str, model: str, number: int) -> str:
+    """The tag of a shard, once it is there: a scheduler makes it. StartError for one that does not come."""
+    store, tries = ShardStore(url), 0
+    try:
+        while True:
+            for shard in served(await store.read(model)):
+                if shard.number == number:
+                    return shard.tag
+            if tries >= SHARD_S:
+                raise StartError(f"--shard: {model} has no shard {number}; a scheduler makes it (--shards)")
+            tries += 1
+            await asyncio.sleep(1.0)
+    except Unavailable as error:
+        raise StartError(f"cannot use the Redis server: {error.message}") from None
+    finally:
+        await store.close()
 
 
 def make_engine(config: WorkerConfig) -> Engine:

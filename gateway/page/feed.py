@@ -59,11 +59,21 @@ def _buckets(histogram: metrics.Histogram) -> dict[str, Any]:
 async def _model(models: Models, name: str, tenant: str, admin: bool) -> dict[str, Any]:
     try:
         model = await models.get(name)
-        depth = await model.bus.read_depth_fields()
+        depth = await _depth(model)
         shown = {"name": name, "ready": model.ready, "reachable": True, "own": _waiting(depth, tenant)}
         return {**shown, **await _inside(model, depth)} if admin else shown
     except HeadraceError as error:
         return {"name": name, "ready": False, "reachable": False, "why": str(error)}
+
+
+async def _depth(model: Model) -> dict[str, float]:
+    """Of all shards together; since when it is led: by the leader of the first."""
+    depth: dict[str, float] = {}
+    for slot in list(model.slots.values()):
+        for field, value in (await slot.bus.read_depth_fields()).items():
+            together = max if field == "led_at" else float.__add__
+            depth[field] = together(value, depth[field]) if field in depth else value
+    return depth
 
 
 def _waiting(depth: dict[str, float], tenant: str) -> dict[str, float]:
@@ -71,7 +81,8 @@ def _waiting(depth: dict[str, float], tenant: str) -> dict[str, float]:
 
 
 async def _inside(model: Model, depth: dict[str, float]) -> dict[str, Any]:
-    leader, workers = await model.bus.read_leader(), await model.bus.list_workers()
+    leader = await model.bus.read_leader()
+    workers = [worker for slot in list(model.slots.values()) for worker in await slot.bus.list_workers()]
     tenants = [field.partition(":")[2] for field in depth if field.startswith("requests:")]
     return {
         "waiting": depth.get("requests", 0.0),

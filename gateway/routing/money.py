@@ -57,7 +57,7 @@ class Money:
             try:
                 used = await self._store.used_upstream(day)
                 for model in await self.models.opened():
-                    used |= {(t, model.name): n for t, n in (await model.bus.used_tokens(day)).items()}
+                    used |= {(t, model.name): n for t, n in (await model.used_tokens(day)).items()}
             except HeadraceError as error:
                 log.warning("what tenants have spent cannot be read, the last sums hold: %s", error)
                 return

@@ -8,11 +8,12 @@ import time
 
 from gateway.models import Model, Models
 from gateway.streams import Follower
+from protocol.bus import GatewayBus
 
 LOOK_S = 0.5  # how often it is looked at whether the model is still up
 
 
-async def said_in_time(follower: Follower, model: Model, models: Models, until: float) -> bool:
+async def said_in_time(follower: Follower, bus: GatewayBus, model: Model, models: Models, until: float) -> bool:
     """Whether the first token (or the end) came before ``until`` (monotonic seconds), and before the model was down."""
     follower.awaited = True
     while not follower.begun_to_speak:
@@ -24,7 +25,7 @@ async def said_in_time(follower: Follower, model: Model, models: Models, until: 
                 await follower.news.wait()
         follower.news.clear()
         if follower.behind:
-            await follower.catch_up(model.bus)
+            await follower.catch_up(bus)
     follower.awaited = False
     follower.news.set()  # the next step has to check the state first
     return True

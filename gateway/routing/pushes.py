@@ -15,9 +15,10 @@ import time
 import msgspec
 
 from gateway.auth import Caller
-from gateway.models import PATIENCE_S, Models
+from gateway.models import Models
 from gateway.routing.router import Router
 from gateway.routing.rules import asked_by
+from gateway.routing.slot import PATIENCE_S
 from protocol.bus import ProducerBus, VirtualBus
 from protocol.errors import HeadraceError, InvalidRequest, NotFound, RequestError, ServiceError, StoreFailed
 from protocol.jobs import decode_job

@@ -19,12 +19,13 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from headrace.clients.parts import CHECK_S, PATIENCE_S, Parts
 from protocol.bus import GatewayBus, HomeBus
 from protocol.bus.base import job_fingerprint
 from protocol.errors import (
@@ -35,7 +36,6 @@ from protocol.errors import (
     InvalidRequest,
     Overloaded,
     RequestError,
-    ServiceError,
     Unavailable,
     http_status,
 )
@@ -57,8 +57,6 @@ from protocol.records import RequestRecord
 from protocol.routing.store import RoutingStore, decode
 from protocol.sampling import SamplingParams
 
-CHECK_S = 1.0  # a silent stream is compared with its journal this often
-PATIENCE_S = 30.0  # how long a call waits for a server that does not answer
 LOOK_S = 0.1  # how often a leader is looked at, to see that it lives
 
 
@@ -167,10 +165,9 @@ class AsyncClient:
         self.model = model
         self.tenant = tenant
         self._channel = f"client-{secrets.token_hex(8)}"
-        self._bus: GatewayBus | None = None
+        self._parts: Parts | None = None
         self._home = HomeBus(redis_url, patience=PATIENCE_S)
         self._card: ModelCard | None = None
-        self._listener: asyncio.Task[None] | None = None
         self._readers: dict[str, set[asyncio.Queue[Row | None]]] = {}  # by rid; None: read the journal
 
     async def __aenter__(self) -> AsyncClient:
@@ -192,15 +189,12 @@ class AsyncClient:
             raise InvalidRequest(
                 f"{self.model} is a name that gateways route: push to it, or name a model", param="model"
             )
-        self._bus = GatewayBus(self.redis_url, self.model, patience=PATIENCE_S)
-        await self._bus.connect()
-        self._subscription = self._bus.subscribe(self._channel)
-        await self._subscription.start()
-        self._listener = asyncio.create_task(self._listen(self._subscription), name="headrace client")
+        self._parts = Parts(self.redis_url, self.model, self._channel, self._deliver)
+        await self._parts.follow()
 
     async def is_served(self, within_s: float) -> bool:
         """Whether a leader lives and a worker serves, as seen within ``within_s``. Nothing is written."""
-        bus, deadline = self._open_bus, time.monotonic() + within_s
+        bus, deadline = self._open.first.bus, time.monotonic() + within_s
         first = await bus.read_leader()
         while time.monotonic() < deadline:
             leader = await bus.read_leader()
@@ -212,13 +206,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Requests go on; this client only stops listening."""
-        if self._listener is not None:
-            self._listener.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._listener
-        if self._bus is not None:
-            await self._subscription.close()
-            await self._bus.close()
+        if self._parts is not None:
+            await self._parts.close()
         await self._home.close()
 
     # -------------------------------------------------------------- requests
@@ -282,13 +271,20 @@ class AsyncClient:
             raise InvalidRequest("a job needs either prompt or messages", param="prompt")
         job.sampling.check()
         job = self.ruled(job)
-        bus, rid, claim = self._open_bus, new_rid(), None
+        part = await self._open.choose(job)
+        rid, claim = new_rid(part.shard.number), None
         if job.id is not None:
-            body, model = job_fingerprint(job), bus.keys.model
-            claim = await self._home.claim_or_find(job.tenant, job.id, model, model=model, rid=rid, body=body)
+            first, body = self._open.first, job_fingerprint(job)
+            if part is not first and await first.bus.find_request(job.tenant, job.id) is not None:
+                part = first  # perhaps accepted before there were other shards
+                rid = new_rid()
+            claim = await self._home.claim_or_find(
+                job.tenant, job.id, self.model or "", model=part.shard.tag, rid=rid, body=body
+            )  # fmt: skip
             if claim.body != body:
                 raise Conflict("this id was used for a job with another body", param="id")
             rid = claim.rid
+        bus = await self._open.bus_of(rid)
         accepted = await self._home.accept(
             bus, job, rid=rid, claim=claim, idempotency=job.id, reply_to=self._channel
         )  # fmt: skip
@@ -318,7 +314,7 @@ class AsyncClient:
         async for piece in self.stream(request_id):
             choices.setdefault(piece.choice, Choice(index=piece.choice)).add(piece)
             shown.setdefault(piece.choice, []).append((piece.token_id, piece.text))
-        record = await self._open_bus.read_request(request_id)
+        record = await (await self._open.bus_of(request_id)).read_request(request_id)
         ids = list(unpack_ids(record.prompts[0])) if record and record.prompts else None
         prompt = record.job.prompt if record and isinstance(record.job.prompt, str) else None
         if record is not None:
@@ -328,26 +324,15 @@ class AsyncClient:
 
     async def cancel(self, request_id: str) -> bool:
         """End a request. False if it had ended already; NotFound if there is none."""
-        return await self._open_bus.cancel(request_id, self.tenant)
+        return await (await self._open.bus_of(request_id)).cancel(request_id, self.tenant)
 
     # -------------------------------------------------------------- parts
 
     @property
-    def _open_bus(self) -> GatewayBus:
-        if self._bus is None:
+    def _open(self) -> Parts:
+        if self._parts is None:
             raise RuntimeError("the client is not connected: use `async with AsyncClient(...)`")
-        return self._bus
-
-    async def _listen(self, publications: AsyncIterable[list[Row]]) -> None:
-        """Deliver rows to the readers of their request. After a lost subscription all readers read their journals. It
-        is restored however long the server is unreachable; readers learn of an outage from their own calls."""
-        while True:
-            try:
-                async for rows in publications:
-                    self._deliver(rows)
-                return
-            except ServiceError:
-                await asyncio.sleep(CHECK_S)
+        return self._parts
 
     def _deliver(self, rows: list[Row]) -> None:
         if not rows:
@@ -359,14 +344,14 @@ class AsyncClient:
                 queue.put_nowait(row)
 
     async def _frames(self, rid: str) -> AsyncIterator[tuple[int, Frame]]:
-        bus, queue = self._open_bus, asyncio.Queue[Row | None]()
+        bus, queue = await self._open.bus_of(rid), asyncio.Queue[Row | None]()
         self._readers.setdefault(rid, set()).add(queue)
         try:
             record = await bus.attach(rid, self.tenant, self._channel)
             cursors = dict.fromkeys(range(record.job.choices), 0)  # choices that have not ended: bytes read
             queue.put_nowait(None)  # what was journaled before
             while cursors:
-                for choice, raw in await self._news(rid, queue, cursors):
+                for choice, raw in await self._news(bus, rid, queue, cursors):
                     cursors[choice] += len(raw)
                     for frame in decode_frames(raw):
                         yield choice, frame
@@ -378,7 +363,7 @@ class AsyncClient:
                 del self._readers[rid]
 
     async def _news(
-        self, rid: str, queue: asyncio.Queue[Row | None], cursors: dict[int, int]
+        self, bus: GatewayBus, rid: str, queue: asyncio.Queue[Row | None], cursors: dict[int, int]
     ) -> list[tuple[int, bytes]]:
         """The next frames at the cursors: from a publication if it fits, else from the journals."""
         row: Row | None = None
@@ -393,9 +378,9 @@ class AsyncClient:
                 return [(row.choice, row.frames)]
         found = []
         for choice, cursor in cursors.items():
-            if raw := await self._open_bus.read_journal(rid, choice, cursor):
+            if raw := await bus.read_journal(rid, choice, cursor):
                 found.append((choice, raw))
-        if not found and row is None and await self._open_bus.read_request(rid) is None:
+        if not found and row is None and await bus.read_request(rid) is None:
             raise Expired("the request has ended and its journal is gone", param="id")
         return found
 

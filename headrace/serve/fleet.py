@@ -21,7 +21,8 @@ from headrace.serve.machine import choose_ports, gpus_of
 from headrace.serve.supervisor import Child, Program, Supervisor
 from headrace.serve.turns import Guest, decide
 from protocol.bus import GatewayBus, LeaderBus
-from protocol.errors import HeadraceError, InvalidRequest, ServiceError
+from protocol.errors import HeadraceError, InvalidRequest, ServiceError, StartError
+from protocol.routing.shards import ShardStore, served
 
 POLL_S = 0.2
 IDLE_POLL_S = 0.5  # how often models with --keep-alive are looked at
@@ -54,8 +55,10 @@ class Fleet:
 
     # -------------------------------------------------------------- start
 
-    def start(self, model: Deployment) -> None:
-        """Start a model's processes. They are kept alive from now on."""
+    async def start(self, model: Deployment) -> None:
+        """Start a model's processes. They are kept alive from now on. StartError where its workers cannot serve all
+        its shards."""
+        model.shards = await self._shards(model)
         self.models[model.name] = model
         model.reason, full = "", self._card_is_full(model)
         model.state = "asleep" if full else "starting"
@@ -64,8 +67,24 @@ class Fleet:
             for name in model.processes(role):
                 self._start_process(model, role, name)
 
+    async def _shards(self, model: Deployment) -> list[int]:
+        """The shards that need workers: those that are open, and those that drain and have not ended yet."""
+        store = ShardStore(self.redis_url)
+        try:
+            wanted = model.values["shards"]
+            shards = await (store.read(model.name) if wanted is None else store.create(model.name, wanted))
+        except InvalidRequest as error:
+            raise StartError(f"--shards: {error}") from None
+        finally:
+            await store.close()
+        needed = [s.number for s in served(shards) if s.open or await self._unfinished(s.tag)]
+        if len(needed) > model.values["workers"]:
+            raise StartError(f"{model.name} has {len(needed)} shards with work: --workers must be as many at least")
+        return needed
+
     def _start_process(self, model: Deployment, role: str, name: str) -> None:
-        own = {"name": f"{role}-{name.rpartition('-')[2]}", "metrics_port": self._metrics_port(name)}
+        own: dict[str, Any] = {"name": f"{role}-{name.rpartition('-')[2]}", "metrics_port": self._metrics_port(name)}
+        own["shard"] = model.shard(name)
         argv = [sys.executable, "-m", "headrace", role, *options.argv_of(options_of(role), {**model.values, **own})]
         env = dict(self.env)
         if role == "worker":
@@ -124,7 +143,7 @@ class Fleet:
         model = deployment(values, prefix, self.workers + values["workers"])
         model.values.update(chosen)
         model.by_hand = by_hand
-        self.start(model)
+        await self.start(model)
         await self.until_served(model)
         return model
 
@@ -149,7 +168,7 @@ class Fleet:
 
     async def _look(self, model: Deployment, now: float) -> None:
         try:
-            unfinished = await self._unfinished(model.name)
+            unfinished = await self._unfinished_of(model.name)
         except ServiceError:
             return  # nothing is known: nothing changes
         model.busy_at = now if unfinished else model.busy_at or now
@@ -220,8 +239,16 @@ class Fleet:
         except ServiceError:
             return False
 
-    async def _unfinished(self, name: str) -> int:
-        bus = GatewayBus(self.redis_url, name, patience=2.0)
+    async def _unfinished_of(self, model: str) -> int:
+        """In all its shards."""
+        store = ShardStore(self.redis_url, patience=2.0)
+        try:
+            return sum([await self._unfinished(shard.tag) for shard in served(await store.read(model))])
+        finally:
+            await store.close()
+
+    async def _unfinished(self, tag: str) -> int:
+        bus = GatewayBus(self.redis_url, tag, patience=2.0)
         try:
             return await bus.unfinished()
         finally:
@@ -266,11 +293,13 @@ class Fleet:
                 await self._scale(model, new)
             else:
                 await self._stop(model)
-                self.start(new)
+                await self.start(new)
         await self.until_served(new)
 
     async def _scale(self, model: Deployment, new: Deployment) -> None:
-        new.state = model.state
+        if len(model.shards) > new.values["workers"]:
+            raise InvalidRequest(f"{model.name} has {len(model.shards)} shards: as many workers at least are needed")
+        new.state, new.shards = model.state, model.shards
         self.models[model.name] = new
         for role in ROLES:
             before, after = model.processes(role), new.processes(role)
@@ -301,7 +330,7 @@ class Fleet:
         await asyncio.sleep(min(REGISTRY_S, patience_s))
         deadline = asyncio.get_running_loop().time() + patience_s
         while True:
-            left = await self._unfinished(name)
+            left = await self._unfinished_of(name)
             if not left or asyncio.get_running_loop().time() > deadline:
                 return left
             await asyncio.sleep(POLL_S)
@@ -333,7 +362,7 @@ class Fleet:
         for model in list(self.models.values()):
             unfinished: int | None = None
             with contextlib.suppress(ServiceError):
-                unfinished = await self._unfinished(model.name)
+                unfinished = await self._unfinished_of(model.name)
             rows.append(
                 {
                     "model": model.name,

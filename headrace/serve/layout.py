@@ -32,11 +32,18 @@ class Deployment:
     loaded_at: float = 0.0  # monotonic seconds: when its workers were started last
     busy_at: float = 0.0  # when it last had unfinished requests
     waits_since: float | None = None
+    shards: list[int] = field(default_factory=lambda: [0])  # those that need workers
     by_hand: bool = False  # added by `headrace models add`: no file names it
 
     @property
     def name(self) -> str:
         return str(self.values["served_model_name"])
+
+    def shard(self, process: str) -> int | None:
+        """Which shard a worker computes for, or a scheduler leads first. None: there is one shard."""
+        if len(self.shards) == 1:
+            return None
+        return self.shards[int(process.rpartition("-")[2]) % len(self.shards)]
 
     def processes(self, role: str) -> list[str]:
         """Names of its processes, as in the process list and the logs."""

@@ -36,6 +36,7 @@ from headrace.serve.notify import keep_watchdog, notify
 from headrace.serve.supervisor import Child, GaveUp, Program, Supervisor
 from protocol.bus import GatewayBus, LeaderBus
 from protocol.errors import EX_CONFIG, HeadraceError, InvalidRequest, StartError
+from protocol.routing.shards import ShardStore, served
 from protocol.routing.store import RoutingStore, decode
 from protocol.routing.table import Routing, Terms, faults
 
@@ -161,7 +162,7 @@ class Stack:
         self.fleet = Fleet(self.supervisor, layout, redis_url, env, self.view.note)
         self.fleet.on_waits = lambda: self._apply_routing(redis_url, self.fleet.models.values())
         for model in layout.models:
-            self.fleet.start(model)
+            await self.fleet.start(model)
         for index in range(values["gateways"]):
             name = f"gateway-{index}"
             own = {"name": name, "metrics_port": layout.metrics_ports.get(name), "port": layout.ports[index]}
@@ -229,7 +230,16 @@ class Stack:
 
         Such a scheduler died with its serve, since this one has the data's lock and no process outlives its supervisor.
         Compare-and-set and fencing make it safe all the same."""
-        bus = LeaderBus(url, name, patience=5.0)
+        store = ShardStore(url)
+        try:
+            tags = [shard.tag for shard in served(await store.read(name))]
+        finally:
+            await store.close()
+        for tag in tags:
+            await self._release_dead_lead_of(url, tag)
+
+    async def _release_dead_lead_of(self, url: str, tag: str) -> None:
+        bus = LeaderBus(url, tag, patience=5.0)
         await bus.connect()
         try:
             seen = await bus.read_leader()

@@ -13,7 +13,7 @@ from protocol.durability import weaknesses
 from protocol.errors import ServiceError, StartError
 from protocol.keys import Keys, check_name
 from protocol.messages import Frame, Job, Row, Terminal, body_hash, encode
-from protocol.records import LeaderRecord, RequestRecord, WorkerRecord
+from protocol.records import LeaderRecord, Origin, RequestRecord, WorkerRecord
 from protocol.scripts import load
 
 OLDEST_SERVER = (6, 2)
@@ -146,16 +146,18 @@ def rejection(
     results: str | None = None,
     tenant: str | None = None,
     id: str | None = None,
+    origin: Origin | None = None,
 ) -> list[Argument]:
     """What script reject is told of a push that can be no request: dead letter, and where ``tenant`` is known one error
     result, without a rid, under ``id`` (default: the entry id). ``error``: code, message, param. The same payload
     again, under the same id, is told nothing more."""
-    producer_id = id or entry_id
+    told, unique = (origin.entry_id, origin.name) if origin is not None else (entry_id, entry_id)
+    producer_id = id or told
     frames = encode(Frame(None, "", "error", error))
     row = encode(Row("", 0, 0, frames, producer_id))
     result = encode(Terminal(rid="", id=producer_id, finish_reason="error", error=error))
     dead = {"entry": entry_id, "hash": payload_hash, "code": str(error.get("code", "")), "id": id or ""}
-    args: list[Argument] = [tenant or "", producer_id, payload_hash, reply_to or "", row, results or "", result]
+    args: list[Argument] = [tenant or "", id or unique, payload_hash, reply_to or "", row, results or "", result]
     return [*args, *(part for field in dead.items() for part in field)]
 
 

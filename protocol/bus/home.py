@@ -15,7 +15,7 @@ and settles them here, each once. What no request stands behind (its maker died 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from protocol.bus.base import RequestReads
@@ -31,6 +31,7 @@ FIRST_LOOK_MS = 60_000  # a claim or reservation without a request is no older t
 MOST_HOLDS = 256  # requests of a tenant that are looked at when it is at its limit
 LOOK_AGAIN_S = 0.05  # not more often than this
 MOST_TENANTS = 10_000  # without limits, that are remembered
+SERVED_STAY_MS = 3_600_000  # how long the sums of what shards have served stay
 FREE_S = 1.0  # how long it is believed that a tenant has no limits
 NO_LIMITS = TenantLimits()
 LIMIT_MET = {
@@ -98,9 +99,10 @@ class HomeBus:
         """Claims for requests of ``model`` that it is time to look at, the longest due first."""
         names = await self._due(f"sweep:{model}", count)
         values = await self._link.pipeline([("GET", HOME + name.decode()) for name in names])
-        return [
+        found = [
             _claim(name.decode(), value or f"{model} - -".encode()) for name, value in zip(names, values, strict=True)
         ]
+        return [claim for claim in found if claim.model == model]  # else it was freed and claimed anew meanwhile
 
     async def look_later(self, claim: Claim) -> None:
         """Its request is there: look again after a while."""
@@ -203,6 +205,13 @@ class HomeBus:
     async def look_at_later(self, hold: Hold) -> None:
         """Its request is there and runs: look again after a while."""
         await self._run_unreserve(hold.tenant, hold.rid, FIRST_LOOK_MS)
+
+    async def add_served(self, model: str, tokens: Mapping[str, float]) -> dict[str, float]:
+        """Add to what all shards of ``model`` have served these tenants; the sums."""
+        key = f"{HOME}served:{model}"
+        added = [("HINCRBYFLOAT", key, tenant, repr(count)) for tenant, count in tokens.items()]
+        replies = await self._link.pipeline([*added, ("PEXPIRE", key, SERVED_STAY_MS)])
+        return {tenant: float(total) for tenant, total in zip(tokens, replies, strict=False)}
 
     async def _free_ended(self, tenant: str) -> bool:
         """Look at some of a tenant's requests; the reservations of those that have ended are freed."""

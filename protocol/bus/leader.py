@@ -27,7 +27,7 @@ from protocol.messages import (
     encode,
     next_id,
 )
-from protocol.records import Event, InboxEntry, LeaderRecord, RequestRecord
+from protocol.records import Event, InboxEntry, LeaderRecord, Origin, RequestRecord
 
 MOST_FOLLOWERS = 64  # requests that wait for one answer; further ones run by themselves
 ANSWER_BYTES = 400  # that the server takes for a cached answer besides its text
@@ -46,16 +46,19 @@ class LeaderBus(RequestReads):
         "admit",
         "collect",
         "depth",
+        "divert",
         "finish",
         "join",
         "keep_answer",
         "lead",
         "plan",
+        "receive",
         "recount",
         "reject",
         "release",
         "renew_lead",
         "retire",
+        "retire_shard",
         "shed",
         "spend",
         "trim",
@@ -222,6 +225,7 @@ class LeaderBus(RequestReads):
         job: Job | None = None,
         payload_hash: str = "",
         reserved: int | None = None,
+        origin: Origin | None = None,
         producer_id: str | None = None,
         thinking: bool = False,
         cache: str = "",
@@ -233,18 +237,20 @@ class LeaderBus(RequestReads):
         earlier request: ("duplicate", that rid), or one of another body: ("conflict", that rid); the entry is then
         left to `reject`. "void": the claim of its id was freed, so it is to be claimed anew. ``payload_hash``: the
         push's own, which tells it from another one that was rejected under its id. ``reserved``: tokens of its
-        reservation in the home slot. ``producer_id``: the id of an accepted job, repeated in the notice of admission,
-        as is ``thinking`` (the prompt has opened a thought). ``cache``: "hit", where its answer is known; ``tell``
-        False: `join` will publish the notice."""
+        reservation in the home slot. ``origin``: where a push was that has been moved. ``producer_id``: the id of an
+        accepted job, repeated in the notice of admission, as is ``thinking`` (the prompt has opened a thought).
+        ``cache``: "hit", where its answer is known; ``tell`` False: `join` will publish the notice."""
         args: list[Argument] = []
         if job is not None:
+            pushed, unique = (origin.entry_id, origin.name) if origin is not None else (entry_id, entry_id)
+            named = job.id or unique
             if job.id is None:
-                job = msgspec.structs.replace(job, id=entry_id)
+                job = msgspec.structs.replace(job, id=pushed)
             producer_id = job.id
             self._idempotency(job.tenant, job.id)  # both must be names
             args = [job.tenant, job.id or "", encode(job), job_fingerprint(job), job.choices]
             args += [int((job.timeout_s or 0) * 1000), job.reply_to or "", job.results or "", payload_hash]
-            args.append("" if reserved is None else reserved)
+            args += ["" if reserved is None else reserved, pushed, named]
         row = _notice(rid, prompts, thinking, cache, producer_id) if tell else b""
         verdict, owner = await self._run("admit", epoch, entry_id, rid, seed, row, cache, len(prompts), *prompts, *args)
         if verdict not in (b"cancelled", b"conflict"):
@@ -257,6 +263,29 @@ class LeaderBus(RequestReads):
         rid, told = record.rid, (record.prompts, record.thinking)
         notices = [_notice(rid, *told, cache, record.job.id) for cache in ("joined", "miss")]
         return str(await self._run("join", epoch, rid, key, MOST_FOLLOWERS, *notices), "ascii")
+
+    async def divert(self, epoch: int, entry_id: str) -> None:
+        """Take a push out of the inbox of this shard, which drains: `moving` has it from now on."""
+        await self._run("divert", epoch, entry_id)
+        self._handed_out.discard(entry_id)
+
+    async def read_moving(self, count: int) -> list[tuple[str, str, bytes]]:
+        """What was diverted and not moved yet, in its order: id, the id that it had in the inbox, payload."""
+        entries = await self._link.command("XRANGE", self.keys.moving, "-", "+", "COUNT", count)
+        found = [(entry_id.decode(), records.fields_of(flat)) for entry_id, flat in entries]
+        return [(entry_id, fields[b"from"].decode(), fields[b"job"]) for entry_id, fields in found]
+
+    async def moved(self, entry_id: str) -> None:
+        """The first shard has it."""
+        await self._link.command("XDEL", self.keys.moving, entry_id)
+
+    async def receive(self, shard: int, entry_id: str, origin: str, payload: bytes) -> None:
+        """In the first shard: take in a push that another one had."""
+        await self._run("receive", shard, entry_id, origin, payload, key=self.keys.jobs)
+
+    async def retire_shard(self) -> bool:
+        """Close the inbox of this shard for good. False: there is work left."""
+        return bool(await self._run("retire_shard", key=self.keys.jobs))
 
     async def read_answer(self, key: str) -> dict[bytes, bytes]:
         """The fields of a cached answer; {} if there is none."""

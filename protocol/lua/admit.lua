@@ -2,7 +2,8 @@
 -- KEYS: leader. ARGV: P, epoch, entry id, rid, seed, admission row ('' = join.lua tells), 'hit' where the answer is known
 -- already (else ''), number of prompts, prompts...,
 -- and for a producer's push further: tenant, id, body, hash, n, timeout_ms, channel, results, hash of the payload, tokens
--- of its reservation in the home slot ('' = none)
+-- of its reservation in the home slot ('' = none), entry id under which it was pushed, name of its id (that of a push
+-- without one is made of that entry id)
 -- -> {verdict, rid}: new | repeat | cancelled | gone | duplicate | conflict (the id is another body's: `reject` takes the
 --    entry and tells) | void (the claim of its id was freed: the push stays, to be claimed anew)
 allow_when_full()
@@ -36,7 +37,7 @@ if #ARGV == push then -- it went through accept: the record is there
 else
   local tenant, id, body, hash, n = ARGV[push + 1], ARGV[push + 2], ARGV[push + 3], ARGV[push + 4], ARGV[push + 5]
   local timeout, channel, results = tonumber(ARGV[push + 6]), ARGV[push + 7], ARGV[push + 8]
-  local idem = 'idem:' .. tenant .. ':' .. id
+  local idem = 'idem:' .. tenant .. ':' .. ARGV[push + 12]
   local owner, owner_hash = string.match(redis.call('GET', P .. idem) or '', '^(%S+) (%S+)$')
   if owner and owner_hash ~= hash and owner_hash ~= ARGV[push + 9] then return {'conflict', owner} end
   local now = milliseconds()
@@ -44,7 +45,7 @@ else
   if take() == 0 then return (owner and owner ~= '-') and {'repeat', owner} or {'gone', ''} end
   if owner then return {'duplicate', owner} end
   -- the push was durable from the moment of its XADD, which its entry id tells
-  local created = string.match(entry, '^(%d+)%-') or now
+  local created = string.match(ARGV[push + 11], '^(%d+)%-') or now
   if tonumber(created) > tonumber(now) then created = now end
   local deadline = timeout > 0 and string.format('%.0f', tonumber(created) + timeout) or '0'
   redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', id, 'deadline', deadline,

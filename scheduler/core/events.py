@@ -115,7 +115,17 @@ class Resynced:
     state: ChoiceState
 
 
-Event = Arrive | WorkerServing | WorkerDraining | WorkerLost | StepDone | Cancel | ChoiceEnded | Resynced
+@dataclass(frozen=True)
+class ServedElsewhere:
+    """Tokens that tenants were served in other shards of the model. ``most``: by so many they may be ahead for it."""
+
+    tokens: dict[str, float]
+    most: float
+
+
+Event = (
+    Arrive | WorkerServing | WorkerDraining | WorkerLost | StepDone | Cancel | ChoiceEnded | Resynced | ServedElsewhere
+)
 
 # ------------------------------------------------------------------ effects
 

@@ -110,6 +110,8 @@ class Core:
                 self._worker_draining(event)
             case events.WorkerLost():
                 self._worker_lost(event)
+            case events.ServedElsewhere():
+                self._queue.charge_elsewhere(event.tokens, event.most)
         return self._take_effects()
 
     def plan(self, now: float) -> list[Effect]:
@@ -184,6 +186,14 @@ class Core:
             counters=self._lifecycle.counters,
             classes=dict(zip(PRIORITIES, self._queue.classes, strict=True)),
         )
+
+    def take_charged(self) -> dict[str, float]:
+        """Tokens that each tenant was served since this was called last."""
+        return self._queue.take_charged()
+
+    def active_tenants(self) -> list[str]:
+        """Those that have anything waiting or running."""
+        return self._queue.active_tenants()
 
     def oldest_waiting(self) -> float | None:
         """When the request arrived that has waited longest; None if none waits."""

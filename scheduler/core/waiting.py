@@ -38,6 +38,7 @@ class WaitingQueue:
         self._active_order: list[tuple[float, str]] = []
         self._floor = 0.0  # where a tenant starts when no other is active
         self._forget_at = MOST_COUNTERS
+        self._charged: dict[str, float] = {}  # tenant -> what it was charged since `take_charged`
         self.waiting: dict[str, list[int]] = {}  # tenant -> [requests, tokens] that wait
         self.classes = [0] * len(PRIORITIES)  # requests that wait, by the class that they came with
         self.sequences = 0
@@ -82,6 +83,26 @@ class WaitingQueue:
 
     def charge(self, tenant: str, tokens: float) -> None:
         self._counters[tenant] += tokens / self._weights.get(tenant, 1.0)
+        self._charged[tenant] = self._charged.get(tenant, 0.0) + tokens
+
+    def active_tenants(self) -> list[str]:
+        return list(self._active)
+
+    def take_charged(self) -> dict[str, float]:
+        """Tokens that each tenant was served since this was called last."""
+        charged, self._charged = self._charged, {}
+        return charged
+
+    def charge_elsewhere(self, served: Mapping[str, float], most: float) -> None:
+        """Count what active tenants were served in other shards of the model: their shares hold over all of them. What
+        a tenant is ahead of the others by this is at most ``most`` tokens, so that nobody waits long for having been
+        served where nobody else wanted to be."""
+        for tenant, tokens in served.items():
+            if tenant in self._active:
+                weight = self._weights.get(tenant, 1.0)
+                before = self._counters[tenant]
+                bound = max(before, self._smallest_active() + most / weight)
+                self._counters[tenant] = min(before + tokens / weight, bound)
 
     # -------------------------------------------------------------- queue
 

@@ -35,6 +35,7 @@ from tests.chaos.flood import Flood, fold_spaces
 from tests.chaos.history import History, leftovers
 from tests.chaos.load import Load
 from tests.chaos.proxy import Proxy
+from tests.chaos.shards import Shards
 from tests.models import save_tiny_model
 from tests.stack import Stack, free_port
 
@@ -96,12 +97,15 @@ class Chaos:
             "--retention", str(seconds + JUDGED_WITHIN_S),  # all journals are judged at the end
             *self.args, env=self.env,
         )  # fmt: skip
-        bus = Bus(direct, MODEL)
+        shards = Shards(direct, MODEL)
+        bus = shards.buses[0]
         try:
             await asyncio.to_thread(self.stack.__enter__)
-            await bus.connect()
+            await shards.connect()
             urls = [f"http://127.0.0.1:{self.stack.port + i}" for i in range(2)]
-            self.load = Load(urls, MODEL, self.history, random.Random(self.seed + 1), bus, structured=self.structured)
+            self.load = Load(
+                urls, MODEL, self.history, random.Random(self.seed + 1), shards, structured=self.structured
+            )
             self.flood = Flood(urls, MODEL, bus, self.history, at_once=self.texts)
             loading = asyncio.create_task(self.load.run(streams=8, detached=2, wholes=2, producers=2))
             watching = asyncio.create_task(self._watch_epoch(bus))
@@ -114,15 +118,15 @@ class Chaos:
             watching.cancel()
             await asyncio.gather(*self.draining)
             self.flood.judge()
-            await self._rest(bus, direct)
-            await self.history.judge(bus)
+            await self._rest(shards, direct)
+            await self.history.judge(shards)
             self._measure()
         except BaseException:
             print(self.stack.output(), file=sys.stderr)
             raise
         finally:
             with suppress(Exception):
-                await bus.close()
+                await shards.close()
             code = await asyncio.to_thread(self.stack.stop, None)
             await self.proxy.stop()
             self._stop_server()
@@ -295,12 +299,12 @@ class Chaos:
                 self.history.epochs.append((await bus.read_leader()).epoch)
             await asyncio.sleep(0.5)
 
-    async def _rest(self, bus: Bus, url: str) -> None:
+    async def _rest(self, shards: Shards, url: str) -> None:
         """Wait until nothing is under way; what is left over after half a minute is a violation."""
         client = redis.asyncio.Redis.from_url(url)
         try:
             for _ in range(60):
-                left = await leftovers(bus, client)
+                left = await shards.each(lambda bus: leftovers(bus, client))
                 if not left:
                     return
                 await asyncio.sleep(0.5)

@@ -17,6 +17,7 @@ from protocol.keys import HOME
 from protocol.messages import Frame, Terminal, decode_frames
 from protocol.structures.structure import Structure
 from tests.bus import Bus
+from tests.chaos.shards import Shards
 
 
 @dataclass
@@ -71,7 +72,7 @@ class History:
     def blame(self, message: str) -> None:
         self.violations.append(message)
 
-    async def judge(self, bus: Bus) -> None:
+    async def judge(self, bus: Shards) -> None:
         """Compare everything seen with the journals. Call at rest, before the journals expire."""
         for before, after in zip(self.epochs, self.epochs[1:], strict=False):
             if after < before:
@@ -93,7 +94,7 @@ class History:
                 elif entries[0].text != "".join(f.text for f in frames):
                     self.blame(f"{rid}/{choice}: the result differs from the journal")
 
-    async def _journals(self, bus: Bus, rid: str, choices: int) -> list[list[Frame]]:
+    async def _journals(self, bus: Shards, rid: str, choices: int) -> list[list[Frame]]:
         record = await bus.read_request(rid)
         if record is None:
             self.blame(f"{rid}: accepted, but its record is gone")
@@ -160,16 +161,17 @@ async def leftovers(bus: Bus, redis_client: object) -> list[str]:
     for worker in workers:
         allowed |= {keys.worker(worker.wid), keys.plans(worker.wid)}
     client = redis_client
-    async for raw in client.scan_iter(match="headrace:*", count=1000):  # type: ignore[attr-defined]
+    async for raw in client.scan_iter(match=f"{keys.prefix}*", count=1000):  # type: ignore[attr-defined]
         name = raw.decode()
-        if name in allowed or name == "headrace:models" or name.startswith((keys.results(""), f"{HOME}sweep:")):
-            continue
-        if name.startswith(HOME):  # a claim of an idempotency key goes by the sweep, once its request's record expired
-            if await client.zscore(f"{HOME}sweep:{keys.model}", name.removeprefix(HOME)) is None:  # type: ignore[attr-defined]
-                found.append(f"never swept: {name}")
+        if name in allowed or name.startswith(keys.results("")):
             continue
         if await client.ttl(raw) == -1:  # type: ignore[attr-defined]
             found.append(f"no TTL: {name}")
+    # a claim of an idempotency key goes by the sweep, once its request's record expired
+    async for raw in client.scan_iter(match=f"{HOME}claim:*", count=1000):  # type: ignore[attr-defined]
+        slot, name = (await client.get(raw) or b"").decode().partition(" ")[0], raw.decode().removeprefix(HOME)  # type: ignore[attr-defined]
+        if slot == keys.model and await client.zscore(f"{HOME}sweep:{slot}", name) is None:  # type: ignore[attr-defined]
+            found.append(f"never swept: {name}")
     if live := await bus.scan_live():
         found.append(f"live: {len(live)}")
     pending = await client.xpending(keys.jobs, "scheduler")  # type: ignore[attr-defined]

@@ -19,8 +19,9 @@ import aiohttp
 import msgspec
 
 from protocol.errors import Unavailable
-from tests.bus import Bus
+from protocol.messages import Terminal
 from tests.chaos.history import History, View
+from tests.chaos.shards import Shards
 
 Broken = (aiohttp.ClientError, ConnectionError, TimeoutError, asyncio.IncompleteReadError)
 SCHEMA = {  # some two hundred tokens of what draws at random: most are moved in the middle of it
@@ -47,7 +48,7 @@ class Load:
     model: str
     history: History
     rng: random.Random
-    bus: Bus
+    shards: Shards
     session: aiohttp.ClientSession = None  # type: ignore[assignment]
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     gaps: list[tuple[float, float]] = field(default_factory=list)
@@ -234,20 +235,20 @@ class Load:
     async def _push_once(self, job: bytes) -> None:
         while True:
             try:
-                await self.bus.push(job)
+                await self.shards.push(job, self.rng)
                 return
             except Unavailable:  # the server has no memory to spare
                 self.history.failures["push refused"] += 1
                 await asyncio.sleep(0.3)
 
     async def _read_results(self) -> None:
-        after = "0-0"
-        while True:
-            for entry_id, terminal in await self.bus.read_results("chaos", after, block_ms=500):
-                after, results = entry_id, self.history.results
-                results.entries[(terminal.rid, terminal.choice)].append(terminal)
-                if terminal.id and results.rids.setdefault(terminal.id, terminal.rid) != terminal.rid:
-                    self.history.blame(f"push {terminal.id} ran twice")
+        await self.shards.read_results("chaos", self._saw_result)
+
+    def _saw_result(self, terminal: Terminal) -> None:
+        results = self.history.results
+        results.entries[(terminal.rid, terminal.choice)].append(terminal)
+        if terminal.id and results.rids.setdefault(terminal.id, terminal.rid) != terminal.rid:
+            self.history.blame(f"push {terminal.id} ran twice")
 
 
 @dataclass

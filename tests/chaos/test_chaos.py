@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol.messages import shard_of
 from tests.chaos.driver import Chaos
 
 KINDS = [
@@ -47,3 +48,14 @@ async def test_ranks_that_die_or_freeze_lose_nothing(tmp_path: Path, option: str
     print(chaos.report())
     assert chaos.history.violations == []
     assert chaos.ranks
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+async def test_two_shards_lose_nothing(tmp_path: Path) -> None:
+    """Idempotency keys and pushes under one id come now to this shard, now to that."""
+    chaos = Chaos(tmp_path, seed=14, args=("--shards", "2"))
+    await chaos.run(seconds=150, every=5, kinds=KINDS)
+    print(chaos.report())
+    assert chaos.history.violations == []
+    assert {shard_of(rid) for rid in chaos.history.accepted} == {0, 1}

@@ -36,7 +36,7 @@ def rid_of(events: list[bytes]) -> str:
 
 def followers(gateway: Gateway) -> int:
     """Readers of every model's streams."""
-    return sum(len(model.outlet.everyone()) for model in gateway.models._open.values())
+    return sum(len(slot.outlet.everyone()) for model in gateway.models._open.values() for slot in model.slots.values())
 
 
 class Front:

@@ -187,7 +187,7 @@ def complete(*words: str) -> set[str]:
 
 
 def test_bash_completes_commands_actions_options_and_values() -> None:
-    assert complete("headrace", "s") == {"serve", "scheduler", "submit"}
+    assert complete("headrace", "s") == {"serve", "scheduler", "shards", "submit"}
     assert complete("headrace", "requests", "") >= {"ls", "show", "cancel", "tail", "--redis-url"}
     assert complete("headrace", "serve", "--max-n") == {"--max-num-seqs", "--max-num-batched-tokens"}
     assert complete("headrace", "worker", "--log-level", "w") == {"warning"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import json
 import shutil
@@ -20,10 +21,12 @@ import redis
 from redis.crc import key_slot
 
 from headrace.serve.embedded import FAST, EmbeddedServer, find_server
-from protocol.bus import HomeBus
-from protocol.errors import StartError, Unavailable
+from protocol.bus import HomeBus, ProducerBus
+from protocol.errors import Overloaded, StartError, Unavailable
 from protocol.keys import REGISTRY, Keys
-from protocol.messages import CommitRow, Job, ModelCard, new_rid
+from protocol.messages import CommitRow, Job, ModelCard, new_rid, shard_of
+from protocol.records import TenantLimits
+from protocol.routing.shards import ShardStore
 from tests.bus import Bus
 from tests.conftest import MODEL
 from tests.models import tiny_model
@@ -344,10 +347,62 @@ async def test_the_users_of_the_roles_are_fit_for_a_cluster(cluster: Cluster, ra
     assert [row.choice for row in await rows_of(subscription, 2)] == [-1, 0]
     assert len(await gateway.read_journal(rid, 0)) > 0
     assert await roles["scheduler"].scan_live() == {}
+    await limits_of_roles(homes, roles, stage.epoch)
+    await shards_of_roles(cluster, roles["scheduler"])
     await subscription.close()
     for bus in (*roles.values(), *homes.values()):
         await bus.close()
     assert [node.execute_command("ACL", "LOG") for node in cluster.nodes] == [[], [], []]
+
+
+async def limits_of_roles(homes: dict[str, HomeBus], roles: dict[str, Bus], epoch: int) -> None:
+    one, rid = TenantLimits(concurrent=1, tokens_per_minute=1000), new_rid()
+    held = await homes["gateway"].reserve("few", rid, MODEL, 5, one)
+    assert held.tokens == 5
+    with pytest.raises(Overloaded):  # it is looked whether some have ended
+        await homes["scheduler"].reserve("few", new_rid(), MODEL, 5)
+    assert await homes["scheduler"].due_holds(MODEL, 10) == []
+    number, owed = await roles["scheduler"].collect(epoch, 0)
+    assert (number, owed) == (0, [])
+    await homes["scheduler"].settle(MODEL, 1, [b"few", b"5", f"end:{rid}".encode(), b"few"])
+    await homes["gateway"].reserve("few", rid, MODEL, 5, one)
+    await homes["gateway"].give_back("few", rid)
+    job = Job(prompt="x", tenant="few")
+    accepted = await homes["gateway"].accept(roles["gateway"], job, rid=new_rid(), tenant_limits=one)
+    assert not accepted.joined
+    await roles["gateway"].cancel(accepted.rid, "few")
+
+
+async def shards_of_roles(cluster: Cluster, scheduler: Bus) -> None:
+    """A scheduler makes them, the others see them; a push is moved from one to the other."""
+    stores = {
+        role: ShardStore(cluster.url.replace("://", f"://{role}:CHANGE-ME-{role}@"))
+        for role in ("scheduler", "gateway", "worker", "producer")
+    }
+    shards = await stores["scheduler"].create(MODEL, 2)
+    assert [await store.read(MODEL) for store in stores.values()] == [shards] * 4
+    second = Bus(scheduler.url, shards[1].tag, patience=30.0)
+    epoch = await second.lead("me", await second.read_leader())
+    assert epoch is not None
+    producer = ProducerBus(stores["producer"].url, shards[1].tag, patience=30.0)
+    entry = await producer.push(b"{}")
+    await second.read_jobs("term", 10, 0)
+    await second.divert(epoch, entry)
+    ((moving, origin, payload),) = await second.read_moving(10)
+    assert origin == entry
+    await scheduler.receive(1, moving, origin, payload)
+    await second.moved(moving)
+    assert await second.read_moving(10) == []
+    for closing in (second, producer, *stores.values()):
+        await closing.close()
+
+
+async def test_shards_lie_on_all_nodes_alike(cluster: Cluster, raw: redis.RedisCluster) -> None:
+    store = ShardStore(cluster.url)
+    shards = await store.create(MODEL, 9)
+    await store.close()
+    held = collections.Counter(cluster.owner(key_slot(Keys(shard.tag).leader.encode())) for shard in shards)
+    assert held == {0: 3, 1: 3, 2: 3}
 
 
 def test_a_whole_stack_streams_from_a_cluster(
@@ -379,3 +434,26 @@ def test_a_whole_stack_streams_from_a_cluster(
             texts.append("".join(choice["text"] for line in lines for choice in json.loads(line)["choices"]))
         assert texts[0] == texts[1]
         assert len(texts[0]) > 0
+
+
+def test_a_whole_stack_serves_three_shards_from_three_nodes(
+    cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = tiny_model(tmp_path_factory, "llama")
+    args = ("--redis-url", cluster.url, "--model", str(model), "--served-model-name", "org/tiny")
+    processes = ("--engine", "simulated", "--shards", "3", "--workers", "3", "--schedulers", "2")
+    with Stack(tmp_path / "stack", *args, *processes) as stack:
+        rids: list[str] = []
+        deadline = time.monotonic() + WAIT_S
+        while {shard_of(rid) for rid in rids} != {0, 1, 2} and time.monotonic() < deadline:
+            body = {"model": "org/tiny", "prompt": f"prompt {len(rids)}", "max_tokens": 3, "ignore_eos": True}
+            ask = urllib.request.Request(
+                stack.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(ask, timeout=WAIT_S) as reply:
+                assert json.load(reply)["usage"]["completion_tokens"] == 3
+                rids.append(reply.headers["X-Request-Id"])
+        assert {shard_of(rid) for rid in rids} == {0, 1, 2}
+        for rid in rids:
+            with urllib.request.urlopen(f"{stack.url}/v1/requests/{rid}", timeout=WAIT_S) as reply:
+                assert json.load(reply)["status"] == "completed"

@@ -45,7 +45,8 @@ def test_without_one_of_the_checks_it_fails(server: EmbeddedServer, mutation: st
 def test_one_key_is_one_request_and_a_limit_holds_in_whatever_slot(server: EmbeddedServer, seed: int) -> None:
     world = run_homes(server.url, seed)
     assert world.wrong == {}
-    assert world.stats["requests"] == 32
+    assert world.stats["requests"] == 28
+    assert world.stats["moved"] > 1
     assert world.stats["found"] > 5
     assert world.stats["at the limit"] > 5
 

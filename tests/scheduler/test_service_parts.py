@@ -13,7 +13,7 @@ from protocol.records import RequestRecord
 from protocol.sampling import SamplingParams
 from scheduler.election import ServerClock
 from scheduler.leader import TokenRate
-from scheduler.metrics import Health, Metrics, serve_status
+from scheduler.metrics import Exposed, Health, Metrics, serve_status
 from scheduler.recovery import arrive, choice_state, read_state, terminal_row
 from tests.bus import Bus
 from tests.scheduler.conftest import PATIENCE_S, Stage
@@ -105,7 +105,7 @@ async def test_health_is_503_while_a_part_is_silent(unused_tcp_port: int) -> Non
 
     health = Health(limit_s=-1.0)
     health.alive("planner")
-    runner = await serve_status(Metrics("m"), health, "127.0.0.1", unused_tcp_port)
+    runner = await serve_status(Exposed(Metrics("m")), health, "127.0.0.1", unused_tcp_port)
     try:
         async with (
             aiohttp.ClientSession() as session,
@@ -114,7 +114,7 @@ async def test_health_is_503_while_a_part_is_silent(unused_tcp_port: int) -> Non
             assert reply.status == 503
             assert (await reply.json())["silent"] == ["planner"]
         with pytest.raises(StartError, match="--metrics-port"):
-            await serve_status(Metrics("m"), health, "127.0.0.1", unused_tcp_port)
+            await serve_status(Exposed(Metrics("m")), health, "127.0.0.1", unused_tcp_port)
     finally:
         await runner.cleanup()
 

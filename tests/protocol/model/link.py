@@ -37,6 +37,12 @@ FAULT_RATES = {
     "claim": 0.1,
     "unclaim": 0.05,
     "void": 0.1,
+    "reserve": 0.05,
+    "unreserve": 0.05,
+    "collect": 0.03,
+    "settle": 0.05,
+    "divert": 0.1,
+    "receive": 0.2,
 }
 OTHER_FAULT_RATE = 0.002
 
@@ -60,6 +66,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "",
     ),
     "void": ("accept", "if redis.call('EXISTS', P .. 'void:' .. rid) == 1 then return {'void'} end\n", ""),
+    "received": ("receive", "if ms < last_ms or (ms == last_ms and seq <= last_seq) then return 0 end", ""),
     "cursor": (
         "_rows",
         "if redis.call('STRLEN', journal) ~= cursor then return holds(journal, cursor, frames) and 'l' or 's' end",

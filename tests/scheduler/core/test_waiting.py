@@ -162,3 +162,53 @@ def test_the_oldest_is_found_over_tenants_classes_and_aged_entries():
     assert line.queue.oldest() == 5.0
     assert line.names() == ["young"]
     assert line.queue.oldest() is None
+
+
+def shares_over_shards(weights: dict[str, float], demand: list[tuple[str, ...]], seconds: int) -> dict[str, int]:
+    """What tenants get of shards that tell each other once a second. ``demand``: who always wants something, by shard;
+    each serves four requests of a hundred tokens a second, and always has eight of each waiting."""
+    lines = [Line(weights=weights) for _ in demand]
+    served: dict[str, int] = {}
+    names = itertools.count()
+    for line, tenants in zip(lines, demand, strict=True):
+        for tenant in tenants * 8:
+            line.add(str(next(names)), tenant=tenant)
+    for _ in range(seconds):
+        for line in lines:
+            for _ in range(4):
+                tenant = line.next().request.tenant
+                line.add(str(next(names)), tenant=tenant)
+                line.queue.leave(tenant)
+                line.queue.charge(tenant, 100)
+                served[tenant] = served.get(tenant, 0) + 100
+        charged = [line.queue.take_charged() for line in lines]
+        for line, own in zip(lines, charged, strict=True):
+            others = [other for other in charged if other is not own]
+            sums = {tenant: sum(other.get(tenant, 0.0) for other in others) for other in others for tenant in other}
+            line.queue.charge_elsewhere(sums, 10 * sum(own.values()))
+    return served
+
+
+def test_shares_hold_over_all_shards_also_where_one_tenant_floods_one_of_them():
+    got = shares_over_shards({}, [("a", "b"), ("a",)], seconds=60)
+    assert abs(got["a"] - got["b"]) < 0.1 * got["b"], "a has the other shard to itself, so b gets this one"
+    got = shares_over_shards({"a": 3.0}, [("a", "b"), ("a",)], seconds=60)
+    assert abs(got["a"] / 3 - got["b"]) < 0.1 * got["b"], "a shares this one too, for its weight"
+    got = shares_over_shards({}, [("a", "b"), ("a", "b"), ("b", "c"), ("c",)], seconds=60)
+    third = sum(got.values()) / 3
+    assert all(abs(tokens - third) < 0.1 * third for tokens in got.values())
+
+
+def test_nobody_waits_long_for_having_been_served_where_nobody_else_was():
+    line = Line()
+    for k in range(300):
+        line.add(f"a{k}", tenant="a", arrived=k)
+        line.add(f"b{k}", tenant="b", arrived=k)
+    for _ in range(100):
+        line.queue.charge_elsewhere({"a": 100_000.0}, 1000.0)
+    served = []
+    for _ in range(30):
+        served.append(line.next().request.tenant)
+        line.queue.charge(served[-1], 100)
+    assert served.index("a") == 10
+    assert served.count("a") == 10
