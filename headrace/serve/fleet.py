@@ -71,10 +71,14 @@ class Fleet:
         """The shards that need workers: those that are open, and those that drain and have not ended yet."""
         store = ShardStore(self.redis_url)
         try:
-            wanted = model.values["shards"]
+            wanted = model.values.get("shards")
             shards = await (store.read(model.name) if wanted is None else store.create(model.name, wanted))
         except InvalidRequest as error:
             raise StartError(f"--shards: {error}") from None
+        except ServiceError as error:
+            if wanted is not None:
+                raise StartError(f"--shards: {error}") from None
+            return [0]  # the model's own processes say what is wrong with the server
         finally:
             await store.close()
         needed = [s.number for s in served(shards) if s.open or await self._unfinished(s.tag)]
