@@ -1,4 +1,7 @@
-"""What the scheduler may do: lead, take in jobs, plan for workers, end requests, retire workers."""
+"""What the scheduler may do: lead, take in jobs, plan for workers, end requests, retire workers.
+
+A little over 400 lines: one method for each script that a leader calls.
+"""
 
 from __future__ import annotations
 
