@@ -27,12 +27,14 @@ from tests.stack import START_S, Stack, free_port
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(900)]
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 SCRAPES = 15  # one a second
+CLIENTS = 4  # more than run at once: some wait
 CONFIG = f"""
 [defaults]
 model = '{DEMO}'
 engine = 'simulated'
 engine-options = {{step_us = 2000}}
 response-cache = true
+max-num-seqs = 1
 [models.one]
 price = {{input = 1.0, output = 2.0}}
 [[routes.auto.rules]]
@@ -47,11 +49,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with Stack(place / "stack", "--config", str(place / "headrace.toml")) as running:
         until(lambda: "Headrace is ready." in running.output(), running.output)
         stop = threading.Event()
-        load = threading.Thread(target=ask_on_and_on, args=(running.url, stop))
-        load.start()
+        loads = [threading.Thread(target=ask_on_and_on, args=(running.url, stop, first)) for first in range(CLIENTS)]
+        for load in loads:
+            load.start()
         yield running
         stop.set()
-        load.join(START_S)
+        for load in loads:
+            load.join(START_S)
 
 
 def until(condition: Any, told: Any) -> Any:
@@ -62,9 +66,9 @@ def until(condition: Any, told: Any) -> Any:
     return found
 
 
-def ask_on_and_on(url: str, stop: threading.Event) -> None:
-    """Streams by the route, each twice, of several lengths at once; and a model that is not there."""
-    number = 0
+def ask_on_and_on(url: str, stop: threading.Event, first: int) -> None:
+    """Streams by the route, some of them twice; and a model that is not there."""
+    number = 1_000_000 * first
     while not stop.is_set():
         number += 1
         for model, again in (("auto", number // 2), ("auto", -number), ("gone", 0)):
