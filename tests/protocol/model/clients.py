@@ -63,7 +63,7 @@ async def perhaps_cancel(world: World, rid: str) -> None:
 
 async def perhaps_move(world: World, rid: str) -> None:
     """A gateway that gives a request to another model if it says nothing for a while; it may die at any point."""
-    for _ in range(world.rng.randrange(400)):
+    for _ in range(world.rng.randrange(1500)):
         await Turn()
     if world.rng.random() < 0.5:
         return
