@@ -305,8 +305,8 @@ def capacity_plan(per_core: dict[str, int]) -> str:
     return (
         "A million streams of 10 tokens/s each, at these rates: "
         + ", ".join(f"{count} cores of {role}" for role, count in cores.items())
-        + f". Server and scheduler run on one core each, and a served name lies in one slot of a cluster, so that is "
-        f"{groups} served names spread over {groups} shards; gateways by the tokens per CPU second of their own table."
+        + f". Server and scheduler run on one core each, and a shard of a model lies in one slot of a cluster, so that "
+        f"is {groups} shards, of one model or of many; gateways by the tokens per CPU second of their own table."
     )
 
 
