@@ -119,7 +119,7 @@ def test_every_role_works_as_its_own_user(guarded: Guarded) -> None:
     table = msgspec.json.encode(Routing(aliases={"fast": {MODEL: 1}}))
     guarded.admin.set("{headrace:models}:routing", table)
     with guarded.as_user("producer") as producer:
-        job = {"id": "once", "prompt": "x", "sampling": {"max_tokens": 2}, "results": "mine"}
+        job = {"id": "pushed-1", "prompt": "x", "sampling": {"max_tokens": 2}, "results": "mine"}
         producer.xadd("headrace:{fast}:jobs", {"job": "none"})
         producer.xadd("headrace:{fast}:jobs", {"job": json.dumps(job)})
         deadline = time.monotonic() + START_S
@@ -127,8 +127,8 @@ def test_every_role_works_as_its_own_user(guarded: Guarded) -> None:
             assert time.monotonic() < deadline, guarded.admin.acl_log()
             time.sleep(0.2)
         ((_, ((_, entry),)),) = found
-        assert msgspec.msgpack.decode(entry[b"result"])["id"] == "once"
-        assert producer.get("headrace:{fast}:routed:default:once") == MODEL.encode()
+        assert msgspec.msgpack.decode(entry[b"result"])["id"] == "pushed-1"
+        assert producer.get("headrace:{fast}:routed:default:pushed-1") == MODEL.encode()
     assert guarded.admin.xlen("headrace:{fast}:dead") == 1
     assert asyncio.run(_moved(guarded.user_url("gateway")))
 
