@@ -127,8 +127,11 @@ def ask(url: str, query: str) -> list[Any]:
 
 @pytest.mark.parametrize("title", list(PANELS))
 def test_a_panel_shows_something(prometheus: str, title: str) -> None:
-    found = []
-    for target in PANELS[title]["targets"]:
-        query = target["expr"].replace("$__rate_interval", "10s").replace("$model", ".*")
-        found += [value for series in ask(prometheus, query) for value in series["value"][1:]]
-    assert [value for value in found if value != "NaN"], title
+    def shown() -> list[str]:
+        found = []
+        for target in PANELS[title]["targets"]:
+            query = target["expr"].replace("$__rate_interval", "10s").replace("$model", ".*")
+            found += [value for series in ask(prometheus, query) for value in series["value"][1:]]
+        return [value for value in found if value != "NaN"]
+
+    until(shown, lambda: title)  # what waits does not wait at every moment
