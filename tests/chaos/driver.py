@@ -72,6 +72,8 @@ class Chaos:
     args: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     structured: float = 0.3  # share of the requests that ask for a structure
+    streams: int = 8  # clients that stream at a time
+    calls: int = 2  # clients that stream tool calls at a time
     texts: int = 64  # on their way at once in a flood
     faults: list[Fault] = field(default_factory=list)
     history: History = field(default_factory=History)
@@ -93,7 +95,7 @@ class Chaos:
         self.stack = Stack(
             self.folder / "stack", "--redis-url", proxied, "--model", str(self._model()), "--served-model-name", MODEL,
             "--engine", "simulated", "--engine-options", '{"random": true}',
-            "--workers", "2", "--schedulers", "2", "--gateways", "2",
+            "--tool-format", "hermes", "--workers", "2", "--schedulers", "2", "--gateways", "2",
             "--retention", str(seconds + JUDGED_WITHIN_S),  # all journals are judged at the end
             *self.args, env=self.env,
         )  # fmt: skip
@@ -107,15 +109,18 @@ class Chaos:
                 urls, MODEL, self.history, random.Random(self.seed + 1), shards, structured=self.structured
             )
             self.flood = Flood(urls, MODEL, bus, self.history, at_once=self.texts)
-            loading = asyncio.create_task(self.load.run(streams=8, detached=2, wholes=2, producers=2))
-            watching = asyncio.create_task(self._watch_epoch(bus))
+            loading = asyncio.create_task(
+                self.load.run(streams=self.streams, detached=2, wholes=2, producers=2, calls=self.calls)
+            )
+            watching = [asyncio.create_task(self._watch_epoch(bus)), asyncio.create_task(self._watch_moves(shards))]
             if rolling:
                 await self._restart_all()
             else:
                 await self._inject(seconds, every, kinds or list(self._table()), loading, once)
             self.load.stop.set()
             await asyncio.wait_for(loading, 300)
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             await asyncio.gather(*self.draining)
             self.flood.judge()
             await self._rest(shards, direct)
@@ -299,6 +304,12 @@ class Chaos:
                 self.history.epochs.append((await bus.read_leader()).epoch)
             await asyncio.sleep(0.5)
 
+    async def _watch_moves(self, shards: Shards) -> None:
+        while True:
+            with suppress(Exception):  # the same
+                await self.history.watch_moves(shards)
+            await asyncio.sleep(0.3)
+
     async def _rest(self, shards: Shards, url: str) -> None:
         """Wait until nothing is under way; what is left over after half a minute is a violation."""
         client = redis.asyncio.Redis.from_url(url)
@@ -366,14 +377,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--kinds", nargs="*", help="only these kinds of fault")
     parser.add_argument("--structured", type=float, default=0.3, help="share of the requests that keep a JSON schema")
+    parser.add_argument("--streams", type=int, default=8, help="clients that stream at a time (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=2, help="clients that stream tool calls (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=64, help="texts of a megabyte in a flood (default: %(default)s)")
     parser.add_argument("serve", nargs="*", help="further options of serve, after --")
     options = parser.parse_args()
     print(f"seed {options.seed}")
     with tempfile.TemporaryDirectory(prefix="headrace-chaos-") as folder:
         chaos = Chaos(
-            Path(folder), options.seed, tuple(options.serve), structured=options.structured, texts=options.texts
-        )
+            Path(folder), options.seed, tuple(options.serve), structured=options.structured, texts=options.texts,
+            streams=options.streams, calls=options.calls,
+        )  # fmt: skip
         asyncio.run(chaos.run(options.minutes * 60, options.every, options.kinds))
     print(chaos.report())
     return 1 if chaos.history.violations else 0

@@ -15,8 +15,9 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from protocol.keys import HOME
 from protocol.messages import Frame, Terminal, decode_frames
-from protocol.structures.structure import Structure
+from protocol.records import RequestRecord
 from tests.bus import Bus
+from tests.chaos.calls import CallsSeen, call_faults, message_in
 from tests.chaos.shards import Shards
 
 
@@ -33,6 +34,7 @@ class View:
     after_end: int = 0  # pieces that came after a choice's end
     whole: bool = False  # followed to the end of every choice
     usage: dict[str, int] | None = None
+    calls: CallsSeen | None = None  # instead of tokens, of a chat that must call
 
     def saw(self, choice: int, ids: list[int], text: str, finish: str | None) -> None:
         if choice in self.finish and (ids or text or finish):
@@ -64,6 +66,10 @@ class History:
     violations: list[str] = field(default_factory=list)
     judged: set[tuple[str, int]] = field(default_factory=set)  # of those, once each
     structured: Counter[str] = field(default_factory=Counter)  # choices with a grammar: their ends, and how many moved
+    watched: set[str] = field(default_factory=set)  # rids of streams that are kept to a grammar, until they end
+    halfway: set[tuple[str, int]] = field(default_factory=set)  # (rid, choice) that moved with tokens journaled
+    messages: dict[str, Any] = field(default_factory=dict)  # rid -> what the journal of a chat with tools says
+    _seen: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)  # placement, bytes of the journal
 
     def accept(self, rid: str, choices: int) -> None:
         if self.accepted.setdefault(rid, choices) != choices:
@@ -71,6 +77,21 @@ class History:
 
     def blame(self, message: str) -> None:
         self.violations.append(message)
+
+    async def watch_moves(self, bus: Shards) -> None:
+        """Note which of the watched moved since the last call and had tokens before: in the middle of their object."""
+        for rid in list(self.watched):
+            record = await bus.read_request(rid)
+            if record is None:
+                continue
+            lengths = await bus.journal_lengths(rid, len(record.placements))
+            for choice, (placement, length) in enumerate(zip(record.placements, lengths, strict=True)):
+                before, written = self._seen.get((rid, choice), (placement, 0))
+                if placement > before and written:
+                    self.halfway.add((rid, choice))
+                self._seen[rid, choice] = placement, length
+            if not record.open:
+                self.watched.discard(rid)
 
     async def judge(self, bus: Shards) -> None:
         """Compare everything seen with the journals. Call at rest, before the journals expire."""
@@ -93,6 +114,8 @@ class History:
                     self.blame(f"{rid}/{choice}: {len(entries)} results")
                 elif entries[0].text != "".join(f.text for f in frames):
                     self.blame(f"{rid}/{choice}: the result differs from the journal")
+                elif rid in self.messages and (entries[0].tool_calls or []) != self.messages[rid].calls:
+                    self.blame(f"{rid}/{choice}: the result's calls differ from the journal's")
 
     async def _journals(self, bus: Shards, rid: str, choices: int) -> list[list[Frame]]:
         record = await bus.read_request(rid)
@@ -108,21 +131,29 @@ class History:
             if ends != [len(frames) - 1]:
                 self.blame(f"{rid}/{choice}: terminal frames at {ends} of {len(frames)}")
             journals.append(frames)
-            structure = record.job.sampling.structure
-            if structure is not None and ends and (rid, choice) not in self.judged:
+            if record.job.sampling.structure is not None and ends and (rid, choice) not in self.judged:
                 self.judged.add((rid, choice))
-                self._judge_structure(f"{rid}/{choice}", structure, frames, record.placements[choice])
+                self._judge_structure(record, choice, frames)
         return journals
 
-    def _judge_structure(self, where: str, structure: Structure, frames: list[Frame], placement: int) -> None:
+    def _judge_structure(self, record: RequestRecord, choice: int, frames: list[Frame]) -> None:
         """What ended by itself must parse and validate, wherever it ran in between."""
+        where, structure = f"{record.rid}/{choice}", record.job.sampling.structure
+        assert structure is not None
+        if record.job.tools:
+            self.messages[record.rid] = message_in(record, choice, frames)
         finish, text = frames[-1].finish, "".join(frame.text for frame in frames)
         self.structured[f"ended by {finish}"] += 1
         if finish == "error":
             self.blame(f"{where}: a constrained choice failed: {(frames[-1].extra or {}).get('code')}")
         if finish != "stop":
             return
-        self.structured["moved"] += placement > 1
+        self.structured["moved"] += record.placements[choice] > 1
+        self.structured["moved in mid-object"] += (record.rid, choice) in self.halfway
+        if record.job.tools:
+            for fault in call_faults(self.messages[record.rid], self.structured):
+                self.blame(f"{where}: {fault}")
+            return
         try:
             Draft202012Validator(structure.schema()).validate(json.loads(text))
         except (ValueError, ValidationError) as error:
@@ -132,7 +163,12 @@ class History:
         where = f"{view.rid} seen by {view.reader}"
         if view.after_end:
             self.blame(f"{where}: {view.after_end} pieces after the end")
-        for choice, frames in enumerate(journals):
+        if view.calls is not None and view.rid in self.messages:  # else it is blamed already
+            for fault in view.calls.faults(self.messages[view.rid], view.whole):
+                self.blame(f"{where}: {fault}")
+            if view.whole and (view.terminals[0] != 1 or view.calls.ids != _tokens(journals[0])):
+                self.blame(f"{where}: {view.terminals[0]} terminals, {len(view.calls.ids)} ids")
+        for choice, frames in enumerate(journals if view.calls is None else ()):
             truth = [(f.token, f.text) for f in frames if f.token is not None or f.text]
             seen = view.tokens[choice]
             if seen != truth[: len(seen)]:

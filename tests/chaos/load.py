@@ -20,18 +20,11 @@ import msgspec
 
 from protocol.errors import Unavailable
 from protocol.messages import Terminal
+from tests.chaos.calls import SCHEMA, STRUCTURED_TOKENS, CallsSeen, asked
 from tests.chaos.history import History, View
 from tests.chaos.shards import Shards
 
 Broken = (aiohttp.ClientError, ConnectionError, TimeoutError, asyncio.IncompleteReadError)
-SCHEMA = {  # some two hundred tokens of what draws at random: most are moved in the middle of it
-    "type": "array", "minItems": 8, "maxItems": 14,
-    "items": {
-        "type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}, "s": {
-            "type": "string", "maxLength": 6}}, "required": ["n", "s"], "additionalProperties": False,
-    },
-}  # fmt: skip
-STRUCTURED_TOKENS = 440
 SILENCE_S = 45.0  # a stream that says nothing for so long is taken up elsewhere
 GIVE_UP_S = 240.0
 
@@ -56,11 +49,12 @@ class Load:
     resumed: int = 0
     structured: float = 0.3  # share of the requests that ask for a structure
 
-    async def run(self, streams: int, detached: int, wholes: int, producers: int) -> None:
+    async def run(self, streams: int, detached: int, wholes: int, producers: int, calls: int) -> None:
         """Keep so many clients of each kind busy until ``stop`` is set, then let them end."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=SILENCE_S)
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as self.session:
             kinds = [self._stream] * streams + [self._detach] * detached + [self._whole] * wholes
+            kinds += [self._call] * calls
             async with asyncio.TaskGroup() as group:
                 reader = group.create_task(self._read_results())
                 clients = [group.create_task(self._repeat(kind)) for kind in kinds + [self._push] * producers]
@@ -95,6 +89,14 @@ class Load:
         body = self._body(stream=True, stream_options={"include_usage": True})
         await self._follow(body, {"X-Headrace-Resume": "120"}, breaks=self.rng.random() < 0.4)
 
+    async def _call(self) -> None:
+        """A chat that must call a function, streamed."""
+        body = {
+            "model": self.model, "max_tokens": STRUCTURED_TOKENS, "n": 1, "stream": True, "return_token_ids": True,
+            "stream_options": {"include_usage": True}, **asked(self.rng.random()),
+        }  # fmt: skip
+        await self._follow(body, {"X-Headrace-Resume": "120"}, breaks=self.rng.random() < 0.4)
+
     async def _detach(self) -> None:
         """Open a stream that outlives its client, leave at once, come back later and read it all."""
         body = self._body(stream=True, stream_options={"include_usage": True})
@@ -118,7 +120,8 @@ class Load:
         view: FollowedView | None = None
         while time.monotonic() - begun < GIVE_UP_S:
             try:
-                async with self.session.post(f"{self._url()}/v1/completions", json=body, headers=headers) as reply:
+                path = "chat/completions" if "messages" in body else "completions"
+                async with self.session.post(f"{self._url()}/v1/{path}", json=body, headers=headers) as reply:
                     if reply.status in (429, 500, 502, 503, 504):
                         self.history.failures[f"{reply.status} at accept"] += 1
                         await asyncio.sleep(0.3)
@@ -128,8 +131,10 @@ class Load:
                         return None
                     rid = reply.headers["X-Request-Id"]
                     self.history.accept(rid, body["n"])
-                    view = FollowedView("stream", rid, body["n"])
+                    view = FollowedView("stream", rid, body["n"], calls=CallsSeen() if "tools" in body else None)
                     self.history.views.append(view)
+                    if "tools" in body or "response_format" in body:
+                        self.history.watched.add(rid)
                     if leave:
                         return view
                     await self._read(reply, view, breaks)
@@ -218,8 +223,11 @@ class Load:
         sampling: dict[str, Any] = {"max_tokens": self.rng.randint(5, 80), "ignore_eos": True}
         if self.rng.random() < self.structured:
             sampling |= {"structure": {"json": SCHEMA}, "max_tokens": STRUCTURED_TOKENS}
-        prompt = [self.rng.randrange(5, 200) for _ in range(self.rng.randint(3, 40))]
-        job = msgspec.msgpack.encode({"v": 1, "id": name, "prompt": prompt, "sampling": sampling, "results": "chaos"})
+        what: dict[str, Any] = {"prompt": [self.rng.randrange(5, 200) for _ in range(self.rng.randint(3, 40))]}
+        if "structure" in sampling and self.rng.random() < 0.5:
+            what = asked(self.rng.random())
+            del sampling["structure"]
+        job = msgspec.msgpack.encode({"v": 1, "id": name, "sampling": sampling, "results": "chaos", **what})
         for _ in range(self.rng.choice((1, 1, 2))):
             await self._push_once(job)
         begun = time.monotonic()
@@ -260,4 +268,8 @@ class FollowedView(View):
         if event.get("usage"):
             self.usage = event["usage"]
         for choice in event["choices"]:
+            if self.calls is not None:
+                self.calls.take(choice)
+                self.saw(0, [], "", choice["finish_reason"])
+                continue
             self.saw(choice["index"], choice.get("token_ids") or [], choice["text"], choice["finish_reason"])

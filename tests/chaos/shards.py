@@ -37,6 +37,10 @@ class Shards:
     async def read_journal(self, rid: str, choice: int) -> bytes:
         return await self.buses[shard_of(rid)].read_journal(rid, choice)
 
+    async def journal_lengths(self, rid: str, choices: int) -> list[int]:
+        """Bytes of each."""
+        return await self.buses[shard_of(rid)].journal_lengths([(rid, choice) for choice in range(choices)])
+
     async def push(self, payload: bytes, rng: random.Random) -> None:
         await rng.choice(self.buses).push(payload)
 
