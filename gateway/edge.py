@@ -31,6 +31,20 @@ MAX_NESTING = 32  # levels of arrays and objects in a body
 LINGER_S = 2.0  # how long a refused body is still read, so that the client reads the answer
 
 
+# What OpenAI's clients may ask for and find elsewhere, or not at all.
+NOT_SERVED = {
+    "responses": "Responses are not served: POST /v1/chat/completions answers the same questions",
+    "embeddings": "embeddings are not served",
+    "files": "files are not served: prompts go into the request",
+    "batches": "batches are not served: headrace submit --file runs a file of jobs, and any producer may push them",
+}
+
+
+def _no_route(path: str) -> NotFound:
+    kind = path.removeprefix("/v1").split("/")[1:2]
+    return NotFound(NOT_SERVED.get("".join(kind), "there is no such route"), code="route_not_found")
+
+
 class MethodNotAllowed(RequestError):
     status, code = 405, "method_not_allowed"
 
@@ -212,7 +226,7 @@ class Routes:
         if methods is None:
             prefix = next((p for p in self.prefixes if path.startswith(p) and len(path) > len(p)), None)
             if prefix is None:
-                raise NotFound("there is no such route", code="route_not_found")
+                raise _no_route(path)
             methods, rest = self.prefixes[prefix], path[len(prefix) :]
         handler = methods.get(method)
         if handler is None:

@@ -76,7 +76,7 @@ class Output:
 
     __slots__ = (
         "awaited", "count", "cursor", "dropped", "end_ids", "eos", "min_tokens", "new", "parser", "plain", "row",
-        "scores", "seat", "shown", "steady_until", "stops", "stream", "tail",
+        "scores", "seat", "shown", "steady_until", "stops", "stream", "tail", "unsure",
     )  # fmt: skip
 
     def __init__(self, new: NewSequence, vocabulary: Vocabulary | WindowVocabulary, eos: frozenset[int]) -> None:
@@ -97,6 +97,7 @@ class Output:
         )
         searched = sampling.stop and (self.parser is not None or not ruled)
         self.stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if searched else None
+        self.unsure = ""  # text that may begin a thought or a call, so is not searched yet
         self.awaited = structure.after if structure is not None else []  # ids that content begins after
         self.tail: list[int] = []  # the last ids while they are awaited
         self.stream: TextStream = vocabulary.stream(ids[: new.prompt_len], sampling.skip_special_tokens)
@@ -120,25 +121,46 @@ class Output:
 
     def _show(self, token: int, text: str, count: int) -> tuple[str, str | None]:
         """Pass text of the output's ``count``-th token through the stop check; what may be shown, the stop found."""
-        found = None
-        content = self.parser is None or self._in_content(self.parser, token, text)
-        if self.stops is not None and content and count > self.min_tokens and not self.awaited:
-            text, found = self.stops.feed(text)
-        elif self.stops is not None and self.stops.held:  # no stop string runs into a thought or a call
-            text, self.stops.held = self.stops.held + text, ""
+        content = True
+        if self.parser is not None:
+            content, text = self._in_content(self.parser, token, text)
+        text, found = self._searched(text, content and count > self.min_tokens and not self.awaited)
         if self.shown is not None:
             self.shown.append((token, text))
         return text, found
 
-    def _in_content(self, parser: Parser, token: int, text: str) -> bool:
-        """Whether ``token`` is part of plain content, and begins neither a thought nor a call."""
+    def _searched(self, text: str, search: bool) -> tuple[str, str | None]:
+        found = None
+        if self.stops is not None and search:
+            text, found = self.stops.feed(text)
+            self.unsure = "" if found is not None else self.unsure
+        elif self.stops is not None and self.stops.held:  # no stop string runs into a thought or a call
+            text, self.stops.held = self.stops.held + text, ""
+        return text, found
+
+    def _in_content(self, parser: Parser, token: int, text: str) -> tuple[bool, str]:
+        """Whether ``token`` is part of plain content, and begins neither a thought nor a call; the text up to there of
+        which that is known."""
         before = parser.in_content
         parser.feed(token, text)
-        return before and parser.in_content
+        content, text = before and parser.in_content, self.unsure + text
+        sure = max(0, len(text) - parser.unsure) if content else len(text)
+        self.unsure = text[sure:]
+        return content, text[:sure]
+
+    def settle(self) -> tuple[str, str | None]:
+        """At the end, what may begin something begins nothing: its text, and a stop string in it."""
+        text, self.unsure = self.unsure, ""
+        if not text:
+            return "", None
+        text, found = self._searched(text, self.count > self.min_tokens and not self.awaited)
+        if self.shown is not None:
+            self.shown.append((None, text))
+        return text, found
 
     @property
     def held(self) -> str:
-        return (self.stops.held if self.stops is not None else "") + self.stream.held
+        return (self.stops.held if self.stops is not None else "") + self.unsure + self.stream.held
 
 
 @dataclass(slots=True)
@@ -287,14 +309,21 @@ class Outputs:
             text, found = output._show(token, output.stream.push(token) if shown else "", output.count)
             if token not in output.eos:
                 stop = token
-            return text + self._flush(output), "stop", found if found is not None else stop
+            rest, late = self._rest(output)
+            return text + rest, "stop", next((one for one in (found, late, stop) if one is not None), None)
         text, found = output._show(token, output.stream.push(token), output.count)
         output._await(token)
         if found is not None:
             return text, "stop", found
         if output.count >= output.steady_until:
-            return text + self._flush(output), "length", None
+            rest, found = self._rest(output)
+            return text + rest, "length" if found is None else "stop", found
         return text, None, None
+
+    def _rest(self, output: Output) -> tuple[str, str | None]:
+        """What was held, at the end, up to a stop string in it."""
+        text, found = output.settle()
+        return (text, found) if found is not None else (text + self._flush(output), None)
 
     def _flush(self, output: Output) -> str:
         held = output.held

@@ -313,7 +313,7 @@ def _budgeted(body: ChatBody, card: ModelCard, structure: Structure | None) -> S
 
 
 def _chat_logprobs(body: ChatBody) -> int | None:
-    if body.top_logprobs is None:
+    if not body.top_logprobs:  # 0 beside no logprobs says nothing
         return 0 if body.logprobs else None
     if not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")

@@ -72,6 +72,11 @@ class Parser:
         return not self.thinking and not self._in_call
 
     @property
+    def unsure(self) -> int:
+        """Within content: how many characters at the end may begin a thought or a call."""
+        return len(self._source.text) - self._source.at if self._harmony is None else 0
+
+    @property
     def _thinks(self) -> bool:
         return self._harmony.thinking if self._harmony is not None else self.thinking
 

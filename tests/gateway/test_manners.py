@@ -149,6 +149,20 @@ async def test_what_cannot_be_misread(case: str, path: str, front: Front, backen
     assert {name: getattr(made, name) for name in sampling} == sampling
 
 
+async def test_no_alternatives_of_no_logprobs_say_nothing(front: Front, backend: Backend) -> None:
+    await stream(front, "/v1/chat/completions", {**CHAT, "logprobs": False, "top_logprobs": 0})
+    assert backend.running[-1].record.job.sampling.logprobs is None
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/embeddings", "/v1/files", "/v1/batches/b1"])
+async def test_what_is_not_served_is_a_404_that_says_so(path: str, front: Front) -> None:
+    for method in ("GET", "POST"):
+        status, body, headers = await front.ask(method, path)
+        assert (status, body["error"]["code"]) == (404, "route_not_found")
+        assert "not served" in body["error"]["message"]
+        assert headers["X-Request-Id"]
+
+
 async def test_the_rest_stays_refused_by_name(front: Front) -> None:
     for fields, param in (
         ({"mirostat": 2, "max_tokens": 4.0}, "mirostat"),

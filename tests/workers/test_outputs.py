@@ -217,6 +217,33 @@ def test_a_grammar_leaves_stop_strings_to_plain_content() -> None:
     assert (text_of(frames), frames[-1].finish) == ("a", "stop")
 
 
+MARKED = Content(FormatSpec(name="hermes", tools=TOOLS["hermes"]), ["f"], thinking=False)
+
+
+@pytest.mark.parametrize("replayed", [0, 4, 9, 30])
+def test_a_marker_that_is_no_single_token_is_not_searched(replayed: int) -> None:
+    """Its letters are no content, once it is whole: until then none of them may end the answer."""
+    text = b'<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    frames = Steps(stop=["a", "<t"], content=MARKED, output=text[:replayed], cursor=replayed).frames(text[replayed:])
+    assert [frame.finish for frame in frames if frame.finish] == []
+    begun = text[:replayed] if replayed >= len(b"<tool_call>") else b""  # what was held when it moved comes after
+    assert text_of(frames) == text[len(begun) :].decode()
+
+
+def test_what_turns_out_to_be_no_marker_is_searched() -> None:
+    frames = Steps(stop=["a"], content=MARKED).frames(b"<tool_bag>")
+    assert (text_of(frames), frames[-1].finish, frames[-1].extra) == ("<tool_b", "stop", {"stop": "a"})
+    assert [extra_of(f).get("held") for f in frames[:3]] == ["<", "<t", "<to"]
+
+
+@pytest.mark.parametrize(("stop", "shown", "found"), [("l_", "<too", {"stop": "l_"}), ("x", "<tool_", None)])
+def test_an_answer_that_ends_in_half_a_marker(stop: str, shown: str, found: dict[str, str] | None) -> None:
+    for fields, more in (({}, [EOS]), ({"max_tokens": 6}, [])):
+        frames = Steps(stop=[stop], content=MARKED, **fields).frames([*b"<tool_", *more])
+        assert (text_of(frames), frames[-1].extra) == (shown, found)
+        assert frames[-1].finish == ("stop" if found or more else "length")
+
+
 def brute_force(text: str, stops: list[str]) -> tuple[str, str | None]:
     """The first end of any stop string, then the longest one that ends there."""
     for end in range(1, len(text) + 1):
@@ -245,11 +272,15 @@ def test_stop_strings_are_found_wherever_they_lie(parts: list[str], stops: list[
 @settings(max_examples=200, deadline=None)
 @given(
     st.binary(max_size=24), st.integers(0, 24), st.lists(st.sampled_from(["ab", "é", "\x00b", "aab"]), max_size=3),
-    st.integers(0, 5),
+    st.integers(0, 5), st.sampled_from([b"", b"<tool_b", b'x<tool_call>{"name": "f"}'])
 )  # fmt: skip
-def test_a_move_at_any_token_changes_nothing(output: bytes, at: int, stops: list[str], min_tokens: int) -> None:
+def test_a_move_at_any_token_changes_nothing(
+    output: bytes, at: int, stops: list[str], min_tokens: int, first_text: bytes
+) -> None:
     """The journal of a sequence that moved equals that of one that stayed, byte for byte; the result as well."""
-    fields = {"stop": stops, "min_tokens": min_tokens, "max_tokens": 20, "wants_result": True, "id": "x"}
+    output = first_text + output
+    fields = {"stop": stops, "min_tokens": min_tokens, "max_tokens": 30, "wants_result": True, "id": "x"}
+    fields |= {"content": MARKED} if first_text else {}
     stayed = Steps(**fields)
     for token in output:
         stayed.step({0: token})
