@@ -95,7 +95,8 @@ class Chaos:
         self.stack = Stack(
             self.folder / "stack", "--redis-url", proxied, "--model", str(self._model()), "--served-model-name", MODEL,
             "--engine", "simulated", "--engine-options", '{"random": true}',
-            "--tool-format", "hermes", "--workers", "2", "--schedulers", "2", "--gateways", "2",
+            "--tool-format", "hermes", "--max-model-len", "4096",
+            "--workers", "2", "--schedulers", "2", "--gateways", "2",
             "--retention", str(seconds + JUDGED_WITHIN_S),  # all journals are judged at the end
             *self.args, env=self.env,
         )  # fmt: skip
