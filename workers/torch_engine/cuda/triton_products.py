@@ -241,6 +241,7 @@ def round_rows(x, out, scale, given, size, x_row, GIVEN: tl.constexpr, SPAN: tl.
         unit = tl.load(given)
     else:
         unit = tl.maximum(tl.max(tl.abs(value), 0) / 448.0, 1e-12)
+        unit += tl.sum(tl.where(value == value, 0.0, value), 0)  # what is no number makes all of the row so
     value = value / unit
     value = tl.where(value > 448.0, 448.0, tl.where(value < -448.0, -448.0, value))  # what is no number stays so
     tl.store(out + row * size + at, value.to(out.dtype.element_ty), mask=at < size)
