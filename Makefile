@@ -10,7 +10,7 @@ PYTEST ?= $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: kubernetes-dry-run gpu-tests help venv serve test check lint format sweep clients ray nightly ops tsan mutations chaos bench bench-peers
+.PHONY: kubernetes-dry-run gpu-tests help venv serve test check lint format sweep clients ray namespaces nightly ops tsan mutations chaos bench bench-peers
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -67,6 +67,10 @@ clients: $(DEV) $(KERNELS) ## client libraries, each in an environment of its ow
 
 ray: $(DEV) $(KERNELS) ## a real Ray cluster of two nodes, in an environment of its own (0.5 GB)
 	$(PYTEST) -m ray tests/ray $(ARGS)
+
+namespaces: $(DEV) ## as root: faults between machines, which are network namespaces here
+	@command -v ip >/dev/null || apt-get install -y -qq iproute2
+	$(PYTEST) -m nightly tests/chaos/test_namespaces.py $(ARGS)
 
 nightly: export HEADRACE_REQUIRE_KERNELS := 1
 nightly: $(DEV) $(KERNELS) ## what takes minutes: the image with its downloads, ThreadSanitizer

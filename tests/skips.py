@@ -23,6 +23,7 @@ if os.name == "posix" and os.geteuid() != 0:
     ALLOWED += (
         ("tests/deploy/test_image.py::*", "mounts need root"),
         ("tests/headrace/test_out_of_disk.py::*", "mounting a file system is not permitted"),
+        ("tests/chaos/test_namespaces.py::*", "network namespaces need"),
     )
 
 
