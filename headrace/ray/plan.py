@@ -90,6 +90,9 @@ def fleet_of(wanted: Wanted) -> Fleet:
     values = wanted.values
     if not values["redis_url"]:
         raise StartError("redis-url is needed: a server that every node of the Ray cluster can reach")
+    for name, own in wanted.models.items():
+        if (own.get("shards") or 1) > 1:
+            raise StartError(f"{name}: shards = {own['shards']}: on Ray a model has one shard")
     gateways = [Program(f"gateway-{k}", "gateway", _gateway(values, k)) for k in range(values["gateways"])]
     models = [Model(name, dict(own), wanted.scaling[name]) for name, own in wanted.models.items()]
     longest = max([values["drain_timeout"], *(own["drain_timeout"] for own in wanted.models.values())])

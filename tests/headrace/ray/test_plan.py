@@ -71,6 +71,11 @@ def test_a_server_of_this_machine_alone_will_not_do(tmp_path: Path) -> None:
         fleet(tmp_path, '[models.a]\nmodel = "o/a"\n', head="")
 
 
+def test_a_model_of_several_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="a: shards = 2: on Ray a model has one shard"):
+        fleet(tmp_path, '[models.a]\nmodel = "o/a"\nshards = 2\n')
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
