@@ -14,6 +14,7 @@ and settles them here, each once. What no request stands behind (its maker died 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -60,6 +61,7 @@ class HomeBus:
         self._scripts = load(self.SCRIPTS, sharded=self._link.in_cluster)
         self._free: dict[str, float] = {}  # tenant that has no limits -> when it was told so
         self._looked: dict[str, float] = {}  # tenant -> when its reservations were looked at
+        self._looks: dict[str, asyncio.Future[bool]] = {}  # tenant -> the next look, which has not begun
 
     async def close(self) -> None:
         await self._link.close()
@@ -214,11 +216,21 @@ class HomeBus:
         return {tenant: float(total) for tenant, total in zip(tokens, replies, strict=False)}
 
     async def _free_ended(self, tenant: str) -> bool:
-        """Look at some of a tenant's requests; the reservations of those that have ended are freed."""
-        now = time.monotonic()
-        if now - self._looked.get(tenant, float("-inf")) < LOOK_AGAIN_S:
-            return False
-        self._looked[tenant] = now
+        """Look at some of a tenant's requests; the reservations of those that have ended are freed. All who ask before
+        a look begins share it, so that nobody is refused for a request that ended just after the look before."""
+        look = self._looks.get(tenant)
+        if look is None:
+            look = self._looks[tenant] = asyncio.ensure_future(self._look(tenant))
+        return await asyncio.shield(look)
+
+    async def _look(self, tenant: str) -> bool:
+        wait_s = self._looked.get(tenant, 0.0) + LOOK_AGAIN_S - time.monotonic()
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
+        del self._looks[tenant]
+        if len(self._looked) >= MOST_TENANTS:
+            self._looked.clear()
+        self._looked[tenant] = time.monotonic()
         _, flat = await self._link.command("HSCAN", f"{HOME}run:{tenant}", 0, "COUNT", MOST_HOLDS)
         of: dict[str, list[str]] = {}
         for rid, held in zip(flat[::2], flat[1::2], strict=True):
