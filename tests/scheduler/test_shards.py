@@ -24,9 +24,10 @@ from protocol.sampling import SamplingParams
 from scheduler import service
 from tests.bus import Bus
 from tests.conftest import MODEL, leaked_keys
-from tests.gateway.front import Front, eventually
+from tests.gateway.front import Front
 from tests.scheduler.conftest import Stage
 from tests.scheduler.scripted_worker import ScriptedWorker
+from tests.waits import eventually
 
 TAGS = [MODEL, f"{MODEL}#1.0"]
 
