@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,8 @@ from typing import Any
 
 from headrace.serve.embedded import own_socket
 from protocol.errors import HeadraceError, InvalidRequest, StartError
+
+log = logging.getLogger("headrace.serve")
 
 MOST_BYTES = 1 << 20
 ASK_S = 900.0  # an added model loads before its answer comes
@@ -71,6 +74,9 @@ class Control:
             return {"error": str(error)}
         except ValueError:
             return {"error": "not valid JSON"}
+        except Exception as error:  # whoever asked is told; what serves goes on
+            log.exception("a question could not be answered")
+            return {"error": f"serve could not do it ({type(error).__name__}): its log says more"}
 
 
 def ask(run_dir: Path, question: dict[str, Any], timeout_s: float = ASK_S) -> dict[str, Any]:

@@ -105,13 +105,13 @@ class Fleet:
         """Decided at the start, or for what is added later the next free port behind those."""
         ports = self.layout.metrics_ports
         if name not in ports:
-            host, first = self.layout.values["metrics_host"], self.layout.values["metrics_port"]
+            host, first = self.layout.values["metrics_host"], self.layout.values["metrics_port"] or 0
             ports[name] = choose_ports(host, first and max(ports.values(), default=first) + 1, 1, "--metrics-port")[0]
         return ports[name]
 
     async def until_served(self, model: Deployment) -> None:
-        """Returns when a worker of the model serves, or when it has failed or is removed. One whose card is taken only
-        has to be known to gateways."""
+        """Returns when a worker of the model serves and gateways know the model by its scheduler, which may come later;
+        or when it has failed or is removed. One whose card is taken only has to be known."""
         while model.state == "asleep" and not await self._is_listed(model.name):  # noqa: ASYNC110 (another process)
             await asyncio.sleep(POLL_S)
         bus = GatewayBus(self.redis_url, model.name, patience=None)
@@ -123,7 +123,8 @@ class Fleet:
                 except ServiceError:  # the server refuses: the model's own processes say so, and end
                     workers = []
                 first = {w.wid: first.get(w.wid, (w.gen, w.beat)) for w in workers}
-                if any(w.state == "serving" and first[w.wid] != (w.gen, w.beat) for w in workers):
+                serve = any(w.state == "serving" and first[w.wid] != (w.gen, w.beat) for w in workers)
+                if serve and await self._is_listed(model.name):
                     model.state = "serving"
                     model.loaded_at = asyncio.get_running_loop().time()
                     self.supervisor.served |= {name for role in ROLES for name in model.processes(role)}

@@ -14,10 +14,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from headrace.serve.fleet import Fleet
 from tests.stack import START_S, Stack
 
 SLOW = "{step_us = 20000}"
@@ -53,9 +55,12 @@ def until(condition: Callable[[], Any], stack: Stack) -> Any:
 def ask(stack: Stack, model: str, tokens: int, stream: bool = False, prompt: str = "go on") -> Any:
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "seed": 1, "stream": stream}
     headers = {"Content-Type": "application/json"}
-    return urllib.request.urlopen(
-        urllib.request.Request(stack.url + "/v1/completions", json.dumps(body).encode(), headers), timeout=120
-    )
+    request = urllib.request.Request(stack.url + "/v1/completions", json.dumps(body).encode(), headers)
+    try:
+        return urllib.request.urlopen(request, timeout=120)
+    except urllib.error.HTTPError as error:
+        error.msg = f"{model}: {error.read().decode()}"
+        raise
 
 
 def headrace(stack: Stack, *args: str) -> subprocess.CompletedProcess[str]:
@@ -208,3 +213,11 @@ def test_models_that_share_a_card_take_turns_and_who_waits_is_told_why(fleet: St
     with ask(fleet, "day", 4) as back:
         assert json.loads(back.read())["usage"]["completion_tokens"] == 4
     assert "model night gives its place on gpu0 to day" in fleet.output()
+
+
+def test_what_is_added_gets_a_free_metrics_port_where_none_was_asked_for() -> None:
+    fleet: Any = Fleet.__new__(Fleet)
+    fleet.layout = SimpleNamespace(values={"metrics_host": "127.0.0.1", "metrics_port": None}, metrics_ports={})
+    port = fleet._metrics_port("worker-nap-0")
+    assert port > 0
+    assert fleet._metrics_port("worker-nap-0") == port
