@@ -93,8 +93,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--shards",
         "serve scheduler",
-        "slots of Redis that the model's requests are spread over, each with a leader and workers of its own "
-        "(docs/scaling.md; default: as many as there are, at first 1)",
+        "slots of Redis that the model's requests are spread over, each with a leader and workers of its own, "
+        "as docs/scaling.md says (default: as many as there are, at first 1)",
         count,
         metavar="N",
     ),
