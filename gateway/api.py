@@ -198,7 +198,8 @@ class Api:
         except RunsElsewhere as error:
             model = await self.models.get(error.model)
             step = replace(step, name=error.model, model=model, why="its idempotency key")
-            return await self._answer(request, model, caller, job(model), stream, detached, step, last=True)
+            ask = self._ask(request, model, caller, job(model), stream, detached, step, last=True)
+            return await self.answers.answer(ask, request)
 
     def _others(
         self,
@@ -227,19 +228,6 @@ class Api:
             ask = self._ask(request, model, caller, made, bool(body.stream), detached, one, last=True)
             ask.idempotency = None  # it belongs to the first
             yield ask
-
-    async def _answer(
-        self,
-        request: web.BaseRequest,
-        model: Model,
-        caller: Caller,
-        job: Job,
-        stream: bool,
-        detached: bool,
-        step: Step | None = None,
-        last: bool = True,
-    ) -> web.StreamResponse:
-        return await self.answers.answer(self._ask(request, model, caller, job, stream, detached, step, last), request)
 
     def _ask(
         self,
@@ -359,7 +347,9 @@ class Api:
         model = await self.router.own(body.model, caller)
         if body.prompt is None:
             job = tokens.tokens_job(body, model.card, caller.tenant, int(time.time()))
-            return await self._answer(request, model, caller, job, stream=False, detached=False)
+            return await self.answers.answer(
+                self._ask(request, model, caller, job, stream=False, detached=False), request
+            )
         count, ids = await model.tokenize(body.prompt, body.add_special_tokens is not False)
         answer = {"count": count, "max_model_len": model.card.max_model_len, "tokens": ids}
         if body.return_token_strs:
