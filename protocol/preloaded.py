@@ -180,9 +180,9 @@ class Worker:
             self.close()
             raise WorkerDied(signal.SIGPROF) from None
         except asyncio.CancelledError:
-            if self.closed:  # by another task, not the question
-                raise WorkerDied(0) from None
             self.close()
+            if not _cancelled():  # the worker was closed by another task
+                raise WorkerDied(0) from None
             raise
         if answer is None or answer[0] == DIED:
             self.close()
@@ -206,6 +206,13 @@ class Worker:
         self._incoming.cancel()
         self._home.end(self._number)
         self._writer.close()
+
+
+def _cancelled() -> bool:
+    """Whether it is the running task that is to end, whatever else has happened by now: an answer that came at the
+    same moment must not turn its end into the death of a worker."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 # ------------------------------------------------------------------ messages over a blocking socket

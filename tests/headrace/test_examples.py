@@ -14,7 +14,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "bare_producer.py"
 
 def produce(queue_url: str, *args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLE), "--redis-url", queue_url, "--model", "org/tiny", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(command, capture_output=True, timeout=240)
+    # as bytes: a carriage return that the model says is not to be read as a newline
+    return subprocess.CompletedProcess(command, ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 
 
 def test_a_producer_needs_redis_and_msgpack_alone() -> None:

@@ -130,6 +130,26 @@ async def test_a_last_answer_ends_the_worker(home: Preloaded) -> None:
     until_gone(pid)  # type: ignore[arg-type]
 
 
+async def test_a_question_that_is_cancelled_as_its_answer_comes_is_cancelled(home: Preloaded) -> None:
+    """A scheduler that stops leaves what it was preparing to the next one: nobody is told that a process died."""
+    worker = await home.fork(64)
+    asked = asyncio.ensure_future(echo(worker, 1))
+    await asyncio.sleep(0)
+    worker._incoming.add_done_callback(lambda _: asked.cancel())
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert worker.closed
+
+
+async def test_a_worker_that_is_closed_by_another_task_has_died_for_who_asks(home: Preloaded) -> None:
+    worker = await home.fork(64)
+    asked = asyncio.ensure_future(worker.ask(("sleep",), LONG_S, LONG_S))
+    await asyncio.sleep(0)
+    worker.close()
+    with pytest.raises(WorkerDied):
+        await asked
+
+
 async def test_a_cancelled_question_ends_its_worker(home: Preloaded) -> None:
     worker = await home.fork(64)
     _, pid, *_ = await echo(worker)
