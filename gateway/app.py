@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import os
@@ -33,12 +32,12 @@ from gateway.routing.slot import PATIENCE_S
 from gateway.routing.upstream import Upstreams
 from protocol.bus import HomeBus
 from protocol.errors import HeadraceError, NotFound, StartError
+from protocol.memory import give_back_large_blocks
 from protocol.records import Limits
 from protocol.telemetry.traces import traces
 
 log = logging.getLogger("headrace.gateway")
 
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 128 << 10
 OPEN_PATHS = ("/health", "/ready")  # never ask for a key
 ANYONE = Caller()
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -247,16 +246,6 @@ async def run_gateway(config: GatewayConfig, *, ready: Callable[[Gateway], None]
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
     return 1 if stop_now.is_set() else 0
-
-
-def give_back_large_blocks() -> None:
-    """Let bodies leave memory when they are freed. glibc maps large blocks apart at first; with each that is freed it
-    raises the size from which it does, so bodies of a megabyte move into the heap, where anything small and lasting
-    that comes to lie above them keeps all of them. A size that is set stays. (mallopt(3), M_MMAP_THRESHOLD)"""
-    try:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
-    except (OSError, AttributeError):  # another C library
-        pass
 
 
 def log_requests() -> None:

@@ -34,6 +34,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import EngineFailed, HeadraceError, ModelRefused, StartError
+from protocol.memory import give_back
 from protocol.messages import encode
 
 log = logging.getLogger("headrace.preloaded")
@@ -382,13 +383,6 @@ def be_nice(nice: int) -> None:
         Path("/proc/self/autogroup").write_text(str(nice))
     except OSError:  # not Linux, or without such groups
         pass
-
-
-def give_back() -> None:
-    """Return to the system what the C library keeps of freed memory, where it can."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def limit_memory(more: int) -> None:

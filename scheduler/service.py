@@ -21,6 +21,7 @@ from aiohttp.web import AppRunner
 from protocol.bus import HomeBus, LeaderBus
 from protocol.errors import Fenced, InvalidRequest, StartError, StoreFailed
 from protocol.keys import check_name
+from protocol.memory import give_back_large_blocks
 from protocol.preloaded import Preloaded
 from protocol.routing.shards import Shard, ShardStore, served
 from protocol.telemetry.traces import traces
@@ -86,6 +87,7 @@ async def run_scheduler(
     alone = stop is None
     if stop is None:
         stop = asyncio.Event()
+        give_back_large_blocks()  # a producer's long texts pass through here
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
     life = _Life(config, alone, home)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import platform
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import aiohttp
-import pytest
 
 from tests.gateway.backend import MODEL, Backend
 from tests.waits import eventually
@@ -27,34 +24,6 @@ code = uvloop.run(run_gateway(config))
 assert not {"torch", "transformers"} & set(sys.modules), "a gateway loads no model library"
 raise SystemExit(code)
 """
-
-
-BODIES = """
-import re, sys
-from pathlib import Path
-from gateway.app import give_back_large_blocks
-if sys.argv[1] == "set":
-    give_back_large_blocks()
-held = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
-before, lasting = held(), []
-for size in (1_000_000, 900_000):  # blocks as large as the largest one before are mapped apart once more
-    bodies = []
-    for _ in range(100):
-        bodies.append(bytearray(b"x") * size)
-        lasting.append(bytearray(b"x") * 60_000)
-    del bodies
-print(held() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's allocator")
-def test_what_large_bodies_took_is_given_back() -> None:
-    def kept(how: str) -> int:
-        done = subprocess.run([sys.executable, "-c", BODIES, how], capture_output=True, text=True, check=True)
-        return int(done.stdout)
-
-    assert kept("set") < 30
-    assert kept("as it is") > 60, "else there is nothing to be set"
 
 
 @asynccontextmanager
