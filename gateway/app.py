@@ -32,7 +32,7 @@ from gateway.routing.slot import PATIENCE_S
 from gateway.routing.upstream import Upstreams
 from protocol.bus import HomeBus
 from protocol.errors import HeadraceError, NotFound, StartError
-from protocol.memory import give_back_large_blocks
+from protocol.preloaded import give_back_large_blocks
 from protocol.records import Limits
 from protocol.telemetry.traces import traces
 

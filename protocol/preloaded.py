@@ -11,6 +11,8 @@ holds: whatever loops or allocates without end ends that worker alone, and the n
 Messages are a length and a MessagePack array over socket pairs; nothing is pickled. The preloaded process dies with
 its parent, a worker with the preloaded process, however each of them ends. How a worker ended is told on its own
 channel by the preloaded process, which holds that socket too.
+
+Over 400 lines: the three sides of one protocol (parent, preloaded process, worker), which are read together.
 """
 
 from __future__ import annotations
@@ -34,7 +36,6 @@ from typing import Any
 import msgspec
 
 from protocol.errors import EngineFailed, HeadraceError, ModelRefused, StartError
-from protocol.memory import give_back
 from protocol.messages import encode
 
 log = logging.getLogger("headrace.preloaded")
@@ -48,6 +49,7 @@ END_S = 5.0  # patience with a process that is to end
 MAX_MESSAGE = 1 << 28  # bytes
 LAST = "last"  # first word of an answer after which the worker ends by itself
 DIED = "died"  # first word of what the preloaded process says of a worker: signal number, or 0
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 128 << 10  # of <malloc.h>; bytes
 FORK, END = 1, 2  # requests on the control socket
 REQUEST = struct.Struct("<BBHII")  # kind, nice, unused, memory in MiB, number of the worker
 LENGTH = struct.Struct("<I")
@@ -383,6 +385,23 @@ def be_nice(nice: int) -> None:
         Path("/proc/self/autogroup").write_text(str(nice))
     except OSError:  # not Linux, or without such groups
         pass
+
+
+def give_back() -> None:
+    """Return to the system what the C library keeps of freed memory, where it can."""
+    _call_libc("malloc_trim", 0)
+
+
+def give_back_large_blocks() -> None:
+    """Let bodies leave memory when they are freed. glibc maps large blocks apart, from a size that it raises with each
+    that is freed: larger ones then lie in the heap, where anything lasting above keeps them. A size that is set stays."""
+    _call_libc("mallopt", M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def _call_libc(name: str, *args: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is not None:
+        function(*args)
 
 
 def limit_memory(more: int) -> None:

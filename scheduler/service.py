@@ -21,8 +21,7 @@ from aiohttp.web import AppRunner
 from protocol.bus import HomeBus, LeaderBus
 from protocol.errors import Fenced, InvalidRequest, StartError, StoreFailed
 from protocol.keys import check_name
-from protocol.memory import give_back_large_blocks
-from protocol.preloaded import Preloaded
+from protocol.preloaded import Preloaded, give_back_large_blocks
 from protocol.routing.shards import Shard, ShardStore, served
 from protocol.telemetry.traces import traces
 from scheduler.answers import AnswerSettings, fingerprint

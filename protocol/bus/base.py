@@ -103,7 +103,14 @@ class RequestReads(Base):
     async def void(self, rid: str) -> bool:
         """See to it that ``rid``, which was claimed (HomeBus), is never accepted any more. False: there is such a
         request."""
-        return bool(await self._run("void", rid, VOID_STAYS_MS, key=self.keys.live))
+        return (await self.void_each([rid]))[0] is None
+
+    async def void_each(self, rids: Sequence[str]) -> list[int | None]:
+        """`void` of several. None: it is void; else when its request's record goes (server time in milliseconds), 0 if
+        it has not ended."""
+        calls = [(self.keys.prefix, rid, VOID_STAYS_MS) for rid in rids]
+        found: list[int] = await self._link.script_each(self._scripts["void"], self.keys.live, calls) if rids else []
+        return [None if gone < 0 else gone for gone in found]
 
     async def ended(self, rids: Sequence[str]) -> list[str]:
         """Those of these requests that have ended and are still kept."""

@@ -104,13 +104,19 @@ class HomeBus:
         ]
         return [claim for claim in found if claim.model == model]  # else it was freed and claimed anew meanwhile
 
-    async def look_later(self, claim: Claim) -> None:
-        """Its request is there: look again after a while."""
-        await self._run_unclaim(claim, FIRST_LOOK_MS)
-
     async def free(self, claim: Claim) -> None:
         """Its rid is void: the key may be claimed anew. Nothing if it was."""
-        await self._run_unclaim(claim, "")
+        await self.free_or_put_off([(claim, None)])
+
+    async def free_or_put_off(self, looked_at: Sequence[tuple[Claim, int | None]]) -> None:
+        """After `void_each`: free claims whose rids are void (None), let those expire whose requests have ended (when
+        their records go), and put off the next look at the others (0)."""
+        if looked_at:
+            calls = [
+                (HOME, claim.name, claim.model, claim.rid, "" if gone is None else gone, FIRST_LOOK_MS)
+                for claim, gone in looked_at
+            ]
+            await self._link.script_each(self._scripts["unclaim"], HOME + looked_at[0][0].name, calls)
 
     # -------------------------------------------------------------- limits of tenants
 
@@ -191,7 +197,7 @@ class HomeBus:
 
     async def give_back(self, tenant: str, rid: str, *, ended: bool = False) -> None:
         """End a reservation whose request was not accepted, or (``ended``) whose tokens stay used."""
-        await self._run_unreserve(tenant, rid, "ended" if ended else "back")
+        await self._unreserve([(tenant, rid, "ended" if ended else "back")])
 
     async def settle(self, slot: str, number: int, owed: Sequence[bytes]) -> None:
         """Take in a batch that `LeaderBus.collect` told of ``slot``."""
@@ -202,9 +208,15 @@ class HomeBus:
         names = await self._due(f"holds:{slot}", count)
         return [Hold(*name.decode().split(" ")) for name in names]
 
-    async def look_at_later(self, hold: Hold) -> None:
-        """Its request is there and runs: look again after a while."""
-        await self._run_unreserve(hold.tenant, hold.rid, FIRST_LOOK_MS)
+    async def end_or_put_off(self, looked_at: Sequence[tuple[Hold, int | None]]) -> None:
+        """After `void_each`: give back reservations whose rids are void (None), end those whose requests have ended,
+        and put off the next look at the others (0)."""
+        await self._unreserve(
+            [
+                (hold.tenant, hold.rid, "back" if gone is None else "ended" if gone else FIRST_LOOK_MS)
+                for hold, gone in looked_at
+            ]
+        )
 
     async def add_served(self, model: str, tokens: Mapping[str, float]) -> dict[str, float]:
         """Add to what all shards of ``model`` have served these tenants; the sums."""
@@ -226,12 +238,15 @@ class HomeBus:
         for rid, held in zip(flat[::2], flat[1::2], strict=True):
             of.setdefault(held.decode().split(" ")[0], []).append(rid.decode())
         ended = [rid for slot, rids in of.items() for rid in await self.slot(slot).ended(rids)]
-        for rid in ended:
-            await self.give_back(tenant, rid, ended=True)
+        await self._unreserve([(tenant, rid, "ended") for rid in ended])
         return bool(ended)
 
-    async def _run_unreserve(self, tenant: str, rid: str, what: Argument) -> None:
-        await self._link.script(self._scripts["unreserve"], HOME + tenant, (HOME, tenant, rid, what))
+    async def _unreserve(self, calls: Sequence[tuple[str, str, Argument]]) -> None:
+        """``calls``: tenant, rid, what becomes of its reservation."""
+        if calls:
+            await self._link.script_each(
+                self._scripts["unreserve"], HOME + calls[0][0], [(HOME, *call) for call in calls]
+            )
 
     async def _due(self, name: str, count: int) -> list[bytes]:
         """Members of a set that is ordered by the time of the next look, as far as that has come."""
@@ -241,12 +256,6 @@ class HomeBus:
             "ZRANGEBYSCORE", HOME + name, "-inf", now, "LIMIT", 0, count
         )  # fmt: skip
         return found
-
-    # -------------------------------------------------------------- parts
-
-    async def _run_unclaim(self, claim: Claim, wait_ms: int | str) -> None:
-        args = (HOME, claim.name, claim.model, claim.rid, wait_ms)
-        await self._link.script(self._scripts["unclaim"], HOME + claim.name, args)
 
 
 def _claim(name: str, value: bytes) -> Claim:

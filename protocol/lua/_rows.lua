@@ -39,7 +39,7 @@ local function hand_flight_over(rid, flight, followers)
     end
   end
   if heir then
-    redis.call('HSET', P .. 'r:' .. heir, 'flight', flight, 'followers', table.concat(rest, ' '))
+    redis.call('HSET', P .. 'r:' .. heir, 'flight', flight, 'followers', table.concat(rest, ' '), 'reaches', 1)
     redis.call('HSET', P .. 'flights', flight, heir)
     set_free(heir, P .. 'r:' .. heir, rid)
   elseif redis.call('HGET', P .. 'flights', flight) == rid then
@@ -124,21 +124,28 @@ local function feed(i, followers)
   for rid in string.gmatch(followers, '%S+') do pcall(feed_one, i, rid) end
 end
 
+-- A row of a request that others wait for, or that holds a reservation. -> the tenant that owes for it ('': none)
+local function reach_others(i, record)
+  local v = redis.call('HMGET', record, 'tenant', 'followers', 'charged')
+  if v[2] and v[2] ~= '' then feed(i, v[2]) end
+  return (v[3] and v[3] ~= '') and v[1] or ''
+end
+
 -- One row: its verdict (l landed, c closed, s stale), and where it landed just now, the tenant that owes for it ('': none).
 local function land(i)
   local rid, choice, placement, cursor = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
   local finish, frames = ARGV[i + 4], ARGV[i + 7]
   local record, journal = P .. 'r:' .. rid, P .. 'j:' .. rid .. ':' .. choice
-  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'tenant', 'followers', 'charged')
+  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'reaches')
   local ours = (v[2] or '0') == placement
   if not v[1] then return 'c' end
   if v[3] then return (ours and holds(journal, cursor, frames)) and 'l' or 'c' end
   if not ours then return 's' end
   if redis.call('STRLEN', journal) ~= cursor then return holds(journal, cursor, frames) and 'l' or 's' end
   redis.call('APPEND', journal, frames)
-  if v[5] and v[5] ~= '' then feed(i, v[5]) end
+  local tenant = v[4] and reach_others(i, record) or ''
   if finish ~= '' then end_choice(rid, record, choice, finish, ARGV[i + 5]) end
-  return 'l', (v[6] and v[6] ~= '') and v[4] or ''
+  return 'l', tenant
 end
 
 -- All rows from argument `first` on; `keep` is the retention.

@@ -55,6 +55,7 @@ local deadline = timeout > 0 and string.format('%.0f', tonumber(now) + timeout) 
 redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', id, 'deadline', deadline, 'created', now,
   'attempts', 0, 'n', n, 'open', n, 'attached', claimed and 1 or 0, 'results', results, 'idem', idem,
   'charged', ARGV[17])
+if ARGV[17] ~= '' then redis.call('HSET', record, 'reaches', 1) end
 begin_request(tenant, rid)
 redis.call('HSET', live, rid, channel)
 if idem ~= '' then redis.call('SET', P .. idem, rid .. ' ' .. hash) end

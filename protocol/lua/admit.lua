@@ -51,6 +51,7 @@ else
   redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', id, 'deadline', deadline,
     'created', created, 'attempts', 0, 'n', n, 'open', n, 'attached', 0, 'results', results, 'idem', idem,
     'charged', ARGV[push + 10])
+  if ARGV[push + 10] ~= '' then redis.call('HSET', record, 'reaches', 1) end
   begin_request(tenant, rid)
   redis.call('HSET', live, rid, channel)
   redis.call('SET', P .. idem, rid .. ' ' .. hash)

@@ -66,7 +66,7 @@ local followers, over = nil, true
 if owner and owner ~= rid then followers, over = may_join(owner) end
 if followers then
   redis.call('HSET', record, 'joins', owner, 'cache', 'joined')
-  redis.call('HSET', P .. 'r:' .. owner, 'followers', followers .. ' ' .. rid)
+  redis.call('HSET', P .. 'r:' .. owner, 'followers', followers .. ' ' .. rid, 'reaches', 1)
   publish(ARGV[6] .. copy(owner))
   return 'joined'
 end

@@ -203,10 +203,11 @@ async def leftovers(bus: Bus, redis_client: object) -> list[str]:
             continue
         if await client.ttl(raw) == -1:  # type: ignore[attr-defined]
             found.append(f"no TTL: {name}")
-    # a claim of an idempotency key goes by the sweep, once its request's record expired
+    # a claim of an idempotency key is looked at by the sweep, until its request has ended and both expire
     async for raw in client.scan_iter(match=f"{HOME}claim:*", count=1000):  # type: ignore[attr-defined]
         slot, name = (await client.get(raw) or b"").decode().partition(" ")[0], raw.decode().removeprefix(HOME)  # type: ignore[attr-defined]
-        if slot == keys.model and await client.zscore(f"{HOME}sweep:{slot}", name) is None:  # type: ignore[attr-defined]
+        looks = await client.zscore(f"{HOME}sweep:{slot}", name)  # type: ignore[attr-defined]
+        if slot == keys.model and looks is None and await client.ttl(raw) == -1:  # type: ignore[attr-defined]
             found.append(f"never swept: {name}")
     if live := await bus.scan_live():
         found.append(f"live: {len(live)}")

@@ -334,7 +334,7 @@ async def test_the_users_of_the_roles_are_fit_for_a_cluster(cluster: Cluster, ra
     assert await roles["scheduler"].void(late.rid)
     assert await gateway.void(late.rid)
     await homes["gateway"].free(late)
-    await homes["scheduler"].look_later(claim)
+    await homes["scheduler"].free_or_put_off([(claim, 0)])
     assert await homes["scheduler"].due(MODEL, 10) == []  # not for a minute
     found = await homes["gateway"].find("default", "once", "alias")
     assert found is not None
