@@ -8,9 +8,10 @@ KERNELS := workers/native/.built
 KERNEL_SOURCES := setup.py $(wildcard workers/native/*.cpp workers/native/*.inc)
 PYTEST ?= $(BIN)/python -m pytest
 ARGS ?=
+DAILY := not sweep and not nightly and not clients and not ray and not ops
 
 .DEFAULT_GOAL := help
-.PHONY: kubernetes-dry-run gpu-tests help venv serve test check lint format sweep clients ray namespaces nightly ops tsan mutations chaos bench bench-peers
+.PHONY: kubernetes-dry-run gpu-tests help venv serve test long check lint format sweep clients ray namespaces nightly ops tsan mutations chaos bench bench-peers
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -44,7 +45,11 @@ serve: $(KERNELS) ## serve a small chat model (MODEL=... serves another; ARGS='-
 
 # Several at once, file by file (tests/sharing.py): most of them wait for processes of their own rather than compute.
 test: $(DEV) $(KERNELS) ## run the tests (ARGS='tests/headrace -k cli')
-	$(PYTEST) -m "not sweep and not nightly and not clients and not ray and not ops" -n 3 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not long and $(DAILY)" -n 3 --dist loadfile $(ARGS)
+
+long: export HEADRACE_REQUIRE_KERNELS := 1
+long: $(DEV) $(KERNELS) ## the tests of more than 20 s (tests/long.py), which CI runs too
+	$(PYTEST) -m "long and $(DAILY)" -n 3 --dist loadfile $(ARGS)
 
 check: lint test ## everything that a change must pass: format, lint, types, import rules, tests
 

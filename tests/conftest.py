@@ -16,11 +16,15 @@ from headrace.model import cache_dir
 from headrace.serve.embedded import FAST, EmbeddedServer
 from protocol.keys import HOME, REGISTRY
 from tests.bus import Bus
+from tests.long import pytest_collection_modifyitems
 from tests.sharing import pytest_xdist_make_scheduler
 from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
 from tests.stack import Stack
 
-__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport", "pytest_xdist_make_scheduler"]  # hooks
+__all__ = [  # hooks
+    "pytest_collection_modifyitems", "pytest_make_collect_report", "pytest_runtest_makereport",
+    "pytest_xdist_make_scheduler",
+]  # fmt: skip
 
 MODEL = "test/model"
 TRIES = 3  # a machine under load may be too slow for a registry's few seconds

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import structure, token_way
+from tests.long import LONG
 
 
 def test_no_module_reaches_itself() -> None:
@@ -37,3 +38,9 @@ def test_a_tokens_way_is_short_and_documented(tmp_path: Path) -> None:
     assert len(way) <= token_way.MOST_FILES, sorted(way)
     page = (structure.ROOT / "docs" / "tour.md").read_text()
     assert [file for file in sorted(way) if file not in page] == [], "docs/tour.md lists the files of a token's way"
+
+
+def test_each_long_test_is_there() -> None:
+    for name in LONG:
+        file, _, function = name.partition("::")
+        assert f"def {function}(" in (structure.ROOT / file).read_text(), name
