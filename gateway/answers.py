@@ -316,10 +316,12 @@ class Answers:
 
         The other one accepts first, under an id of its own that nobody knows yet. Then one script ends the request here
         if nothing of it was said, and makes its record a pointer. Dying in between leaves one answer that nobody reads.
+        Of a gateway that died while it waited, the one does it where the client repeats its idempotency key; without a
+        key nobody can ask for the request any more, since its id goes out with the first token.
         """
-        if ask.step is None or ask.step.within_s is None or ask.rid != ask.fresh_rid or ask.follower is None:
+        if ask.step is None or ask.step.within_s is None or ask.follower is None:
             return
-        other = next(ask.others, None) if ask.others is not None else None
+        other = self._next_other(ask)
         if other is None or await said_in_time(
             ask.follower, ask.slot.bus, ask.model, self._models, time.monotonic() + ask.step.within_s
         ):
@@ -330,7 +332,12 @@ class Answers:
             other.trace.begin(other.job, other.fresh_rid, time.monotonic())
             if await self._moved(ask, other):
                 raise HandedOn(other)
-            other = next(ask.others, None) if ask.others is not None and not ask.follower.begun_to_speak else None
+            other = self._next_other(ask) if not ask.follower.begun_to_speak else None
+
+    @staticmethod
+    def _next_other(ask: Ask) -> Ask | None:
+        """The next candidate; not the one that has the request, where an earlier gateway has moved it."""
+        return next((other for other in ask.others or () if other.model is not ask.model), None)
 
     async def _moved(self, ask: Ask, other: Ask) -> bool:
         try:
@@ -347,6 +354,8 @@ class Answers:
             raise
         if not taken:
             self._drop(other, 0.0)
+            if ask.follower is not None:
+                await ask.follower.catch_up(ask.slot.bus)  # it has begun, or another gateway has moved it
             return False
         ask.moved_to = other.rid
         MOVED.labels(ask.model.name, other.model.name).inc()
@@ -516,11 +525,12 @@ class Answers:
         OUTPUT_TOKENS.labels(model).inc(tally.completion_tokens - tally.replayed_tokens)
         first = getattr(ask.follower, "first_token_s", None)
         ask.trace.end(ask.job, ask.rid, ask.status, ask.caller.tenant, first)
+        cost = None
         if ask.step is not None and not ask.moved_to:
             if first is not None:
                 self.money.saw_first_token(model, first)
             tokens = tally.prompt_tokens or 0, tally.completion_tokens
-            self.money.count(model, ask.caller.tenant, ask.step.asked, ask.step.rule, *tokens)
+            cost = self.money.count(model, ask.caller.tenant, ask.step.asked, ask.step.rule, *tokens)
         if request_log.isEnabledFor(logging.INFO) and not ask.moved_to:
             line = {
                 "event": "request",
@@ -537,6 +547,7 @@ class Answers:
                 "output_tokens": tally.completion_tokens,
                 "cached_tokens": tally.cached_tokens,
                 "cache": tally.cache or None,
+                "cost": cost,
                 "first_token_s": None if first is None else round(first, 4),
                 "seconds": round(seconds, 4),
                 "finish_reasons": tally.ends,

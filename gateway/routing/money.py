@@ -73,8 +73,8 @@ class Money:
 
     # -------------------------------------------------------------- metrics and what choices go by
 
-    def count(self, name: str, tenant: str, asked: str, rule: str, prompt: int, output: int) -> None:
-        """One answer of ``name``, however it ended."""
+    def count(self, name: str, tenant: str, asked: str, rule: str, prompt: int, output: int) -> float | None:
+        """One answer of ``name``, however it ended. Returns its money; None where ``name`` has no price."""
         if tenant not in self._tenants:
             if len(self._tenants) >= MOST_TENANTS:
                 tenant = "other"
@@ -82,8 +82,12 @@ class Money:
         ROUTED.labels(name, tenant, asked, rule).inc()
         ROUTED_TOKENS.labels(name, tenant, rule, "prompt").inc(prompt)
         ROUTED_TOKENS.labels(name, tenant, rule, "output").inc(output)
-        if price := self.models.routing.price(name):
-            COST.labels(name, tenant, rule).inc(price.of(prompt, output))
+        price = self.models.routing.price(name)
+        if price is None:
+            return None
+        cost = price.of(prompt, output)
+        COST.labels(name, tenant, rule).inc(cost)
+        return cost
 
     def saw_first_token(self, name: str, seconds: float) -> None:
         self._firsts.setdefault(name, deque(maxlen=LAST_FIRSTS)).append(seconds)

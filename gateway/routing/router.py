@@ -89,17 +89,15 @@ class Router:
         if name not in table.aliases and name not in table.routes and name not in table.upstreams:
             found = await self._named(name, tenant)
             return [replace(found, asked=name, why="over budget") if over else found]
-        if key is not None and (step := await self._accepted_before(name, tenant, key)):
-            return [step]
+        if key is not None and (before := await self._accepted_before(name, tenant, key)):
+            return await self._repeated(before, name, look, key)
         asked = look()
-        steps = await self._follow(name, asked, key, 0)
-        steps = [step for step in _distinct(steps) if table.allows(step.name, tenant)][:MOST_STEPS]
+        steps = await self._allowed(name, asked, key)
         if not steps:
             if asked.kept:
                 raise InvalidRequest("what would answer keeps nothing: it can run neither detached nor idempotent")
             raise NotFound("this model is not served here", param="model", code="model_not_found")
-        why = "over budget" if over else ""
-        return [replace(step, asked=name, why=why or step.why, limits=self._limits(step.name)) for step in steps]
+        return [replace(step, why="over budget") for step in steps] if over else steps
 
     async def own(self, name: str | None, caller: Caller) -> Model:
         """The served model that a name means, for questions about the model itself. An alias means its heaviest."""
@@ -119,7 +117,25 @@ class Router:
         names = [*table.aliases, *table.routes, *(u for u in table.upstreams if table.allows(u, tenant))]
         return sorted(set(names) - self.models.cards.keys())
 
+    async def _repeated(self, before: Step, name: str, look: Callable[[], Asked], key: str) -> list[Step]:
+        """A repeat goes to the model that has accepted its key. While that one says nothing the request may move, as it
+        might have by the gateway that accepted it, which may be dead."""
+        try:
+            steps = await self._allowed(name, look(), key)
+        except HeadraceError:
+            return [before]  # no rule can be asked now; this one has the request all the same
+        within = next((step.within_s for step in steps), None)
+        if within is None:
+            return [before]
+        return [replace(before, within_s=within), *(step for step in steps if step.name != before.name)]
+
     # -------------------------------------------------------------- names
+
+    async def _allowed(self, name: str, asked: Asked, key: str | None) -> list[Step]:
+        """The steps of a name that this tenant may use, each once."""
+        steps = _distinct(await self._follow(name, asked, key, 0))
+        allowed = [step for step in steps if self.table.allows(step.name, asked.tenant)][:MOST_STEPS]
+        return [replace(step, asked=name, limits=self._limits(step.name)) for step in allowed]
 
     async def _named(self, name: str, tenant: str) -> Step:
         """A served model by its own name."""

@@ -29,6 +29,7 @@ from gateway.sse import HEADERS
 from protocol.errors import Overloaded, RequestError, Unavailable
 from protocol.messages import new_rid
 from protocol.routing.table import Upstream
+from protocol.telemetry.context import trace_id_of
 
 log = logging.getLogger("headrace.gateway")
 request_log = logging.getLogger("headrace.gateway.requests")
@@ -62,6 +63,7 @@ class Passing:
     usage: bool  # the client asked for the usage of a stream
     arrived: float
     rid: str
+    trace: str | None  # the caller's traceparent
     prompt_tokens: int = 0
     output_tokens: int = 0
     status: int = 0
@@ -90,7 +92,7 @@ class Upstreams:
         body = msgspec.json.decode(raw)
         options = body.get("stream_options") or {}
         passing = Passing(step, caller, bool(body.get("stream")), bool(options.get("include_usage")),
-                          time.monotonic(), new_rid())  # fmt: skip
+                          time.monotonic(), new_rid(), request.headers.get("traceparent"))  # fmt: skip
         if self.money.load(step.name) >= upstream.max_concurrent:
             raise Overloaded(f"as many requests are at {step.name} as may be at once", retry_after=1.0)
         body["model"] = upstream.model or step.name
@@ -263,14 +265,15 @@ class Upstreams:
         step, tenant, seconds = passing.step, passing.caller.tenant, time.monotonic() - passing.arrived
         REQUESTS.labels(step.name, str(passing.status or 500)).inc()
         DURATION.observe(step.name, seconds)
+        tokens = passing.prompt_tokens, passing.output_tokens
+        cost = self.money.count(step.name, tenant, step.asked, step.rule, *tokens)
         line = {
-            "event": "request", "id": passing.rid, "model": step.name, "tenant": tenant, "kind": "upstream",
-            "asked": step.asked, "rule": step.rule, "stream": passing.stream, "status": passing.status,
-            "prompt_tokens": passing.prompt_tokens, "output_tokens": passing.output_tokens,
-            "seconds": round(seconds, 4),
+            "event": "request", "id": passing.rid, "trace": trace_id_of(passing.rid, passing.trace),
+            "model": step.name, "tenant": tenant, "kind": "upstream", "asked": step.asked, "rule": step.rule,
+            "stream": passing.stream, "status": passing.status, "prompt_tokens": tokens[0], "output_tokens": tokens[1],
+            "cost": cost, "seconds": round(seconds, 4),
         }  # fmt: skip
         request_log.info("%s", encode_json(line).decode())
-        self.money.count(step.name, tenant, step.asked, step.rule, passing.prompt_tokens, passing.output_tokens)
         if passing.prompt_tokens or passing.output_tokens:
             await self.money.spend_upstream(tenant, step.name, passing.prompt_tokens, passing.output_tokens)
 

@@ -130,3 +130,42 @@ async def test_a_reader_of_the_first_id_is_sent_on(
         await read
     events = await other.events("GET", f"/v1/streams/{rid}")
     assert payload(events[0])["id"] == answer["id"]
+
+
+async def test_a_repeat_is_moved_where_the_gateway_that_accepted_it_is_gone(
+    redis_url: str, silent: tuple[Backend, Backend], open_gateway: Open
+) -> None:
+    """Its client asks another gateway under the same key: that one is as patient as the first would have been."""
+    big, small = silent
+    dying = await opened(redis_url, open_gateway, Rule(models=[BIG], fallbacks=[SMALL], first_token_within=3600))
+    headers = {"Idempotency-Key": "k1", "X-Headrace-Resume": "3600"}
+    asked = asyncio.create_task(ask(dying, "auto", headers=headers))
+    rid = (await big.until_running())[0].record.rid
+    asked.cancel()  # nobody reads there, and nobody will move it
+    other = await opened(redis_url, open_gateway)
+    status, answer, told = await ask(other, "auto", headers=headers)
+    assert (status, answer["model"]) == (200, SMALL)
+    assert told["X-Headrace-Route"] == f"model={SMALL}; asked=auto; rule=rule-1; why=fallback ({BIG} was slow)"
+    await eventually(lambda: big.moved == [rid], "the first model learns that it is rid of it")
+    again = await ask(dying, "auto", headers=headers)
+    assert (again[1]["id"], len(small.running)) == (answer["id"], 1)
+
+
+async def test_two_gateways_that_lose_patience_with_one_request_move_it_once(
+    redis_url: str, silent: tuple[Backend, Backend], open_gateway: Open
+) -> None:
+    """Whoever comes second says so, and finds the answer when it asks again."""
+    big, small = silent
+    headers = {"Idempotency-Key": "k1"}
+    fronts = [await opened(redis_url, open_gateway), await open_gateway()]
+    await ready(fronts[1], BIG, SMALL)
+    small.hold = True
+    asked = [asyncio.create_task(ask(front, "auto", headers=headers)) for front in fronts]
+    await eventually(lambda: len(big.moved) == 1)
+    small.hold = False
+    found = await asyncio.gather(*asked)
+    assert {status for status, *_ in found} <= {200, 503}
+    (answer,) = {answer["id"] for status, answer, _ in found if status == 200}
+    for front in fronts:
+        assert (await ask(front, "auto", headers=headers))[1]["id"] == answer
+    assert len({running.record.rid for running in small.running} - set(small.cancelled)) == 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from gateway.routing.router import Router
 from protocol.errors import Overloaded
@@ -126,6 +128,46 @@ async def test_rules_choose_and_the_header_says_which(
     tokens = 19, 3
     cost = (tokens[0] * 1 + tokens[1] * 2) / 1e6
     assert f'headrace_cost_total{{model="{SMALL}",rule="rest",tenant="default"}} {cost}' in text
+
+
+async def test_a_rule_may_choose_by_load_and_by_the_first_token(
+    redis_url: str, two: dict[str, Backend], open_gateway: Open
+) -> None:
+    front = await open_gateway()
+    rules = [
+        Rule(models=[BIG, SMALL], words=["load"], choose="least-loaded"),
+        Rule(models=[BIG, SMALL], choose="fastest"),
+    ]
+    await state(redis_url, Routing(routes={"auto": Route(rules=rules)}), front)
+    await ready(front, BIG, SMALL)
+    slow, quick = {"requests": 1, "tokens": 9000, "rate": 1.0}, {"requests": 5, "tokens": 10, "rate": 1.0}
+    for big, small, least, fastest in ((slow, quick, BIG, SMALL), (quick, slow, SMALL, BIG)):
+        for name, depth in ((BIG, big), (SMALL, small)):
+            await two[name].bus.write_depth(two[name].epoch, depth)
+        seen = front.gateway.models._open
+        await eventually(lambda: [seen[n].waiting_tokens for n in (BIG, SMALL)] == [big["tokens"], small["tokens"]])  # noqa: B023
+        for content, model, why in (("load", least, "least-loaded"), ("time", fastest, "fastest")):
+            _, answer, headers = await ask(front, "auto", content=content)
+            assert (answer["model"], headers["X-Headrace-Route"].split("why=")[1]) == (model, why)
+
+
+async def test_the_request_log_tells_route_money_and_trace(
+    redis_url: str, two: dict[str, Backend], open_gateway: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="headrace.gateway.requests")
+    front = await open_gateway()
+    table = Routing(routes={"auto": Route(rules=[Rule(models=[SMALL], name="all")])},
+                    models={SMALL: Terms(price=Price(input=1e6, output=2e6))})  # fmt: skip
+    await state(redis_url, table, front)
+    _, answer, headers = await ask(front, "auto")
+    line = json.loads(caplog.records[-1].message)
+    told = {name: line[name] for name in ("id", "model", "tenant", "asked", "rule", "status", "cost", "trace")}
+    rid = headers["X-Request-Id"]
+    used = answer["usage"]["prompt_tokens"] + 2 * answer["usage"]["completion_tokens"]
+    assert told == {
+        "id": rid, "model": SMALL, "tenant": "default", "asked": "auto", "rule": "all", "status": 200, "cost": used,
+        "trace": rid,
+    }  # fmt: skip
 
 
 async def test_a_candidate_that_is_full_or_down_is_passed_over(
@@ -252,3 +294,65 @@ async def test_an_upstream_that_is_down_or_leads_back_is_not_the_end(
     assert (status, body["error"]["code"]) == (503, "upstream_unavailable")
     status, body, _ = await asyncio.wait_for(ask(front, "round"), 30)
     assert (status, body["error"]["code"]) == (503, "upstream_unavailable")  # its 508 is told as what it is to us
+
+
+async def test_an_upstreams_key_is_read_from_the_environment_and_its_bound_is_a_full_queue(
+    redis_url: str, two: dict[str, Backend], far: tuple[Front, Backend], open_gateway: Open, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "keys.json").write_text(json.dumps([{"sha256": hashlib.sha256(b"s3cret").hexdigest(), "tenant": "us"}]))
+    behind = await open_gateway(redis_url=far[0].gateway.config.redis_url, api_keys_file=str(tmp_path / "keys.json"))
+    front = await open_gateway()
+    cloud = Upstream(url=behind.url + "/v1", model="far/model", key_env="FAR_KEY", max_concurrent=1)
+    rule = Rule(models=["cloud"], fallbacks=[SMALL])
+    await state(redis_url, Routing(routes={"auto": Route(rules=[rule])}, upstreams={"cloud": cloud}), front)
+    await ready(front, SMALL)
+    monkeypatch.delenv("FAR_KEY", raising=False)
+    for key in (None, "wrong"):
+        if key is not None:
+            monkeypatch.setenv("FAR_KEY", key)
+        assert (await ask(front, "cloud"))[1]["error"]["code"] == "upstream_unavailable"
+        assert (await ask(front, "auto"))[1]["model"] == SMALL
+    monkeypatch.setenv("FAR_KEY", "s3cret")
+    far[1].hold = True
+    first = asyncio.create_task(ask(front, "cloud"))
+    (running,) = await far[1].until_running()
+    assert running.record.tenant == "us"
+    assert (await ask(front, "cloud"))[0] == 429
+    assert (await ask(front, "auto"))[1]["model"] == SMALL
+    far[1].hold = False
+    assert (await first)[0] == 200
+    assert (await ask(front, "auto"))[1]["model"] == "cloud"
+
+
+@pytest.mark.parametrize("events", [0, 1])
+async def test_an_upstream_that_breaks_off_is_replaced_only_before_its_first_event(
+    redis_url: str, two: dict[str, Backend], open_gateway: Open, events: int
+) -> None:
+    async def breaks(request: web.BaseRequest) -> web.StreamResponse:
+        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await answer.prepare(request)
+        for _ in range(events):
+            await answer.write(b'data: {"model": "x", "choices": [{"delta": {"content": "one"}}]}\n\n')
+        assert request.transport is not None
+        request.transport.close()
+        return answer
+
+    front = await open_gateway()
+    server = web.ServerRunner(web.Server(breaks))
+    await server.setup()
+    await web.TCPSite(server, "127.0.0.1", 0).start()
+    cloud = Upstream(url=f"http://127.0.0.1:{server.addresses[0][1]}/v1")
+    rule = Rule(models=["cloud"], fallbacks=[SMALL])
+    await state(redis_url, Routing(routes={"auto": Route(rules=[rule])}, upstreams={"cloud": cloud}), front)
+    await ready(front, SMALL)
+    body = {"model": "auto", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    async with front.session.post(front.url + "/v1/chat/completions", json=body) as reply:
+        told = split_events(await reply.read())
+    await server.cleanup()
+    assert reply.headers["X-Headrace-Route"].startswith(f"model={'cloud' if events else SMALL};")
+    if events:
+        assert [payload(event).get("model") for event in told] == ["cloud", None]
+        assert "cannot be resumed" in payload(told[-1])["error"]["message"]
+    else:
+        assert told[-1] == b"data: [DONE]\n\n"
