@@ -394,7 +394,8 @@ def give_back() -> None:
 
 def give_back_large_blocks() -> None:
     """Let bodies leave memory when they are freed. glibc maps large blocks apart, from a size that it raises with each
-    that is freed: larger ones then lie in the heap, where anything lasting above keeps them. A size that is set stays."""
+    that is freed: larger ones then lie in the heap, where anything lasting above keeps them. A size that is set
+    stays."""
     _call_libc("mallopt", M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 

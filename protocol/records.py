@@ -102,6 +102,16 @@ class TenantLimits:
 
 
 @dataclass(frozen=True)
+class ServerState:
+    """What the server tells of itself. ``log_s``: seconds that its main thread has spent in writing its append-only
+    file, fsyncs included where each write waits for one; 0 from servers that do not count it (before Redis 7.2)."""
+
+    memory: int  # bytes in use
+    most_memory: int  # maxmemory; 0: no limit
+    log_s: float
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a push was before it was moved: in the inbox of another shard, which drains."""
 

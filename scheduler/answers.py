@@ -203,10 +203,11 @@ class Answers:
         return unfed, ended
 
     async def _watch_memory(self) -> None:
-        used, most = await self._bus.memory()
+        server = await self._bus.server()
+        most = server.most_memory
         self._metrics.answer_bytes.set(await self._bus.answers_bytes())
         self._most = self._settings.memory or (int(most * SHARE) if most else WITHOUT_MAXMEMORY)
-        if most and used > most * TIGHT:
+        if most and server.memory > most * TIGHT:
             await self._bus.shed(SHED_AT_ONCE)
 
 

@@ -173,7 +173,7 @@ class Intake:
         rows = [terminal_row(record, i, b"", reason, fields) for i in range(len(record.placements))]
         await self._bus.finish(self._epoch, rows, entry_id=entry.entry_id)
         code, began = error.wire_code if error else None, time.monotonic() if began is None else began
-        self._metrics.request_refused(record.rid, record.tenant, reason, code)
+        self._metrics.request_refused(record.rid, record.tenant, reason, code, len(rows))
         self._traces.refused(record.rid, record.job, record.tenant, record.created_ms, began, reason, code)
 
     # -------------------------------------------------------------- pushed by a producer

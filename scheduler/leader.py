@@ -52,6 +52,7 @@ log = logging.getLogger("headrace.scheduler")
 
 BLOCK_MS = 5000  # blocking reads: long enough to cost nothing, short enough to notice a closed server
 TICKS_PER_SECOND = 4
+SERVER_LOOK_S = 5
 EARLY_CANCEL_S = 60.0  # how long a cancel is kept for a request that is still being admitted
 AGAIN_S = 0.05  # pause before an end is retried whose choice had another state than expected
 RATE_S = 10.0  # time constant of the measured token rate
@@ -85,7 +86,9 @@ class Process:
 class Term:
     """One epoch of leadership over one model."""
 
-    def __init__(self, process: Process, epoch: int) -> None:
+    def __init__(self, process: Process, epoch: int, taken_over: bool = False) -> None:
+        """``taken_over``: from a leader that had gone silent."""
+        self._taken_over = taken_over
         self._bus = bus = process.bus
         self._epoch = epoch
         self._model = process.model
@@ -369,14 +372,16 @@ class Term:
     # -------------------------------------------------------------- the slow tick
 
     async def _tick(self) -> None:
-        """Depth every 250 ms, where it changed; once a second inbox length, metrics, card, trimming, integrity."""
+        """Depth every 250 ms, where it changed; once a second inbox length, metrics, card, trimming, integrity; every
+        five what the server tells of itself."""
         rate, ticks, checked, led_at = TokenRate(), 0, 0, time.time()
         depth: dict[str, int | float] = {}
         trimmed = self._after
         while True:
             now, stats = time.monotonic(), self.core.stats()
             rate.note(now, stats.counters.output_tokens, idle=not stats.running)
-            if depth != (depth := {**stats.depth(), "rate": rate.value, "led_at": led_at}):
+            told = {"rate": rate.value, "led_at": led_at, "taken_over": int(self._taken_over), **self._registry.lost}
+            if depth != (depth := {**stats.depth(), **told}):
                 await self._bus.write_depth(self._epoch, depth)
             await self._count_used()
             if ticks % TICKS_PER_SECOND == 0:
@@ -392,6 +397,8 @@ class Term:
                 if trimmed != self._after:
                     trimmed = self._after
                     await self._bus.trim_events(trimmed, epoch=self._epoch)
+            if ticks % (SERVER_LOOK_S * TICKS_PER_SECOND) == 0:
+                self._metrics.server(await self._bus.server())
             ticks += 1
             await asyncio.sleep(1 / TICKS_PER_SECOND)
 

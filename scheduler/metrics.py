@@ -31,6 +31,7 @@ from prometheus_client.registry import Collector
 from protocol.errors import SpecialTokensRefused, StartError
 from protocol.levels import release
 from protocol.messages import Plan
+from protocol.records import ServerState
 from scheduler.core.events import RequestDone
 from scheduler.core.lifecycle import Counters
 from scheduler.core.scheduler import Stats
@@ -103,6 +104,10 @@ class Metrics:
         self.special_tokens_refused = counter(
             "special_tokens_refused", "Chats refused since special tokens in them could not be told from the template's"
         )
+        self.server_memory = gauge("server_memory_bytes", "Memory that the server with the model's keys uses")
+        self.server_most_memory = gauge("server_max_memory_bytes", "Memory that it may use; 0: no limit")
+        self.server_log = counter("server_log_seconds", "Time of its main thread in writing and syncing its log")
+        self._server_log_s: float | None = None  # that it told last
         self.worker_deaths = counter("worker_deaths", "Workers retired because they died or hung")
         self.queue_time = histogram("request_queue_time_seconds", "Arrival to first plan", SECONDS)
         self.prefill_time = histogram("request_prefill_time_seconds", "First plan to first token", SECONDS)
@@ -182,6 +187,15 @@ class Metrics:
         self.generation_tokens.inc(now.output_tokens - before.output_tokens)
         self._counted = dataclasses.replace(now)
 
+    def server(self, told: ServerState) -> None:
+        """Every few seconds. The time in its log is counted from this scheduler's first look on; a server that was
+        restarted begins at 0."""
+        self.server_memory.set(told.memory)
+        self.server_most_memory.set(told.most_memory)
+        before = self._server_log_s if self._server_log_s is not None else told.log_s
+        self.server_log.inc(told.log_s - before if told.log_s >= before else told.log_s)
+        self._server_log_s = told.log_s
+
     def step(self, wid: str, exec_us: int) -> None:
         self._workers.add(wid)
         self._step_time.labels(self._model, wid).observe(exec_us / 1e6)
@@ -217,9 +231,12 @@ class Metrics:
         self._last_answers.append(result != "miss")
         self.answer_hit_rate.set(sum(self._last_answers) / len(self._last_answers))
 
-    def request_refused(self, rid: str | None, tenant: str | None, reason: str, code: str | None) -> None:
+    def request_refused(
+        self, rid: str | None, tenant: str | None, reason: str, code: str | None, choices: int = 1
+    ) -> None:
         """A job that ended before admission: a line without figures; ``code`` where ``reason`` is error."""
         self.refused.inc()
+        self._success.labels(self._model, reason).inc(choices)
         if code == SpecialTokensRefused.code:
             self.special_tokens_refused.inc()
         line = {"id": rid, "model": self._model, "tenant": tenant, "finish_reasons": [reason], "error": code}

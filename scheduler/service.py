@@ -261,7 +261,7 @@ class _Seat:
             config.weights_grace, life.claims, life.seats[0].bus if self.shard.number else None,
             lambda: self.shard.state == "draining", lambda: len(life.seats) > 1,
         )  # fmt: skip
-        term = Term(process, epoch)
+        term = Term(process, epoch, taken_over)
         deposed: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:

@@ -62,6 +62,7 @@ class WorkerRegistry:
         self._workers: dict[str, Worker] = {}
         self._foreign: set[tuple[str, int]] = set()  # refused for their wire version, logged once
         self.changed = asyncio.Event()
+        self.lost: dict[str, float] = {}  # workers_lost in this term, worker_lost_at (Unix seconds), once there is one
         self.max_model_len: int | None = None  # the longest sequence that any worker of this term could hold
 
     # -------------------------------------------------------------- plans
@@ -184,6 +185,7 @@ class WorkerRegistry:
         del self._workers[worker.wid]
         if died:
             self._metrics.worker_deaths.inc()
+            self.lost = {"workers_lost": self.lost.get("workers_lost", 0) + 1, "worker_lost_at": time.time()}
             if journals:
                 log.warning("worker %s (gen %d) %s: %d sequences move", worker.wid, worker.gen, how, len(journals))
             else:  # it may never have served: a start that fails is told by who started it

@@ -30,7 +30,7 @@ from protocol.messages import (
     encode,
     next_id,
 )
-from protocol.records import Event, InboxEntry, LeaderRecord, Origin, RequestRecord
+from protocol.records import Event, InboxEntry, LeaderRecord, Origin, RequestRecord, ServerState
 
 MOST_FOLLOWERS = 64  # requests that wait for one answer; further ones run by themselves
 ANSWER_BYTES = 400  # that the server takes for a cached answer besides its text
@@ -89,7 +89,8 @@ class LeaderBus(RequestReads):
 
     async def write_depth(self, epoch: int, depth: dict[str, int | float]) -> None:
         """Replace `depth`. Fields: requests, tokens, requests:<tenant>, tokens:<tenant>, rate (tokens per second); and
-        for the dashboard running (sequences), kv_used:<wid>, kv_blocks:<wid>, led_at (Unix seconds)."""
+        for the dashboard running (sequences), kv_used:<wid>, kv_blocks:<wid>, led_at (Unix seconds), taken_over (1:
+        from a silent leader), and once there is one workers_lost in this term, worker_lost_at."""
         await self._run("depth", epoch, *(part for field in depth.items() for part in field))
 
     async def count_used(self, epoch: int, number: int, day: int, used: Mapping[str, tuple[int, int]]) -> None:
@@ -306,11 +307,12 @@ class LeaderBus(RequestReads):
         """Bytes of all cached answers."""
         return int(await self._link.command("HGET", self.keys.prefix + "answers:sizes", "*") or 0)
 
-    async def memory(self) -> tuple[int, int]:
-        """Bytes that the server uses, and that it may use (0: no limit)."""
-        text = (await self._link.command("INFO", "memory")).decode()
-        told = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-        return int(told.get("used_memory", 0)), int(told.get("maxmemory", 0))
+    async def server(self) -> ServerState:
+        """The server that holds the model's keys."""
+        parts = await self._link.pipeline([("INFO", "memory"), ("INFO", "debug")])
+        told = dict(line.split(":", 1) for part in parts for line in part.decode().splitlines() if ":" in line)
+        log_us = int(told.get("eventloop_duration_aof_sum", 0))
+        return ServerState(int(told.get("used_memory", 0)), int(told.get("maxmemory", 0)), log_us / 1e6)
 
     async def look_at_joined(self, rids: Sequence[str]) -> tuple[list[str], list[str]]:
         """Of requests that have joined others: those whose other is not there any more, so that nothing lands for

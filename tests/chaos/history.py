@@ -20,6 +20,8 @@ from tests.bus import Bus
 from tests.chaos.calls import CallsSeen, call_faults, message_in
 from tests.chaos.shards import Shards
 
+AT_REST_TOO = (b"rate", b"led_at", b"taken_over", b"workers_lost", b"worker_lost_at")  # fields of `depth`
+
 
 @dataclass
 class View:
@@ -216,7 +218,7 @@ async def leftovers(bus: Bus, redis_client: object) -> list[str]:
         found.append(f"inbox: {pending['pending']} pending, {await bus.inbox_length()} long")
     depth = await client.hgetall(keys.depth)  # type: ignore[attr-defined]
     for name, value in depth.items():
-        at_rest_too = name in (b"rate", b"led_at") or name.startswith(b"kv_blocks:")
+        at_rest_too = name in AT_REST_TOO or name.startswith(b"kv_blocks:")
         if not at_rest_too and float(value) != 0:
             found.append(f"depth {name.decode()} = {value.decode()}")
     return found

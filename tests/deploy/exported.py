@@ -10,6 +10,7 @@ import workers.metrics
 from gateway.edge import error_answer
 from protocol.errors import NotFound
 from protocol.messages import Plan
+from protocol.records import ServerState
 from scheduler.core.events import RequestDone
 from scheduler.core.lifecycle import Counters
 from scheduler.core.scheduler import Stats, WorkerStats
@@ -42,6 +43,7 @@ def scheduler_metrics() -> scheduler.metrics.Metrics:
     worker = WorkerStats(1, 2, 4, 0, 0.0, False)
     tenants = {"default": (1, 1)}
     metrics.observe(Stats(1, 1, 1, 1, tenants, {WORKER: worker}, Counters(), {"standard": 1}), 1.0, 0, 0.0)
+    metrics.server(ServerState(1 << 20, 1 << 30, 0.1))
     metrics.request_done(
         RequestDone("r", "default", 1, 1, 0, ["stop"], 0.1, 0.1, 0.1),
     )

@@ -70,6 +70,13 @@ CASES = {
         {f"headrace_kv_cache_usage_perc{W}": "0.97x80", f"headrace_num_preemptions_total{M}": "0+3x80"},
         {f"headrace_kv_cache_usage_perc{W}": "0.97x80", f"headrace_num_preemptions_total{M}": "5x80"},
     ),
+    "HeadraceServerMemory": Case(
+        {f"headrace_server_memory_bytes{M}": "91x80", f"headrace_server_max_memory_bytes{M}": "100x80"},
+        {f"headrace_server_memory_bytes{M}": "91x80", f"headrace_server_max_memory_bytes{M}": "0x80"},
+    ),
+    "HeadraceServerLog": Case(
+        {f"headrace_server_log_seconds_total{M}": "0+12x80"}, {f"headrace_server_log_seconds_total{M}": "0+9x80"}
+    ),
     "HeadraceCommitSlow": Case(
         {f"headrace_commit_seconds_count{W}": "0+10x80", f"headrace_commit_seconds_sum{W}": "0+1.5x80", **STEP},
         {f"headrace_commit_seconds_count{W}": "0+10x80", f"headrace_commit_seconds_sum{W}": "0+0.5x80", **STEP},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import logging
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from protocol.telemetry.traces import Traces, traces, wanted
 from tests.bus import Bus
 from tests.otlp import Receiver
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "traces.md"
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 HEADER = f"00-{TRACE}-{SPAN}-01"
 
@@ -122,6 +125,7 @@ async def test_spans_arrive_over_both_protocols(monkeypatch: pytest.MonkeyPatch,
         )
         await made.close()
         spans = {span.name: span for span in receiver.spans}
+    assert {path for path, _ in receiver.calls} == ({"/v1/traces"} if protocol == "http/protobuf" else set())
     part, request = spans["accept"], spans["POST /x"]
     assert (part.trace_id, part.parent_id, part.end - part.begin) == (TRACE, SPAN, 5)
     assert (part.attributes, part.events) == ({"a": 1}, [("seen", now, {"b": "c"})])
@@ -130,6 +134,36 @@ async def test_spans_arrive_over_both_protocols(monkeypatch: pytest.MonkeyPatch,
     assert request.error
     assert request.attributes["error.type"] == "500"
     assert request.resource["service.name"] == "ours"
+
+
+@pytest.mark.parametrize(
+    ("section", "path", "headers", "resource"),
+    [
+        ("LangSmith", "/otel/v1/traces", {"x-api-key": "YOUR_KEY", "langsmith-project": "headrace"}, {}),
+        ("W&B Weave", "/otel/v1/traces", {"wandb-api-key": "YOUR_KEY"},
+         {"wandb.entity": "YOUR_TEAM", "wandb.project": "headrace"}),
+    ],
+)  # fmt: skip
+async def test_the_lines_of_the_documents_send_what_a_service_asks_for(
+    monkeypatch: pytest.MonkeyPatch, section: str, path: str, headers: dict[str, str], resource: dict[str, str]
+) -> None:
+    """Paths, headers and resource are those of the service's own documents; only the host is ours here."""
+    text = DOCUMENT.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    lines = dict(re.findall(r'^export (\w+)="?([^"\n]+)"?$', text, re.M))
+    with Receiver() as receiver:
+        environ = {name: re.sub(r"^https://[^/]+", receiver.http, value) for name, value in lines.items()}
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        made = Traces("gateway", environ)
+        now = time.time_ns()
+        made.part(Place(TRACE, SPAN), "accept", now, now + 5, {})
+        await made.close()
+        ((called, told),) = receiver.calls
+        (span,) = receiver.spans
+    assert called == path
+    sent = {name.lower(): value for name, value in told.items()}
+    assert sent.items() >= {**headers, "content-type": "application/x-protobuf"}.items()
+    assert span.resource.items() >= resource.items()
 
 
 def test_the_sampler_of_the_environment_decides_by_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:

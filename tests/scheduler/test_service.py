@@ -433,14 +433,22 @@ async def test_a_foreign_type_under_our_key_stops_nothing(stage: Stage, raw: red
     raw.delete(stage.bus.keys.request(rid))
 
 
-async def test_cancel_before_admission(stage: Stage) -> None:
+async def test_cancel_before_admission(stage: Stage, unused_tcp_port: int) -> None:
     rid = await stage.accept("never", max_tokens=5, n=2)
     assert await stage.bus.cancel(rid, "default")
-    stage.scheduler()
+    stage.scheduler(metrics_port=unused_tcp_port)
     stage.worker()
     for choice in range(2):
         assert [(f.token, f.finish) for f in await stage.frames(rid, choice)] == [(None, "abort")]
     await stage.at_rest()
+    async with aiohttp.ClientSession() as session:
+
+        async def counted() -> bool:
+            async with session.get(f"http://127.0.0.1:{unused_tcp_port}/metrics") as reply:
+                text = await reply.text()
+            return 'headrace_request_success_total{finish_reason="abort",model="test/model"} 2.0' in text
+
+        await stage.until(counted)
 
 
 async def test_cancel_while_it_waits(stage: Stage) -> None:

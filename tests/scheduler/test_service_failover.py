@@ -46,6 +46,15 @@ async def undisturbed(stage: Stage, prompts: list[str], rids: list[str]) -> None
     await stage.at_rest()
 
 
+def told(stage: Stage, field: str, value: float) -> Callable[[], Awaitable[bool]]:
+    """Whether the leader says so to the dashboard."""
+
+    async def so() -> bool:
+        return (await stage.bus.read_depth_fields()).get(field) == value
+
+    return so
+
+
 PROMPTS = ["one", "two two", "three three three"]
 
 # ------------------------------------------------------------------ schedulers
@@ -110,6 +119,7 @@ async def test_a_standby_takes_over_from_a_killed_leader(stage: Stage, model_dir
         assert await stage.tokens(queued) == expected_tokens(list(b"three"), 7, 0, 2)
         assert (await stage.bus.read_leader()).epoch == 2
         assert not second.done()
+        await stage.until(told(stage, "taken_over", 1))
     finally:
         if process.returncode is None:
             process.kill()
@@ -182,6 +192,8 @@ async def test_a_dead_workers_sequences_move(stage: Stage, raw: redis.Redis) -> 
         assert record.attempts == 1
         assert record.placements[0] > 1
     assert [w.wid for w in await stage.bus.list_workers()] == ["worker-1"]
+    await stage.until(told(stage, "workers_lost", 1))
+    assert (await stage.bus.read_depth_fields())["taken_over"] == 0
     assert leaked_keys(raw) == []
 
 
