@@ -119,7 +119,7 @@ def seen(model: str, workers: int) -> None:
 
 
 def gone(model: str) -> None:
-    """A model that is no longer served has no number of workers that an alarm could read as 0."""
+    """A model that is no longer served, or sleeps, has no number of workers that an alarm could read as 0."""
     READY_WORKERS.remove(model)
 
 

@@ -322,8 +322,12 @@ class Models:
 
     def up(self, model: Model) -> bool:
         """Whether a request is answered: by a worker that serves, or by one that is started for it."""
+        return model.ready or (model.led and self.sleeps(model))
+
+    def sleeps(self, model: Model) -> bool:
+        """Whether it has no worker since nobody has asked for it: the next request has one started."""
         terms = self.routing.models.get(model.name)
-        return model.ready or (model.led and terms is not None and terms.sleeps)
+        return terms is not None and terms.sleeps and not model.workers
 
     def readiness(self) -> dict[str, dict[str, Any]]:
         return {
@@ -357,7 +361,10 @@ class Models:
                 gone(name)
             for name in list(self.cards):
                 try:
-                    await (await self.get(name)).look(depth=bool(self.routing.routes))
+                    model = await self.get(name)
+                    await model.look(depth=bool(self.routing.routes))
+                    if self.sleeps(model):
+                        gone(name)
                 except HeadraceError:
                     continue
                 except Exception:

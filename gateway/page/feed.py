@@ -60,18 +60,26 @@ async def _model(models: Models, name: str, tenant: str, admin: bool) -> dict[st
     try:
         model = await models.get(name)
         depth = await _depth(model)
-        shown = {"name": name, "ready": model.ready, "reachable": True, "own": _waiting(depth, tenant)}
+        terms = models.routing.models.get(name)
+        shown = {
+            "name": name,
+            "ready": models.up(model),
+            "sleeps": models.sleeps(model),
+            "waits": terms.waits if terms is not None else "",
+            "reachable": True,
+            "own": _waiting(depth, tenant),
+        }
         return {**shown, **await _inside(model, depth)} if admin else shown
     except HeadraceError as error:
         return {"name": name, "ready": False, "reachable": False, "why": str(error)}
 
 
 async def _depth(model: Model) -> dict[str, float]:
-    """Of all shards together; since when it is led: by the leader of the first."""
+    """Of all shards together; times are the latest."""
     depth: dict[str, float] = {}
     for slot in list(model.slots.values()):
         for field, value in (await slot.bus.read_depth_fields()).items():
-            together = max if field == "led_at" else float.__add__
+            together = max if field in ("led_at", "worker_lost_at") else float.__add__
             depth[field] = together(value, depth[field]) if field in depth else value
     return depth
 
@@ -90,7 +98,14 @@ async def _inside(model: Model, depth: dict[str, float]) -> dict[str, Any]:
         "running": depth.get("running", 0.0),
         "rate": depth.get("rate", 0.0),
         "tenants": {tenant: _waiting(depth, tenant) for tenant in tenants},
-        "leader": {"name": leader.owner, "term": leader.epoch, "since": depth.get("led_at"), "alive": model.led},
+        "leader": {
+            "name": leader.owner,
+            "term": leader.epoch,
+            "since": depth.get("led_at"),
+            "alive": model.led,
+            "taken_over": depth.get("taken_over", 0.0) > 0,  # from one that had gone silent
+        },
+        "lost": {"workers": depth.get("workers_lost", 0.0), "last": depth.get("worker_lost_at")},  # in this term
         "workers": [
             {
                 "name": worker.wid,

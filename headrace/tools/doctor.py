@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +28,9 @@ from headrace.serve import embedded
 from headrace.tools.show import duration
 from headrace.tools.stored import PATIENCE_S, OperatorBus
 from protocol.bus import GatewayBus
-from protocol.errors import HeadraceError, StartError
+from protocol.errors import HeadraceError, StartError, StoreFailed
 from protocol.messages import WIRE
+from protocol.routing.store import RoutingStore, decode
 
 Level = Literal["ok", "warn", "fail"]
 CLOCK_S = 2.0  # difference to the server's clock that is told
@@ -190,27 +192,31 @@ async def check_server(values: Mapping[str, Any]) -> AsyncIterator[Finding]:
         return
     try:
         models = sorted(await GatewayBus.models(url, patience=PATIENCE_S))
+        asleep = await _may_sleep(url)
         for weakness in await GatewayBus.durability(url, patience=PATIENCE_S):
             yield Finding("warn", f"the server could lose what it acknowledged: {weakness}", "docs/operations.md")
     except HeadraceError as error:
         yield Finding("fail", f"the server: {error}", "is it up, and are URL, user and password right?")
         return
-    for number, name in enumerate(models or ["doctor"]):
-        bus = OperatorBus(url, name, patience=PATIENCE_S)
-        try:
-            await bus.connect()
-            if not number:
-                async for finding in _server(bus):
-                    yield finding
-            if models:
-                async for finding in _model(bus, name):
-                    yield finding
-        except HeadraceError as error:
-            yield Finding("fail", f"{name}: {error}")
-        finally:
-            await bus.close()
+    looks = [_looked(url, models[0] if models else "doctor", _server)]
+    looks += [_looked(url, name, partial(_model, may_sleep=name in asleep)) for name in models]
+    for found in await asyncio.gather(*looks):
+        for finding in found:
+            yield finding
     if not models:
         yield Finding("ok", "the server serves no model now")
+
+
+async def _looked(url: str, name: str, look: Callable[[OperatorBus], AsyncIterator[Finding]]) -> list[Finding]:
+    """What ``look`` finds by the bus of model ``name``."""
+    bus = OperatorBus(url, name, patience=PATIENCE_S)
+    try:
+        await bus.connect()
+        return [finding async for finding in look(bus)]
+    except HeadraceError as error:
+        return [Finding("fail", f"{name}: {error}")]
+    finally:
+        await bus.close()
 
 
 async def _server(bus: OperatorBus) -> AsyncIterator[Finding]:
@@ -231,7 +237,19 @@ async def _server(bus: OperatorBus) -> AsyncIterator[Finding]:
     yield Finding("ok", f"{kind} {version} answers in {took * 1000:.1f} ms and uses {used >> 20} MiB")
 
 
-async def _model(bus: OperatorBus, name: str) -> AsyncIterator[Finding]:
+async def _may_sleep(url: str) -> set[str]:
+    """Models that have no worker while nobody asks for them."""
+    store = RoutingStore(url, PATIENCE_S)
+    try:
+        return {name for name, terms in decode(await store.read()).models.items() if terms.sleeps}
+    except StoreFailed:  # a user that may not read the table
+        return set()
+    finally:
+        await store.close()
+
+
+async def _model(bus: OperatorBus, *, may_sleep: bool) -> AsyncIterator[Finding]:
+    name = bus.keys.model
     leader, workers = await bus.read_leader(), {one.wid: one for one in await bus.list_workers()}
     await asyncio.sleep(BEATS_S)
     later, after = await bus.read_leader(), {one.wid: one for one in await bus.list_workers()}
@@ -246,11 +264,14 @@ async def _model(bus: OperatorBus, name: str) -> AsyncIterator[Finding]:
         serving += moved and worker.state == "serving"
         if not moved:
             yield Finding("warn", f"{name}: worker {wid} is silent", "look at its log; its requests move elsewhere")
-    if not serving:
+    sleeps = may_sleep and not after
+    if not serving and not sleeps:
         yield Finding("fail", f"{name}: no worker serves", "start a worker; look at its log")
     dead = int(await bus._link.command("XLEN", bus.keys.dead))
     if dead:
         yield Finding("warn", f"{name}: {dead} dead letters", "headrace dead ls")
+    if lives and sleeps:
+        yield Finding("ok", f"{name}: led in epoch {later.epoch}, asleep until it is asked")
     if lives and serving:
         yield Finding("ok", f"{name}: led in epoch {later.epoch}, {serving} of {len(after)} workers serve")
 

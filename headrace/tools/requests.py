@@ -80,6 +80,7 @@ async def _show(store: Store, named: str) -> int:
         "readers": record.attached,
         "deaths": record.attempts,
         "cancel": record.cancel,
+        "moved_to": dict(zip(("model", "id"), record.moved, strict=True)) if record.moved is not None else None,
         "choices": [_choice(record, choice, journals[choice] or b"") for choice in choices],
     }
     print(json.dumps(told, indent=2))

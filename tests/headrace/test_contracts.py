@@ -8,8 +8,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
+from aiohttp import ClientSession
 
+from gateway.app import Gateway, GatewayConfig
 from headrace.contracts import defaults
+from headrace.option_table import OPTIONS
 from protocol.errors import StartError
 from tests.stack import Stack, free_port
 
@@ -34,6 +38,40 @@ def test_each_contract_says_where_to_listen_and_what_to_serve(tmp_path: Path) ->
     assert found["HEADRACE_MODEL"] == "gs://bucket/model"
     named = ["serve", "--contract", "vertex", "--model", "x"]
     assert "HEADRACE_MODEL" not in defaults(named, {"AIP_STORAGE_URI": "gs://bucket/model"})
+
+
+async def test_the_files_of_deploy_name_ports_and_paths_that_are_there(redis_url: str) -> None:
+    deploy = DEMO.parents[1] / "deploy"
+    vertex = yaml.safe_load((deploy / "vertex" / "model.yaml").read_text())["containerSpec"]
+    azure = yaml.safe_load((deploy / "azureml" / "deployment.yml").read_text())
+    probes = azure["environment"]["inference_config"]
+    asked: dict[str, tuple[dict[str, str], set[int], list[str]]] = {
+        "vertex": (
+            {one["name"]: one["value"] for one in vertex["env"]},
+            {one["containerPort"] for one in vertex["ports"]},
+            [vertex["healthRoute"], vertex["predictRoute"]],
+        ),
+        "azureml": (
+            azure["environment_variables"],
+            {one["port"] for one in probes.values()},
+            [one["path"] for one in probes.values()],
+        ),
+    }
+    for name, (environ, ports, paths) in asked.items():
+        assert environ["HEADRACE_CONTRACT"] == name
+        assert environ.keys() <= {option.env for option in OPTIONS}
+        (port,) = ports
+        assert defaults(["serve"], environ)["HEADRACE_PORT"] == str(port)
+        async with Gateway(GatewayConfig(redis_url, port=0, contract=name)) as gateway, ClientSession() as session:
+            for path in paths:
+                async with session.get(f"http://127.0.0.1:{gateway.port}{path}") as reply:
+                    told = await reply.json()
+                assert told.get("error", {}).get("code") != "route_not_found", path
+    assert azure["endpoint_name"] == yaml.safe_load((deploy / "azureml" / "endpoint.yml").read_text())["name"]
+    sagemaker = [
+        json.loads((deploy / "sagemaker" / f"{name}.json").read_text()) for name in ("model", "endpoint-config")
+    ]
+    assert sagemaker[1]["ProductionVariants"][0]["ModelName"] == sagemaker[0]["ModelName"]
 
 
 def test_a_container_of_sagemaker_serves(tmp_path: Path) -> None:

@@ -208,6 +208,25 @@ def test_other_shells_read_the_script(shell: str, tmp_path: Path) -> None:
         subprocess.run([program, "-n", str(tmp_path / "script")], check=True, timeout=30)
 
 
+def test_fish_completes_commands_actions_options_and_values(tmp_path: Path) -> None:
+    program = shutil.which("fish")
+    if program is None:
+        pytest.skip("fish is not installed")
+    (tmp_path / "headrace.fish").write_text(made("fish"))
+
+    def offered(line: str) -> set[str]:
+        asked = [program, "--no-config", "-c", f"source {tmp_path}/headrace.fish; complete -C '{line}'"]
+        done = subprocess.run(
+            asked, capture_output=True, text=True, timeout=60, check=True, env={"HOME": str(tmp_path)}
+        )
+        return {word.split("\t")[0] for word in done.stdout.splitlines()}
+
+    assert offered("headrace s") == {"serve", "scheduler", "shards", "submit"}
+    assert offered("headrace requests ") >= {"ls", "show", "cancel", "tail"}
+    assert "--max-num-seqs" in offered("headrace serve --max-n")
+    assert offered("headrace worker --log-level w") == {"warning"}
+
+
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_the_command_prints_the_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", shell]) == 0

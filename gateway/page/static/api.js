@@ -59,6 +59,7 @@ export async function begin(body) {
 export async function* follow(started, waiting) {
   let { answer } = started;
   let last = "";
+  let begun = false; // events of ours have ids
   let pause = 250;
   for (;;) {
     try {
@@ -67,6 +68,7 @@ export async function* follow(started, waiting) {
       if (answer.status === 204) return;
       for await (const event of events(answer)) {
         pause = 250;
+        begun = true;
         if (event.id) last = event.id;
         if (event.data === "[DONE]") return;
         yield JSON.parse(event.data);
@@ -76,6 +78,7 @@ export async function* follow(started, waiting) {
       if (error instanceof SyntaxError) throw error;
     }
     answer = null;
+    if (begun && !last) throw new Error("The connection broke. This model is an upstream: its answers cannot be resumed.");
     waiting(true);
     await new Promise((done) => setTimeout(done, pause));
     pause = Math.min(4000, pause * 2);

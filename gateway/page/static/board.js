@@ -20,6 +20,7 @@ export function show(visible) {
 async function look() {
   try {
     const sample = await get("/ui/feed");
+    if (samples.at(-1)?.admin !== sample.admin) samples = []; // another key: what it may see is another series
     samples = [...samples, sample].slice(-KEPT);
     $("board-state").textContent = sample.admin ? "" : `What waits of tenant ${sample.tenant}. An admin key shows all.`;
     $("board-state").classList.remove("error");
@@ -104,7 +105,8 @@ function draw(sample) {
 }
 
 function modelBox(model, sample) {
-  const state = element("span", { class: model.ready ? "good" : "bad" }, model.ready ? "ready" : "not ready");
+  const told = model.sleeps ? "asleep: loaded when it is asked" : model.ready ? "ready" : "not ready";
+  const state = element("span", { class: model.ready ? "good" : "bad" }, model.waits || told);
   const box = element("section", { class: "model" }, element("h2", {}, `${model.name} · `, state));
   if (!model.reachable) {
     box.append(element("p", { class: "error" }, model.why));
@@ -114,14 +116,19 @@ function modelBox(model, sample) {
     box.append(table(["waiting requests", "waiting tokens"], [[round(model.own.requests), round(model.own.tokens)]]));
     return box;
   }
-  const since = model.leader.since ? new Date(model.leader.since * 1000).toLocaleString() : "–";
+  const { leader, lost } = model;
   const tenants = Object.entries(model.tenants).sort(([, a], [, b]) => b.tokens - a.tokens);
   box.append(
     element(
       "p", {},
       `Running sequences: ${round(model.running)}. Waiting requests: ${round(model.waiting)} ` +
-        `(${round(model.waiting_tokens)} tokens). ${round(model.rate)} tokens/s. Leader ${model.leader.name || "–"}${model.leader.alive ? "" : " (silent)"}, ` +
-        `term ${model.leader.term}, since ${since}.`,
+        `(${round(model.waiting_tokens)} tokens). ${round(model.rate)} tokens/s.`,
+    ),
+    element(
+      "p", {},
+      `Leader ${leader.name || "–"}${leader.alive ? "" : " (silent)"}, term ${leader.term}, since ${moment(leader.since)}` +
+        `${leader.taken_over ? ", when the one before had gone silent" : ""}. Workers lost since then: ${round(lost.workers)}` +
+        `${lost.workers ? `, the last ${moment(lost.last)}` : ""}.`,
     ),
     element(
       "div", { class: "columns" },
@@ -134,6 +141,8 @@ function modelBox(model, sample) {
   );
   return box;
 }
+
+const moment = (seconds) => (seconds ? new Date(seconds * 1000).toLocaleString() : "–");
 
 function workerRow(worker) {
   const used = worker.kv_blocks ? worker.kv_used / worker.kv_blocks : null;

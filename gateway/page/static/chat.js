@@ -236,7 +236,7 @@ function showCode() {
     `  -H "Authorization: Bearer $API_KEY" \\\n  -d '${quoted}'`;
   $("as-python").textContent =
     `import json, os\nfrom openai import OpenAI\n\nclient = OpenAI(base_url="${location.origin}/v1", ` +
-    `api_key=os.environ.get("API_KEY", "none"))\nrequest = json.loads(r'''\n${text.replaceAll("'''", "\\u0027''")}\n''')\n` +
+    `api_key=os.environ.get("API_KEY", "none"))\nrequest = json.loads(r'''\n${text.replaceAll(/'(?='')/g, "\\u0027")}\n''')\n` +
     `for event in client.chat.completions.create(**request, stream=True):\n` +
     `    print(event.choices[0].delta.content or "", end="", flush=True)`;
 }

@@ -145,7 +145,7 @@ def test_the_dashboard_shows_the_service_as_it_is(page: Page) -> None:
     page.click("#to-chat")
     ask(page, "Hello", 60)
     page.click("#to-board")
-    expect(page.locator(".model > p")).to_contain_text("Running sequences: 1.")
+    expect(page.locator(".model > p").first).to_contain_text("Running sequences: 1.")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

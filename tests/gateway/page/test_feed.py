@@ -66,7 +66,7 @@ async def test_a_key_without_the_right_sees_its_own_tenant_only(open_gateway: An
     _, own, _ = await front.ask("GET", "/ui/feed", headers=bearer("bob"))
     assert (own["admin"], own["tenant"]) == (False, "bob")
     assert "gateway" not in own
-    assert own["models"][0].keys() == {"name", "ready", "reachable", "own"}
+    assert own["models"][0].keys() == {"name", "ready", "sleeps", "waits", "reachable", "own"}
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,13 @@ class Reader:
         return self.events
 
 
+def metric(fleet: Stack, name: str) -> dict[str, float]:
+    """Its value by model, at the gateway."""
+    with urllib.request.urlopen(fleet.url + "/metrics", timeout=30) as reply:
+        found = re.findall(rf'^{name}{{model="(\w+)"}} (\S+)$', reply.read().decode(), re.M)
+    return {model: float(value) for model, value in found}
+
+
 def test_both_are_served_under_one_door(fleet: Stack) -> None:
     assert fleet.models() == ["alpha", "beta"]
     assert set(fleet.pids("worker")) == {"worker-alpha-0", "worker-beta-0"}
@@ -166,10 +173,15 @@ def test_an_idle_model_gives_its_memory_back_and_is_loaded_again_when_asked(flee
     until(lambda: "model nap was idle and has given its memory back" in fleet.output(), fleet)
     until(lambda: "worker-nap-0" not in fleet.pids("worker"), fleet)
     assert "scheduler-nap-0" in fleet.pids("scheduler")
+    until(lambda: {*metric(fleet, "headrace_ready_workers")} == {"alpha", "beta", "delta"}, fleet)  # no alarm for it
+    asked = [sys.executable, "-m", "headrace", "doctor", "--data-dir", str(fleet.run_dir / "data"), "--port", "0"]
+    found = subprocess.run(asked, capture_output=True, text=True, timeout=START_S).stdout
+    assert re.search(r"^ok +nap: led in epoch 1, asleep until it is asked$", found, re.M), found
     with ask(fleet, "nap", 4) as reply:
         assert json.loads(reply.read())["usage"]["completion_tokens"] == 4
     assert "model nap is loaded again" in fleet.output()
     (log,) = (fleet.run_dir / "run" / "logs").glob("scheduler-nap-*.log")
+    until(lambda: '"load_s"' in log.read_text(), fleet)  # the line comes after the answer
     told = [json.loads(line) for line in log.read_text().splitlines() if '"load_s"' in line]
     assert 0 < told[-1]["load_s"] <= told[-1]["queue_s"]  # the cold start
 
