@@ -10,10 +10,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from protocol.errors import StructureNotSupported
+from protocol.errors import InvalidRequest, StructureNotSupported
 from protocol.formats.source import CONTROL, FIRST_CONTROL, Alphabet
 from protocol.formats.spec import GEMMA_QUOTE, FormatSpec, Tools
 from protocol.structures.json_schema import check_schema, library_options, served_schema
+from protocol.structures.structure import MAX_GRAMMAR_BYTES
 
 ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
 JSON_SPACE = "[ ]?"
@@ -61,12 +62,14 @@ class _Writer:
         self.by_schema = by_schema
         self.alphabet = Alphabet(spec.controls)
         self.rules: list[str] = []
+        self.written = 0  # characters of the rules
 
     def text(self, answer: str) -> str:
         return "\n".join(["start: answer", f"answer: {answer}", r"TEXT: /(.|\n)*/", *self.rules]) + "\n"
 
     def rule(self, expression: str, lazy: bool = False) -> str:
         name = f"r{len(self.rules)}"
+        self.written = _bounded(self.written + len(expression))
         self.rules.append(f"{name}{'[lazy]' if lazy else ''}: {expression}")
         return name
 
@@ -106,6 +109,7 @@ class _Writer:
         given = function.get("parameters") or {**ANY_ARGUMENTS, "properties": {}}
         ruled = self.by_schema or bool(function.get("strict"))
         if ruled:
+            _bounded(len(json.dumps(given, ensure_ascii=False)))  # before it is looked through
             check_schema(given, f"tools: {name}")
         schema = given if ruled else ANY_ARGUMENTS
         if tools.kind == "json":
@@ -128,6 +132,7 @@ class _Writer:
             served = {} if served else {"not": {}}
         shared = {key: served_schema(root[key]) for key in ("$defs", "definitions") if root and key in root}
         whole = {**shared, **served}
+        _bounded(self.written + len(json.dumps(whole, ensure_ascii=False)))
         options = {"x-guidance": library_options(whole, JSON_SPACE)}
         return self.rule("%json " + json.dumps({**options, **whole}, ensure_ascii=False))
 
@@ -187,15 +192,19 @@ class _Writer:
 
     def _members(self, schema: Any, member: Callable[[str, Any], str], separator: str) -> str:
         """The properties of an object in their order, those that are not required optional."""
-        properties = schema.get("properties") if isinstance(schema, dict) else None
-        required = set(schema.get("required") or ()) if isinstance(schema, dict) else set()
-        parts = [(member(key, one), key in required) for key, one in (properties or {}).items()]
+        properties, required = _named_members(schema)
+        parts: list[tuple[str, bool]] = []
+        size = 0
+        for key, one in properties.items():
+            parts.append((member(key, one), key in required))
+            size = _bounded(size + len(parts[-1][0]))
         if not separator:
             return " ".join(part if needed else f"({part})?" for part, needed in parts)
         first: list[str] = []  # what may come first, with all that may follow
         for at, (part, needed) in enumerate(parts):
             rest = " ".join(f"{separator} {p}" if n else f"({separator} {p})?" for p, n in parts[at + 1 :])
             first.append(_join(part, rest))
+            size = _bounded(size + len(rest))
             if needed:
                 return self.rule(_either(first))
         return self.rule(f"({_either(first)})?") if first else ""
@@ -234,6 +243,26 @@ class _Writer:
         return self.text(f"({between})* {last}")
 
 
+def _bounded(size: int) -> int:
+    """Told while a grammar is written: what a body may hold can be a thousand times as long by then."""
+    if size > MAX_GRAMMAR_BYTES:
+        raise StructureNotSupported(
+            f"tools: their grammar would have more than {MAX_GRAMMAR_BYTES} bytes", param="tools"
+        )
+    return size
+
+
+def _named_members(schema: Any) -> tuple[dict[str, Any], set[str]]:
+    """The properties of an object and which are required. InvalidRequest where they are of another type."""
+    given = schema if isinstance(schema, dict) else {}
+    properties, required = given.get("properties") or {}, given.get("required") or []
+    if not isinstance(properties, dict):
+        raise InvalidRequest("tools: properties must be an object", param="tools")
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise InvalidRequest("tools: required must be a list of names", param="tools")
+    return properties, set(required)
+
+
 def marker(alphabet: Alphabet, text: str) -> str:
     """A marker: control tokens by their ids, letters as they are."""
     ids = {char: id for id, (char, _) in alphabet.tokens.items()}
@@ -263,5 +292,4 @@ def _either(options: list[str]) -> str:
 
 def _loose(schema: Any) -> dict[str, Any]:
     """Properties by their names alone, each optional: what is ruled of a function that is not strict."""
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    return {"type": "object", "properties": dict(properties or {})}
+    return {"type": "object", "properties": _named_members(schema)[0]}

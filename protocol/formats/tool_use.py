@@ -152,7 +152,9 @@ def _choice(choice: Any, functions: list[dict[str, Any]]) -> tuple[str, set[str]
         raise InvalidRequest(f"{at} must be none, auto, required or a function", param=at)
     elif choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)
-        names, mode = set(map(_name, allowed.get("tools") or ())), allowed.get("mode", "auto")
+        if not isinstance(allowed, dict) or not isinstance(allowed.get("tools"), list):
+            raise InvalidRequest(f"{at} must hold a list of tools", param=at)
+        names, mode = set(map(_name, allowed["tools"])), allowed.get("mode", "auto")
     else:
         names, mode = {_name(choice)}, "named"
     if mode not in ("auto", "required", "named"):

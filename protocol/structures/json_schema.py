@@ -8,7 +8,7 @@ the same at every door. Such a keyword with a value that says nothing (``uniqueI
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from protocol.errors import InvalidRequest, StructureNotSupported
@@ -58,7 +58,9 @@ _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSc
 
 # White space in JSON: enough for every usual layout, but bounded, since a model could otherwise go on for ever.
 WHITESPACE = r"\n?[ \t]{0,32}"
-_NEGATED_CLASS = re.compile(r"\[\^\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+# One without an end goes to the end of the pattern: looked for again from each bracket within it, 64 kB took a minute.
+_NEGATED_CLASS = re.compile(r"\[\^\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)", re.DOTALL)
+MAX_CLASSES = 32  # different negated classes of a schema that are looked at one by one
 ESCAPES = 'bfnrt"\\'  # of JSON strings
 
 Path = tuple[str, ...]
@@ -99,7 +101,7 @@ def check_schema(schema: Any, at: str) -> None:
             if keyword in one and one[keyword] not in REFUSED[keyword]:
                 raise cannot_serve(keyword, path, at)
         form = one.get("format")
-        if isinstance(form, str) and form not in FORMATS and form not in ANNOTATION_FORMATS:
+        if form is not None and not _one_of(form, FORMATS) and not _one_of(form, ANNOTATION_FORMATS):
             raise cannot_serve("format", path, at, f": the known ones are {', '.join(sorted(FORMATS))}")
 
 
@@ -118,7 +120,7 @@ def served_schema(schema: Any) -> Any:
         return schema
     kept: dict[str, Any] = {}
     for key, value in schema.items():
-        if key == "x-guidance" or key in REFUSED or (key == "format" and value in ANNOTATION_FORMATS):
+        if key == "x-guidance" or key in REFUSED or (key == "format" and _one_of(value, ANNOTATION_FORMATS)):
             continue
         if key in _MAPS and isinstance(value, dict):
             kept[key] = {name: served_schema(part) for name, part in value.items()}
@@ -126,14 +128,22 @@ def served_schema(schema: Any) -> Any:
             kept[key] = [*(served_schema(part) for part in value), *(kept.get(key) or ())]
         elif key in _ONE:
             kept[key] = served_schema(value)
-        elif key == "exclusiveMaximum" and value == 0 and value is not False:
+        elif key == "exclusiveMaximum" and value == 0 and value is not False and _is_number(schema.get("maximum", 0)):
             kept["maximum"] = min(BELOW_ZERO, schema.get("maximum", 0))
-        elif key == "format" and value in FORMAT_PATTERNS:
+        elif key == "format" and _one_of(value, FORMAT_PATTERNS):
             pattern = {"pattern": FORMAT_PATTERNS[value]}
             kept["allOf"] = [*kept.get("allOf", []), pattern]
         elif key != "maximum" or "maximum" not in kept:
             kept[key] = value
     return kept
+
+
+def _one_of(value: Any, known: Container[str]) -> bool:
+    return isinstance(value, str) and value in known
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def library_options(schema: Any, whitespace: str = WHITESPACE) -> dict[str, Any]:
@@ -143,7 +153,7 @@ def library_options(schema: Any, whitespace: str = WHITESPACE) -> dict[str, Any]
     such a class, no string of the schema may hold that escape. Stricter than the schema, never laxer.
     """
     options: dict[str, Any] = {"whitespace_pattern": whitespace, "lenient": False, "coerce_one_of": False}
-    excluded = {char for pattern in _patterns(schema) for char in _excluded(pattern)}
+    excluded = set(_excluded({found for one in _patterns(schema) for found in _NEGATED_CLASS.findall(one)}))
     if excluded:
         options["json_allowed_escapes"] = "".join(char for char in ESCAPES if char not in excluded)
     return options
@@ -157,13 +167,15 @@ def _patterns(schema: Any) -> Iterator[str]:
             yield from one["patternProperties"]
 
 
-def _excluded(pattern: str) -> Iterator[str]:
-    """Which of quote and backslash some negated class of ``pattern`` excludes."""
-    for negated in _NEGATED_CLASS.findall(pattern):
-        for char in '"\\':
-            try:
-                matches = re.fullmatch(negated, char)
-            except re.error:  # of another dialect: take no risk
-                matches = None
-            if matches is None:
-                yield char
+def _excluded(classes: set[str]) -> Iterator[str]:
+    """Which of quote and backslash some negated class excludes; of too many classes it is taken that they do both."""
+    for char in '"\\':
+        if len(classes) > MAX_CLASSES or any(_excludes(negated, char) for negated in classes):
+            yield char
+
+
+def _excludes(negated: str, char: str) -> bool:
+    try:
+        return re.fullmatch(negated, char) is None
+    except re.error:  # of another dialect, or without an end: take no risk
+        return True

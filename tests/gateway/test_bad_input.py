@@ -282,6 +282,10 @@ BODIES: dict[str, tuple[bytes, str]] = {
     "UTF-16": ('{"model": "m"}'.encode("utf-16"), "UTF-8"),
     "nesting": (b'{"metadata": ' + b"[" * 32 + b"]" * 32 + b"}", "32 levels"),
     "deep nesting": (b'{"metadata": ' + b'{"a":' * 50000 + b"1" + b"}" * 50000 + b"}", "32 levels"),
+    "a string of quotes without an end": (
+        b'{"metadata": ' + b"[]" * 33 + b'"' + b'\\"' * (MAX_BODY // 2 - 100),
+        "JSON",
+    ),
     "huge number": (b'{"temperature": 1e400}', "out of range"),
 }
 

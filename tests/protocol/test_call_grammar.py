@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from itertools import groupby
 from typing import Any
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from protocol.errors import InvalidRequest, StructureNotSupported
 from protocol.formats.call_grammar import call_grammar
 from protocol.formats.families import TOOLS
 from protocol.formats.spec import FormatSpec, marker_texts
 from protocol.structures.grammar import Grammars, MaskRow
-from protocol.structures.structure import Structure
+from protocol.structures.structure import MAX_GRAMMAR_BYTES, Structure
 from tests.protocol.test_formats import FUNCTIONS, TWO_CALLS, Reading, spec_of
 
 END = "<|endofturn|>"
@@ -185,3 +187,30 @@ def test_a_free_answer_is_ruled_from_the_marker_on() -> None:
     assert machine.takes(grammar, f"text {call} more {call}") is None
     for wrong in ("<tool_call>{", "<tool_call>\n[", call.replace("weather", "other")):
         assert machine.takes(grammar, wrong) is not None
+
+
+NUMBERS = {f"a{i}": {"type": "integer"} for i in range(20_000)}
+
+
+@pytest.mark.parametrize("parameters", [
+    {"properties": NUMBERS},
+    {"$defs": {"text": {"description": "x" * 50_000}}, "properties": dict(list(NUMBERS.items())[:500])},
+    {"properties": {"a": {"type": "array", "items": {"pattern": "[^" * 400_000}}}},
+])  # fmt: skip
+@pytest.mark.parametrize("family", TOOLS)
+def test_a_grammar_is_no_longer_than_it_may_be(family: str, parameters: dict[str, Any]) -> None:
+    """Some formats write every property once for each that may come before it, or with all definitions."""
+    spec, asked = spec_of(family, controls=True), [{"name": "f", "parameters": {"type": "object", **parameters}}]
+    for required in (True, False):
+        made = ""
+        with contextlib.suppress(StructureNotSupported):
+            made = call_grammar(spec, asked, required=required, single=False) or ""
+        assert len(made) < 4 * MAX_GRAMMAR_BYTES  # the rest is refused by Structure.check
+
+
+@pytest.mark.parametrize("wrong", [{"properties": 5}, {"properties": ["a"]}, {"required": 5}, {"required": [{}]}])
+@pytest.mark.parametrize("family", ["qwen3-coder", "pythonic", "gemma4"])
+def test_members_of_another_type_are_refused(family: str, wrong: dict[str, Any]) -> None:
+    asked = [{"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, **wrong}}]
+    with pytest.raises(InvalidRequest, match="tools: "):
+        call_grammar(spec_of(family, controls=True), asked, required=True, single=False)

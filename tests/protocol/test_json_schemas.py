@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from protocol.errors import StructureNotSupported
+from protocol.errors import InvalidRequest, StructureNotSupported
 from protocol.structures.grammar import Grammars, MaskRow, TokenVocabulary
-from protocol.structures.json_schema import FORMAT_PATTERNS, REFUSED
+from protocol.structures.json_schema import FORMAT_PATTERNS, MAX_CLASSES, REFUSED, library_options
 from protocol.structures.structure import Structure
 from tests.protocol.json_schemas import refused, schemas
 
@@ -102,3 +102,32 @@ def test_dates_are_those_of_the_calendar(year: int) -> None:
 def test_edges(grammars: Grammars, schema: Any, good: list[str], bad: list[str]) -> None:
     assert [text for text in good if not admits(grammars, schema, text)] == []
     assert [text for text in bad if admits(grammars, schema, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "escapes"),
+    [
+        ("[^a]x[^b]", None),
+        ('[^"]', "bfnrt\\"),
+        (r"[^\\]", 'bfnrt"'),
+        ("[^" * 32_000, "bfnrt"),  # has no end
+        ("[^" * 32_000 + "\\", "bfnrt"),
+        ("".join(f"[^{chr(0x4E00 + i)}]" for i in range(MAX_CLASSES + 1)), "bfnrt"),  # taken for what is stricter
+    ],
+)
+def test_escapes_that_negated_classes_exclude(pattern: str, escapes: str | None) -> None:
+    options = library_options({"type": "array", "items": {"pattern": pattern}})
+    assert options.get("json_allowed_escapes") == escapes
+
+
+@pytest.mark.parametrize("wrong", [{"format": ["date"]}, {"exclusiveMaximum": 0, "maximum": "1"}, {"maximum": {}}])
+def test_keywords_of_another_type_are_refused(grammars: Grammars, wrong: dict[str, Any]) -> None:
+    structure = Structure(json={"type": "number", **wrong})
+
+    def check() -> None:
+        structure.check()
+        grammars.check(structure)
+
+    with pytest.raises(InvalidRequest) as caught:
+        check()
+    assert caught.value.param == "structure"

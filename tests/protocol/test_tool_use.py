@@ -82,6 +82,9 @@ def test_a_model_that_thinks_is_read_without_tools_too() -> None:
     [
         ({"tool_choice": {"type": "function", "function": {"name": "h"}}}, "tool_choice"),
         ({"tool_choice": "perhaps"}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": None}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": 5}}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": {"f": 1}}}, "tool_choice"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tools": ASK["tools"][:1] * 2}, "tools"),
         ({"tools": [{"type": "search", "function": {"name": "f"}}]}, "tools[0].type"),
