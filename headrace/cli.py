@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -242,7 +243,7 @@ nothing is run twice.
 def submit(args: argparse.Namespace) -> int:
     from headrace.clients.submit import run
 
-    return run(vars(args) | {"redis_url": args.redis_url or _default_redis()})
+    return run(vars(args) | {"redis_url": _served_redis(args.redis_url)})
 
 
 @command(
@@ -278,7 +279,7 @@ Read from the server alone; --redis-url names one elsewhere. Ctrl-C ends it.
 def top(args: argparse.Namespace) -> int:
     from headrace.tools.top import run
 
-    return run(vars(args) | {"redis_url": args.redis_url or _default_redis()})
+    return run(vars(args) | {"redis_url": _served_redis(args.redis_url)})
 
 
 @command(
@@ -315,7 +316,7 @@ An id may be cut short where it is clear; ended requests are found by their whol
 def requests(args: argparse.Namespace) -> int:
     from headrace.tools.requests import run
 
-    return run(vars(args) | {"redis_url": args.redis_url or _default_redis()})
+    return run(vars(args) | {"redis_url": _served_redis(args.redis_url)})
 
 
 @command(
@@ -333,7 +334,7 @@ A letter holds a hash of its job, not the job: after --retention its producer ha
 def dead(args: argparse.Namespace) -> int:
     from headrace.tools.dead import run
 
-    return run(vars(args) | {"redis_url": args.redis_url or _default_redis()})
+    return run(vars(args) | {"redis_url": _served_redis(args.redis_url)})
 
 
 @command(
@@ -352,7 +353,7 @@ The first shard stays. Other tools see another shard by --model TAG, as ls shows
 def shards(args: argparse.Namespace) -> int:
     from headrace.tools.shards import run
 
-    return run(vars(args) | {"redis_url": args.redis_url or _default_redis()})
+    return run(vars(args) | {"redis_url": _served_redis(args.redis_url)})
 
 
 @command(
@@ -426,8 +427,20 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line; argparse would put it under all options."""
+
+    def error(self, message: str) -> NoReturn:
+        import difflib
+
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        near = difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), 1) if wrong else []
+        hint = f", did you mean {near[0]}?" if near else ";"
+        self.exit(2, f"{self.prog}: {message}{hint} `{self.prog} --help` explains it\n")
+
+
 def build_parser(environ: Mapping[str, str] = os.environ) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="headrace",
         description="An LLM inference service that loses no accepted request and sends no token twice.",
         epilog="Start here: `headrace serve`, then open the URL that it prints. "
@@ -500,6 +513,24 @@ def _default_redis() -> str:
 
     data_dir = state_dir() / "data"
     return embedded.server_url(data_dir) if embedded.answers(data_dir) else DEFAULT_REDIS
+
+
+def _served_redis(given: str | None) -> str:
+    """For a command that asks a running service. StartError where none is named and none is found here."""
+    import socket
+    from urllib.parse import urlsplit
+
+    url = given or _default_redis()
+    if url == DEFAULT_REDIS and not given:
+        usual = urlsplit(DEFAULT_REDIS)
+        try:
+            socket.create_connection((usual.hostname, usual.port), timeout=5.0).close()
+        except OSError:
+            raise StartError(
+                f"no `headrace serve` runs here as this user, and nothing answers at {DEFAULT_REDIS}: "
+                "start it, or name the service's queue by --redis-url"
+            ) from None
+    return url
 
 
 def _start_logging(level: str, form: str) -> None:

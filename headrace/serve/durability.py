@@ -9,7 +9,9 @@ from typing import Any
 
 from protocol.bus import GatewayBus
 from protocol.durability import HIDDEN
-from protocol.errors import StartError, StoreFailed
+from protocol.errors import StartError, StoreFailed, Unavailable
+
+log = logging.getLogger("headrace")
 
 PATIENCE_S = 5.0  # of a check that a user waits for
 
@@ -30,7 +32,6 @@ async def check_durability(
 async def with_check(url: str, strict: bool, service: Coroutine[Any, Any, int]) -> int:
     """Run ``service`` on a server that is checked: before it starts if ``strict``, else beside it, since a service
     starts even while its server is unreachable. Waits for the server without limit."""
-    log = logging.getLogger("headrace")
 
     def tell(text: str) -> None:
         plain = text.removeprefix("warning: ")
@@ -38,7 +39,7 @@ async def with_check(url: str, strict: bool, service: Coroutine[Any, Any, int]) 
 
     if strict:
         try:
-            await check_durability(url, strict, tell, patience=None)
+            await _check_patiently(url, strict, tell)
         except BaseException as error:
             service.close()
             if isinstance(error, StoreFailed):
@@ -48,7 +49,7 @@ async def with_check(url: str, strict: bool, service: Coroutine[Any, Any, int]) 
 
     async def check() -> None:
         try:
-            await check_durability(url, strict, tell, patience=None)
+            await _check_patiently(url, strict, tell)
         except StoreFailed as error:  # a gateway starts nevertheless, and answers 503
             log.error("%s", error)
 
@@ -58,3 +59,13 @@ async def with_check(url: str, strict: bool, service: Coroutine[Any, Any, int]) 
     finally:
         checking.cancel()
         await asyncio.gather(checking, return_exceptions=True)
+
+
+async def _check_patiently(url: str, strict: bool, tell: Callable[[str], object]) -> None:
+    """As check_durability, without limit; a server that cannot be reached at first is told, and when it can be."""
+    try:
+        await check_durability(url, strict, tell, patience=PATIENCE_S)
+    except Unavailable as error:
+        log.warning("%s; waiting for it", error)
+        await check_durability(url, strict, tell, patience=None)
+        log.info("Redis answers now")

@@ -17,6 +17,7 @@ from headrace.option_table import OPTIONS, options_of
 from headrace.options import argv_of, child_environment, served_name
 from headrace.serve import layout, machine
 from protocol.errors import EX_CONFIG, StartError
+from tests.stack import free_port
 
 COMMANDS = sorted(cli.COMMANDS)
 
@@ -254,6 +255,38 @@ def test_a_mistyped_option_names_the_nearest_one(
     (line,) = capsys.readouterr().err.splitlines()
     assert f"did you mean {nearest}?" in line
     assert f"usage: headrace {argv[0]} " in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["serv"], "did you mean serve?"),
+        (["serve", "--port", "99999"], "--port: '99999' is no port number (0 to 65535);"),
+        (["serve", "--engine", "torhc"], "did you mean torch?"),
+        ([], "are required: COMMAND;"),
+    ],
+)
+def test_a_wrong_line_is_told_in_one(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert f"headrace{' serve' * (len(argv) > 1)} --help` explains it" in line
+
+
+@pytest.mark.parametrize("argv", [["submit", "--prompt", "x"], ["top", "--once"], ["requests", "ls"]])
+def test_where_nothing_runs_the_first_thing_to_do_is_told(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("XDG_STATE_HOME", "HEADRACE_REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cli, "DEFAULT_REDIS", f"redis://127.0.0.1:{free_port()}/0")
+    assert cli.main(argv) == EX_CONFIG
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no `headrace serve` runs here" in line
+    assert "--redis-url" in line
 
 
 def test_two_kinds_of_load_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

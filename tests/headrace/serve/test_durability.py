@@ -20,6 +20,7 @@ from protocol.durability import HIDDEN
 from protocol.errors import StartError, Unavailable
 from tests.bus import Bus
 from tests.stack import START_S, free_port
+from tests.waits import eventually
 
 WEAKER = {
     "appendonly": ("no", "yes"),
@@ -137,6 +138,27 @@ async def test_a_server_that_does_not_know_us_is_said_to(
     assert "a-wrong-word" not in caplog.text
     with pytest.raises(StartError, match="refused us"):
         await with_check(url, True, service())
+
+
+async def test_a_server_that_is_not_there_yet_is_told_and_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever part was started first: it used to say nothing at all until the server came."""
+    monkeypatch.setattr("headrace.serve.durability.PATIENCE_S", 0.1)
+    port, checked = free_port(), asyncio.Event()
+
+    async def service() -> int:
+        await checked.wait()
+        return 0
+
+    with caplog.at_level(logging.INFO, logger="headrace"):
+        running = asyncio.create_task(with_check(f"redis://127.0.0.1:{port}/0", False, service()))
+        await eventually(lambda: "Redis does not answer" in caplog.text)
+        assert f"127.0.0.1:{port}" in caplog.text
+        with EmbeddedServer(tmp_path / "late", port=port):
+            await eventually(lambda: "Redis answers now" in caplog.text)
+        checked.set()
+        assert await running == 0
 
 
 async def test_a_check_has_an_end(tmp_path: Path) -> None:
