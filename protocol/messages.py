@@ -140,6 +140,11 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
             return [self.prompt]
         return self.prompt
 
+    def thinking(self, prompt: Sequence[int]) -> bool:
+        """Whether the answer to ``prompt``, ids made of this job, begins within a thought."""
+        last = self.messages[-1].get("content") if self.messages and self.continue_final_message else None
+        return self.format is not None and self.format.thinking(prompt, last if isinstance(last, str) else "")
+
     @property
     def choices(self) -> int:
         """Number of sequences that this request makes."""

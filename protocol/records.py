@@ -88,8 +88,7 @@ class RequestRecord:
     @property
     def thinking(self) -> bool:
         """Whether the prompt has opened a thought, so that the answer begins within it."""
-        pinned = self.job.format
-        return pinned is not None and bool(self.prompts) and pinned.thinking(unpack_ids(self.prompts[0]))
+        return bool(self.prompts) and self.job.thinking(unpack_ids(self.prompts[0]))
 
 
 @dataclass(frozen=True)

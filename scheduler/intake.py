@@ -137,12 +137,12 @@ class Intake:
             await self._end(entry, record, "error", e, began=began)
             return
         made = time.monotonic()
-        seed, pinned = _seed(record.job), record.job.format
+        seed = _seed(record.job)
         key = None if record.job.tokenize else self._answers.key(record.job, record.tenant, prepared.prompts)
         answer = await self._answers.find(record.job, key)
         verdict, _ = await self._bus.admit(
             self._epoch, entry.entry_id, rid=rid, prompts=prepared.prompts, seed=seed, producer_id=record.job.id,
-            thinking=pinned is not None and pinned.thinking(unpack_ids(prepared.prompts[0])),
+            thinking=record.job.thinking(unpack_ids(prepared.prompts[0])),
             cache="hit" if answer else "", tell=_told_at_once(record.job, key, answer),
         )  # fmt: skip
         if verdict == "new":

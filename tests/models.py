@@ -30,6 +30,17 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# Of a model that thinks: its prompts open the thought, leave that to the model (`opens` false), or close it at once.
+THINKING_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['reasoning_content'] %}<think>\n{{ m['reasoning_content'] }}\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% elif opens is not defined or opens %}<think>\n{% endif %}{% endif %}"
+)
+THINK, THOUGHT = 262, 263  # their ids
+
 # What most tiny models share; a window of 16 is shorter than every context of the tests.
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -167,6 +178,20 @@ def save_tiny_model(name: str, path: Path) -> None:
     """Write the tiny model ``name`` and the byte tokenizer into ``path``."""
     build(CONFIGS[name]).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
+
+
+def save_thinking_model(path: Path) -> None:
+    """Write the tiny llama into ``path``, with a tokenizer and a template of a model that thinks."""
+    build({**CONFIGS["llama"], "max_position_embeddings": 2048}).save_pretrained(path)  # told tools take many bytes
+    fast = byte_tokenizer()
+    fast.chat_template = THINKING_TEMPLATE
+    fast.save_pretrained(path)
+    file = path / "tokenizer.json"
+    written = file.read_text().replace('"<|think|>"', '"<think>"').replace('"<|spare|>"', '"</think>"')
+    told = json.loads(written)
+    for token in told["added_tokens"]:
+        token["special"] = token["id"] not in (THINK, THOUGHT)
+    file.write_text(json.dumps(told))
 
 
 def build(fields: dict[str, Any], seed: int = 0) -> Any:

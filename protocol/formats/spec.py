@@ -72,20 +72,33 @@ class FormatSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompted: bool = False  # the template knows no tools: they are told in the system turn, results as a user's
     ends: list[int] = []  # ids that end the model's turn after a call, besides its end ids
     ruled: bool = True  # whether a grammar can keep calls in this form
+    opening: list[int] = []  # the ids of what opens a thought, where the first of them does nothing else
     opened: list[list[int]] = []  # how a prompt ends that has opened a thought
+    closed: list[list[int]] = []  # how one ends that wants none: it has closed the thought as well
 
     @property
     def always(self) -> bool:
         """Whether answers are parsed though no tools are given."""
         return self.reasoning is not None or (self.tools is not None and self.tools.kind == "harmony")
 
-    def thinking(self, prompt: Sequence[int]) -> bool:
-        """Whether the answer to ``prompt`` (token ids) begins within a thought."""
-        return any(list(prompt[-len(tail) :]) == tail for tail in self.opened)
+    def thinking(self, prompt: Sequence[int], continued: str = "") -> bool:
+        """Whether the answer to ``prompt`` (token ids) begins within a thought: the prompt has opened one, or the
+        message that is ``continued`` has."""
+        marks = self.reasoning
+        begun = marks is not None and continued.rfind(marks.open) > continued.rfind(marks.close)
+        return begun or _ends(prompt, self.opened)
+
+    def thoughtless(self, prompt: Sequence[int]) -> bool:
+        """Whether ``prompt`` has closed the thought, so that the answer begins with none."""
+        return _ends(prompt, self.closed)
 
     def close_id(self) -> int | None:
         """The id that ends a thought, where it is one token."""
         return self.controls.get(self.reasoning.close) if self.reasoning is not None else None
+
+
+def _ends(prompt: Sequence[int], tails: list[list[int]]) -> bool:
+    return any(list(prompt[-len(tail) :]) == tail for tail in tails)
 
 
 def with_controls(spec: FormatSpec, token_id: dict[str, int]) -> FormatSpec:

@@ -269,8 +269,8 @@ class MaskRow:
 class Matcher:
     """Where one output stands in its grammar. ``failed`` says why nothing more can be drawn, once that is so."""
 
-    __slots__ = ("_after", "_begun", "_compiled", "_count", "_ended", "_ends", "_grammars", "_limit", "_stops", "_tail",
-                 "failed")  # fmt: skip
+    __slots__ = ("_after", "_begun", "_compiled", "_count", "_ended", "_ends", "_grammars", "_limit", "_opening",
+                 "_shut", "_stops", "_tail", "_undecided", "failed")  # fmt: skip
 
     def __init__(
         self, grammars: Grammars, structure: Structure, compiled: LLMatcher | None, stop_ids: Sequence[int]
@@ -280,7 +280,10 @@ class Matcher:
         self._stops = np.array(sorted(set(stop_ids) - set(grammars.end_ids)), np.int64)
         self._ends = frozenset([*grammars.end_ids, *stop_ids])
         self._after = list(structure.after)
+        self._shut = np.setdiff1d(self._stops, self._after)  # in what comes before the grammar
         self._limit = structure.after_limit
+        self._opening = list(structure.opened_by)  # what is still to come of it
+        self._undecided = bool(self._opening)  # until the first id is there
         self._begun = not self._after
         self._tail: list[int] = []
         self._count = 0
@@ -300,9 +303,14 @@ class Matcher:
     def advance(self, tokens: Sequence[int]) -> None:
         """Take in the next output ids. What comes after an end is nobody's: it is passed over."""
         for at, token in enumerate(tokens):
+            if self._undecided:
+                self._undecided, self._begun = False, token != self._opening[0]
             if self._begun:
                 self._consume(list(tokens[at:]))
                 return
+            if self._opening:
+                del self._opening[0]
+                continue
             self._count += 1
             self._tail = [*self._tail, token][-len(self._after) :]
             self._begun = self._tail == self._after
@@ -321,29 +329,40 @@ class Matcher:
         """Write the mask of the next id into ``row``; False on failure."""
         if self.failed is not None:
             return False
-        if self._begun and self._compiled is not None and not self._ended:
+        if not (self._begun or self._undecided):
+            self._fill_before(row.bits)
+            return True
+        if not self._fill_ruled(row):
+            return False
+        if self._undecided:
+            _set_bits(row.bits, np.array(self._opening[:1]))
+        return True
+
+    def _fill_ruled(self, row: MaskRow) -> bool:
+        if self._ended:
+            row.bits[:] = 0
+            _set_bits(row.bits, np.array(self._grammars.end_ids))
+        elif self._compiled is None:
+            row.bits[:] = -1
+        else:
             self._compiled.unsafe_compute_mask_ptr(row.pointer, row.size)
             if self._compiled.is_error():
                 self.failed = _first_line(self._compiled.get_error())
                 return False
             if len(self._stops):
                 self._fill_stops(row.bits)
-        elif not self._begun:
-            self._fill_before(row.bits)
-        elif self._compiled is None:
-            row.bits[:] = -1
-        else:
-            row.bits[:] = 0
-            _set_bits(row.bits, np.array(self._grammars.end_ids))
         return True
 
     def _fill_before(self, row: np.ndarray) -> None:
-        """Before the grammar begins: anything but an end; from the limit on, what it begins after."""
-        if self._limit is None or self._count < self._limit:
+        """Before the grammar begins: anything but an end; from the limit on, what it begins after. What opens this
+        part comes whole."""
+        if not self._opening and (self._limit is None or self._count < self._limit):
             row[:] = self._grammars.free_mask()
+            _clear_bits(row, self._shut)
             return
+        forced = self._opening[0] if self._opening else self._after[_overlap(self._tail, self._after)]
         row[:] = 0
-        _set_bits(row, np.array([self._after[_overlap(self._tail, self._after)]]))
+        _set_bits(row, np.array([forced]))
 
     def _fill_stops(self, row: np.ndarray) -> None:
         """All end ids count as one end: the request's own are allowed exactly where the model's are."""
@@ -351,7 +370,7 @@ class Matcher:
         if (int(row[end >> 5]) >> (end & 31)) & 1:
             _set_bits(row, self._stops)
         else:
-            np.bitwise_and.at(row.view(np.uint32), self._stops >> 5, ~_bit(self._stops))
+            _clear_bits(row, self._stops)
 
 
 def _bit(ids: np.ndarray) -> np.ndarray:
@@ -360,6 +379,10 @@ def _bit(ids: np.ndarray) -> np.ndarray:
 
 def _set_bits(row: np.ndarray, ids: np.ndarray) -> None:
     np.bitwise_or.at(row.view(np.uint32), ids >> 5, _bit(ids))
+
+
+def _clear_bits(row: np.ndarray, ids: np.ndarray) -> None:
+    np.bitwise_and.at(row.view(np.uint32), ids >> 5, ~_bit(ids))
 
 
 def _overlap(tail: list[int], after: list[int]) -> int:

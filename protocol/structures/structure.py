@@ -28,6 +28,8 @@ class Structure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     With ``after`` the grammar rules only what follows the first occurrence of these ids, one after another, in the
     output (the end of a model's reasoning); before it everything but an end is allowed. ``after_limit`` is the most
     output tokens before them: then they are forced. ``after`` alone constrains nothing and says where content begins.
+    With ``opened_by`` there is such a part only in an output that begins with the first of these ids (the others are
+    forced then); any other output is ruled from its beginning.
     """
 
     json: Any = None
@@ -38,6 +40,7 @@ class Structure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     structural_tag: Any = None
     after: list[int] = []
     after_limit: int | None = None
+    opened_by: list[int] = []
     field: str = "structure"  # the name that its sender knows it by, for errors
 
     @property
@@ -99,14 +102,18 @@ class Structure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise InvalidRequest(f"{at}: a choice must not be empty", param=at)
 
     def _check_after(self, vocab_size: int | None) -> None:
-        at = f"{self.field}.after"
-        if len(self.after) > MAX_AFTER_IDS:
-            raise InvalidRequest(f"{at} takes at most {MAX_AFTER_IDS} ids", param=at)
         top = INT32_MAX if vocab_size is None else vocab_size - 1
-        if not all(0 <= token <= top for token in self.after):
-            raise InvalidRequest(f"{at} must hold token ids in [0, {top}]", param=at)
+        for name, ids in (("after", self.after), ("opened_by", self.opened_by)):
+            at = f"{self.field}.{name}"
+            if len(ids) > MAX_AFTER_IDS:
+                raise InvalidRequest(f"{at} takes at most {MAX_AFTER_IDS} ids", param=at)
+            if not all(0 <= token <= top for token in ids):
+                raise InvalidRequest(f"{at} must hold token ids in [0, {top}]", param=at)
+        at = f"{self.field}.after"
         if self.after_limit is not None and not (self.after and 0 <= self.after_limit <= INT32_MAX):
             raise InvalidRequest(f"{self.field}.after_limit needs after, and must not be negative", param=at)
+        if self.opened_by and not self.after:
+            raise InvalidRequest(f"{self.field}.opened_by needs after", param=at)
 
 
 def _text(value: Any, at: str) -> str:

@@ -32,6 +32,7 @@ from scheduler.prompts.template_format import (
 AUTO = "auto"
 RESULT = "zqresult"
 THINKING: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"thinking": True})
+NOT_THINKING: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
 MAX_OPENED = 16  # tokens of what a prompt writes when it opens a thought
 # Templates without tools whose models are served with tools all the same: the model of this tree, and SmolLM2.
 PROMPTED = (
@@ -171,8 +172,13 @@ def find_format(
         made = _without_tools(made, template, tools)
         told = f"{told}; its template tells no tools" + ("" if made.spec.tools is None else ": written as text")
     spec = with_controls(made.spec, tokens.added)
-    spec = msgspec.structs.replace(spec, opened=_opened(spec, render, tokens), ends=_ends(spec, render, tokens),
-                                  ruled=tokens.ruled)  # fmt: skip
+    if (marks := spec.reasoning) is not None:
+        spec = msgspec.structs.replace(
+            spec, opening=_opening(marks.open, spec.controls, tokens),
+            opened=_prompts_end(marks.open, THINKING, render, tokens),
+            closed=_prompts_end(marks.close, NOT_THINKING, render, tokens),
+        )  # fmt: skip
+    spec = msgspec.structs.replace(spec, ends=_ends(spec, render, tokens), ruled=tokens.ruled)
     return _with_spec(made, spec), _told(spec, told)
 
 
@@ -235,20 +241,24 @@ def _without_tools(made: ChatFormat, template: str, asked: str | None) -> ChatFo
     return _with_spec(made, families.with_tools(made.spec, families.NONE, None))
 
 
-def _opened(spec: FormatSpec, render: Render, tokens: Tokens) -> list[list[int]]:
-    """How prompts end that have opened a thought: by default, and where a thought is asked for."""
-    if spec.reasoning is None:
-        return []
+def _opening(marker: str, controls: dict[str, int], tokens: Tokens) -> list[int]:
+    """The ids of ``marker``, if they begin with one that is no letters."""
+    ids = tokens.encode(marker)
+    return ids if ids and ids[0] in controls.values() else []
+
+
+def _prompts_end(marker: str, ways: tuple[dict[str, Any], ...], render: Render, tokens: Tokens) -> list[list[int]]:
+    """How those prompts end, made with the template arguments of each of ``ways``, whose last word is ``marker``."""
     found: list[list[int]] = []
-    for arguments in THINKING:
+    for arguments in ways:
         try:
             text = render([{"role": "user", "content": "hello"}], add_generation_prompt=True, **arguments)
         except Exception:
             continue
-        if not text.rstrip().endswith(spec.reasoning.open):
+        if not text.rstrip().endswith(marker):
             continue
         ids = tokens.encode(text)[-MAX_OPENED:]
-        sizes = (n for n in range(1, len(ids) + 1) if spec.reasoning.open in tokens.decode(ids[-n:]))
+        sizes = (n for n in range(1, len(ids) + 1) if marker in tokens.decode(ids[-n:]))
         if (size := next(sizes, None)) is not None and ids[-size:] not in found:
             found.append(ids[-size:])
     return found

@@ -28,11 +28,20 @@ TOOLS = [{"type": "function", "function": {"name": name, "parameters": PARAMETER
 
 
 def asked(choice: float) -> dict[str, Any]:
-    """The fields of a chat that must call: either function, or a named one, as ``choice`` in [0, 1) draws."""
+    """The fields of a chat that must call: either function, or a named one, as ``choice`` in [0, 1) draws. It is not
+    thought about."""
     named = {"type": "function", "function": {"name": "drop"}}
     return {
         "messages": [{"role": "user", "content": "Note it."}], "tools": TOOLS, "parallel_tool_calls": False,
-        "tool_choice": named if choice < 0.5 else "required",
+        "tool_choice": named if choice < 0.5 else "required", "chat_template_kwargs": {"enable_thinking": False},
+    }  # fmt: skip
+
+
+def thought(choice: float) -> dict[str, Any]:
+    """Fields that let a chat be thought about first: in a thought that the prompt opens, or that the model may open."""
+    return {
+        "chat_template_kwargs": {"opens": choice < 0.5}, "thinking_token_budget": int(choice * 160),
+        "max_tokens": STRUCTURED_TOKENS + int(choice * 160),
     }  # fmt: skip
 
 
@@ -41,12 +50,14 @@ class CallsSeen:
     """The deltas of a chat's only choice, joined."""
 
     content: str = ""
+    reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)  # return_token_ids
 
     def take(self, choice: dict[str, Any]) -> None:
         delta = choice["delta"]
         self.content += delta.get("content") or ""
+        self.reasoning += delta.get("reasoning_content") or ""
         self.ids += choice.get("token_ids") or ()
         for one in delta.get("tool_calls") or ():
             function = one["function"]
@@ -58,8 +69,10 @@ class CallsSeen:
     def faults(self, truth: ParsedMessage, whole: bool) -> list[str]:
         """What of it differs from the journal's message, of which it may be the beginning unless it is ``whole``."""
         if whole:
-            return [] if (self.content, self.calls) == (truth.content, truth.calls) else ["differs from the journal"]
+            seen, told = ((one.content, one.reasoning, one.calls) for one in (self, truth))
+            return [] if seen == told else ["differs from the journal"]
         begun = truth.content.startswith(self.content) and len(self.calls) <= len(truth.calls)
+        begun = begun and truth.reasoning.startswith(self.reasoning)
         for seen, told in zip(self.calls, truth.calls, strict=False):
             mine, full = seen["function"], told["function"]
             begun = begun and (seen["id"], mine["name"]) == (told["id"], full["name"])
@@ -77,6 +90,7 @@ def message_in(record: RequestRecord, choice: int, frames: list[Frame]) -> Parse
 def call_faults(message: ParsedMessage, ended: Counter[str]) -> list[str]:
     """What is wrong with a message that had to be calls and ended by itself."""
     found = ["no call where one was required"] if not message.calls else []
+    ended["thoughts"] += bool(message.reasoning)
     for call in message.calls:
         ended["calls"] += 1
         try:

@@ -36,7 +36,7 @@ from tests.chaos.history import History, leftovers
 from tests.chaos.load import Load
 from tests.chaos.proxy import Proxy
 from tests.chaos.shards import Shards
-from tests.models import save_tiny_model
+from tests.models import save_thinking_model
 from tests.stack import Stack, free_port
 
 MODEL = "chaos"
@@ -144,7 +144,7 @@ class Chaos:
         """Only its tokenizer and config are read: the engine is simulated."""
         path = self.folder / "model"
         path.mkdir(parents=True)
-        save_tiny_model("llama", path)
+        save_thinking_model(path)
         fold_spaces(path)
         return path
 

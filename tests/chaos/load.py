@@ -20,7 +20,7 @@ import msgspec
 
 from protocol.errors import Unavailable
 from protocol.messages import Terminal
-from tests.chaos.calls import SCHEMA, STRUCTURED_TOKENS, CallsSeen, asked
+from tests.chaos.calls import SCHEMA, STRUCTURED_TOKENS, CallsSeen, asked, thought
 from tests.chaos.history import History, View
 from tests.chaos.shards import Shards
 
@@ -95,6 +95,8 @@ class Load:
             "model": self.model, "max_tokens": STRUCTURED_TOKENS, "n": 1, "stream": True, "return_token_ids": True,
             "stream_options": {"include_usage": True}, **asked(self.rng.random()),
         }  # fmt: skip
+        if self.rng.random() < 0.5:
+            body |= thought(self.rng.random())
         await self._follow(body, {"X-Headrace-Resume": "120"}, breaks=self.rng.random() < 0.4)
 
     async def _detach(self) -> None:

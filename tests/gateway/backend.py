@@ -159,7 +159,7 @@ class Backend:
         texts = job.prompts() or ["".join(m["content"] for m in job.messages or [])]
         prompts = [pack_ids(list(t.encode()) if isinstance(t, str) else t) for t in texts]
         verdict, _ = await self.bus.admit(self.epoch, entry_id, rid=record.rid, prompts=prompts, seed=7,
-            thinking=job.format is not None and job.format.thinking(list(unpack_ids(prompts[0]))),
+            thinking=job.thinking(unpack_ids(prompts[0])),
         )  # fmt: skip
         assert verdict == "new", verdict
         self.steps += 1

@@ -16,7 +16,7 @@ from protocol.structures.structure import Structure
 from tests.protocol.test_call_grammar import Machine
 from tests.protocol.test_formats import TWO_CALLS
 
-PROMPT, OPENED = [1, 2, 3], [1, 2, 77]
+PROMPT, OPENED, CLOSED = [1, 2, 3], [1, 2, 77], [1, 2, 78]
 WEATHER = [{"name": "weather"}, {"name": "sum.of"}]
 SHAPES: dict[str, tuple[dict[str, Any], str]] = {
     "json": ({"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}, '{"a": 5}'),
@@ -29,7 +29,9 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture(scope="module", params=["think", "gemma4"])
 def machine(request: pytest.FixtureRequest) -> Machine:
     made = Machine("hermes" if request.param == "think" else "gemma4", controls=True, reasoning=request.param)
-    made.spec = msgspec.structs.replace(made.spec, opened=[[77]])
+    assert made.spec.reasoning is not None
+    opening = made.tokenizer.encode(made.spec.reasoning.open).ids
+    made.spec = msgspec.structs.replace(made.spec, opened=[[77]], closed=[[78]], opening=opening)
     return made
 
 
@@ -66,6 +68,52 @@ def test_a_thought_that_the_prompt_opened_ends_by_its_id(machine: Machine, shape
     assert takes(machine, structure, f"anything, {{ 7{reasoning.close}{answer}")
     assert not takes(machine, structure, f"anything{reasoning.close}no{answer}")
     assert not takes(machine, structure, "anything, and no end")
+
+
+OWN = Structure(grammar="start: /[ab]c/", field="guided_grammar")
+
+
+def test_a_grammar_of_the_clients_own_begins_after_the_thought_as_well(machine: Machine) -> None:
+    reasoning = machine.spec.reasoning
+    assert reasoning is not None
+    structure = ruled(machine, OWN, PROMPT)
+    assert structure.opened_by == machine.spec.opening
+    for text, taken in (("ac", True), ("x", False), (f"{reasoning.open}x{reasoning.close}bc", True),
+                        (f"{reasoning.open}x{reasoning.close}x", False), (f"{reasoning.open}ac", False)):  # fmt: skip
+        assert takes(machine, structure, text) is taken, text
+    assert takes(machine, ruled(machine, OWN, OPENED), f"x{reasoning.close}bc")
+
+
+def test_a_budget_rules_thoughts_alone(machine: Machine) -> None:
+    """A prompt that has opened none leaves it to the model; one that has closed it wants none."""
+    close = machine.spec.close_id()
+    assert close is not None
+    budget = Structure(choice=["yes"], after=[close], after_limit=3)
+    assert ruled(machine, budget, OPENED) == budget
+    assert ruled(machine, budget, PROMPT) == msgspec.structs.replace(budget, opened_by=machine.spec.opening)
+    assert ruled(machine, budget, CLOSED) == Structure(choice=["yes"])
+    alone = Job(messages=[{"role": "user", "content": "hi"}], format=machine.spec,
+                sampling=SamplingParams(structure=Structure(after=[close], after_limit=3)))  # fmt: skip
+    assert sampling_of(alone, CLOSED).structure is None
+    pushed = Structure(choice=["yes"], after=[5, 6], after_limit=3)  # ids of the client's own
+    assert ruled(machine, pushed, PROMPT) is pushed
+
+
+def test_a_prompt_that_has_closed_the_thought_wants_none(machine: Machine) -> None:
+    asked = Structure(choice=["yes"])
+    assert ruled(machine, asked, CLOSED) == asked
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, OPENED])
+def test_a_thought_whose_marks_are_letters_ends_with_the_first_of_them(prompt: list[int]) -> None:
+    letters = Machine("hermes", controls=False, reasoning="think")
+    letters.spec = msgspec.structs.replace(letters.spec, opened=[[77]])
+    structure = ruled(letters, Structure(choice=["yes"]), prompt)
+    lead = "" if prompt is OPENED else "<think>"
+    assert takes(letters, structure, f"{lead}a</thin</think>yes")
+    assert not takes(letters, structure, f"{lead}a</think>b</think>yes")
+    budget = Structure(choice=["yes"], after=[5], after_limit=3)
+    assert ruled(letters, budget, prompt) == budget  # not this model's mark
 
 
 def takes(machine: Machine, structure: Structure, text: str) -> bool:

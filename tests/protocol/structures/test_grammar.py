@@ -131,6 +131,35 @@ def test_a_limit_closes_the_thought(grammars: Grammars) -> None:
     assert END in allowed(alone)
 
 
+def test_where_the_output_must_open_the_thought_others_are_ruled_at_once(grammars: Grammars) -> None:
+    opens = ord("<")
+    structure = Structure(json=OBJECT, after=[THINK], after_limit=2, opened_by=[opens, ord("t")])
+    structure.check(VOCAB)
+    plain = grammars.matcher(structure)
+    assert allowed(plain) == {ord("{"), opens}
+    plain.advance_one(ord("{"))
+    assert allowed(plain) == {ord('"')} | {ord(space) for space in "\t\n "}
+    thinking = grammars.matcher(structure)
+    thinking.advance([opens])
+    assert allowed(thinking) == {ord("t")}
+    thinking.advance([ord("t"), opens])  # a second one opens nothing
+    assert len(allowed(thinking)) > 200
+    thinking.advance_one(7)
+    assert allowed(thinking) == {THINK}
+    thinking.advance_one(THINK)
+    assert allowed(thinking) == {ord("{")}
+    free = grammars.matcher(Structure(after=[THINK], after_limit=0, opened_by=[opens]))
+    assert {END, opens, ord("x")} <= allowed(free)
+    free.advance([ord("x")])
+    assert {END, ord("x")} <= allowed(free)
+
+
+def test_no_end_comes_within_the_thought_the_requests_own_neither(grammars: Grammars) -> None:
+    matcher = grammars.matcher(Structure(json=OBJECT, after=[THINK]), stop_ids=[ord("a"), THINK])
+    assert not allowed(matcher) & {END, OTHER_END, ord("a")}
+    assert THINK in allowed(matcher)
+
+
 def test_a_token_that_does_not_fit_fails_the_matcher_for_good(grammars: Grammars) -> None:
     matcher = grammars.matcher(Structure(json=OBJECT))
     matcher.advance(b'{"secret')

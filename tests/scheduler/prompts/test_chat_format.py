@@ -167,7 +167,13 @@ def test_prompts_that_open_a_thought() -> None:
     encode = tokens_of(read("Qwen3.5-4B")).encode
     user = [{"role": "user", "content": "hi"}]
     assert spec.thinking(encode(renderer("Qwen3.5-4B")(user, enable_thinking=True)))
-    assert not spec.thinking(encode(renderer("Qwen3.5-4B")(user, enable_thinking=False)))
+    quiet = encode(renderer("Qwen3.5-4B")(user, enable_thinking=False))
+    assert not spec.thinking(quiet)
+    assert spec.thoughtless(quiet)
+    assert not spec.thoughtless(encode(renderer("Qwen3.5-4B")(user, enable_thinking=True)))
+    assert spec.opening == [spec.controls["<think>"]]
+    closed = {name for name in names() if found(name)[0].spec.closed}
+    assert {"Qwen3.5-4B", "Qwen-Qwen3-0.6B"} <= closed
 
 
 def test_ids_of_calls_as_the_template_asks_for_them() -> None:
