@@ -6,7 +6,9 @@ fills their next masks while the next forward pass runs; the draw then takes the
 Matchers of new sequences are compiled and brought to their place (replaying what was journaled) in another thread, so
 that a large grammar does not hold up the masks of those that run. The library lets go of the interpreter meanwhile.
 
-A matcher that fails ends its own sequence: ``StepMasks.failed`` says so, and its row is drawn without a mask.
+A matcher that fails ends its own sequence: ``StepMasks.failed`` says so, and its row is drawn without a mask. A row
+whose mask is not there in PATIENCE_S (a large grammar is being compiled, say) is given up in the step (``late``): its
+token counts for nothing, and the scheduler, which finds it missing, places the sequence anew from its journal.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ from protocol.errors import GrammarFailed, RequestError, StructureNotSupported
 from protocol.messages import NewSequence, unpack_ids
 from protocol.structures.grammar import Grammars, MaskRow, Matcher
 
+PATIENCE_S = 0.05  # that a draw has with a mask: rows that need none wait with it
+ALONE_S = 0.5  # where there are no such rows: only requests that come meanwhile wait
+
 
 @dataclass
 class StepMasks:
-    """The masks of one draw. Rows that have failed are not among ``rows``."""
+    """The masks of one draw. Rows that have failed, or are late, are not among ``rows``."""
 
     rows: np.ndarray  # int64 [m]: indices into the rows that sample
     masks: list[MaskRow]  # [m]
     failed: dict[int, tuple[str, str]] = field(default_factory=dict)  # seat -> error code and message: they end here
+    late: list[int] = field(default_factory=list)  # seats that are given up
     mask_us: int = 0  # time in which all of them were made
     wait_us: int = 0  # time that the draw waited for them
 
@@ -52,6 +58,16 @@ class _Seat:
     matcher: Matcher | None = None
     failed: tuple[str, str] | None = None
     built: threading.Event = field(default_factory=threading.Event)
+    fresh: bool = True  # its mask follows the last draw, once it is built
+    gone: bool = False  # nobody sits here any more
+
+
+@dataclass(eq=False)
+class _Draw:
+    """What became of the masks after one draw."""
+
+    known: threading.Event = field(default_factory=threading.Event)  # its tokens are on the host
+    filled: threading.Event = field(default_factory=threading.Event)
 
 
 def _failure(reason: str | None) -> tuple[str, str]:
@@ -65,6 +81,7 @@ class _Beside:
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._name = name
         self._started = False
+        self.began = 0.0  # when it took up what it does; 0: nothing
 
     def run(self, job: Callable[[], None]) -> None:
         if not self._started:
@@ -77,7 +94,9 @@ class _Beside:
 
     def _loop(self) -> None:
         while (job := self._queue.get()) is not None:
+            self.began = time.perf_counter()
             job()
+            self.began = 0.0
 
 
 class Masks:
@@ -90,8 +109,9 @@ class Masks:
         self._making = threading.Lock()
         self._seats: dict[int, _Seat] = {}
         self._builder, self._filler = _Beside("grammars"), _Beside("masks")
-        self._filled = threading.Event()  # the masks after the last draw are there
-        self._filled.set()
+        self._draw = _Draw()  # the last one
+        for there in (self._draw.known, self._draw.filled):
+            there.set()
         self._took_us = 0
         self._any_failed = False  # some sequence here failed: who, is looked for at each draw from then on
         self._last: tuple[bytes, np.ndarray, list[_Seat]] | None = None  # what `_constrained` said last
@@ -118,11 +138,13 @@ class Masks:
 
     def drop(self, seat: int) -> None:
         """Forget a seat; no error if it is unknown."""
-        if self._seats.pop(seat, None) is not None:
+        if (left := self._seats.pop(seat, None)) is not None:
+            left.gone = True
             self._last = None
 
     def clear(self) -> None:
-        self._seats.clear()
+        for seat in list(self._seats):
+            self.drop(seat)
         self._last = None
         self._any_failed = False
 
@@ -138,15 +160,28 @@ class Masks:
         rows, found = self._constrained(seats)
         if not found:
             return None
-        began = time.perf_counter()
-        self._filled.wait()
-        steady = self._steady
-        if steady is None or self._any_failed:
-            for seat in found:
-                seat.built.wait()
-            steady = self._steady = self._gather(seats, rows, found)
+        began, late = time.perf_counter(), list[int]()
+        self._draw.known.wait()
+        filled = self._draw.filled.wait(PATIENCE_S)
+        if self._steady is None or self._any_failed or not filled:
+            late = self._late(seats, rows, found)
+            self._steady = self._gather(seats, *self._constrained(seats))
+        steady = copy(self._steady)
+        steady.late = late
         steady.mask_us, steady.wait_us = self._took_us, int((time.perf_counter() - began) * 1e6)
-        return copy(steady)
+        return steady
+
+    def _late(self, seats: np.ndarray, rows: np.ndarray, found: list[_Seat]) -> list[int]:
+        """The seats whose masks are not there yet, once that has taken too long. They are forgotten."""
+        late, now = [], time.perf_counter()
+        others = len(found) < len(seats) or any(seat.built.is_set() for seat in found)
+        until = min(now, self._builder.began or now) + (PATIENCE_S if others else ALONE_S)
+        for row, seat in zip(rows.tolist(), found, strict=True):
+            built = seat.built.wait(max(0.0, until - time.perf_counter()))
+            if not built or not (seat.fresh or seat.failed):
+                late.append(int(seats[row]))
+                self.drop(late[-1])
+        return late
 
     def _gather(self, seats: np.ndarray, rows: np.ndarray, found: list[_Seat]) -> StepMasks:
         failed = {int(seats[row]): seat.failed for row, seat in zip(rows, found, strict=True) if seat.failed}
@@ -161,8 +196,10 @@ class Masks:
         To be called after each `take` that found some.
         """
         rows, found = self._constrained(seats)
-        self._filled.clear()
-        self._filler.run(lambda: self._advance(rows, found, tokens))
+        for seat in found:
+            seat.fresh = False
+        draw = self._draw = _Draw()
+        self._filler.run(lambda: self._advance(draw, rows, found, tokens))
 
     def _constrained(self, seats: np.ndarray) -> tuple[np.ndarray, list[_Seat]]:
         """Rows (int64 [m]) of the constrained ones among ``seats``, and what is kept of each."""
@@ -176,6 +213,8 @@ class Masks:
     # ------------------------------------------------------------------ in the threads
 
     def _build(self, seat: _Seat, new: NewSequence) -> None:
+        if seat.gone:
+            return
         try:
             self.prepare()
             grammars, sampling = self._grammars, new.sampling
@@ -192,22 +231,25 @@ class Masks:
         self._any_failed |= seat.failed is not None
         seat.built.set()
 
-    def _advance(self, rows: np.ndarray, found: list[_Seat], tokens: Callable[[], np.ndarray]) -> None:
+    def _advance(self, draw: _Draw, rows: np.ndarray, found: list[_Seat], tokens: Callable[[], np.ndarray]) -> None:
         """Bring the matchers over the ids that were drawn, and fill their next masks."""
         try:
             ids = tokens()[rows].tolist()
+            draw.known.set()
             began = time.perf_counter()
             for token, seat in zip(ids, found, strict=True):
                 matcher, mask = seat.matcher, seat.mask
-                if seat.failed is not None or matcher is None or mask is None:
+                if seat.gone or seat.failed is not None or matcher is None or mask is None:
                     continue
                 matcher.advance_one(token)
                 if not matcher.fill(mask):
                     seat.failed = _failure(matcher.failed)
                     self._any_failed = True
+                seat.fresh = True
             self._took_us = int((time.perf_counter() - began) * 1e6)
         except Exception as error:  # also the step's own failure, which its reader is told of
             for seat in found:
                 seat.failed = seat.failed or _failure(type(error).__name__)
             self._any_failed = True
-        self._filled.set()
+        draw.known.set()
+        draw.filled.set()

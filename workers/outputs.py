@@ -100,7 +100,8 @@ class Output:
         searched = sampling.stop and (self.parser is not None or not ruled)
         self.stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if searched else None
         self.unsure = ""  # text that may begin a thought or a call, so is not searched yet
-        self.awaited = structure.after if structure is not None else []  # ids that content begins after
+        # ids that content begins after, where no parser knows that
+        self.awaited = structure.after if structure is not None and self.parser is None else []
         self.tail: list[int] = []  # the last ids while they are awaited
         self.stream: TextStream = vocabulary.stream(ids[: new.prompt_len], sampling.skip_special_tokens)
         # tokens and their texts, for the terminal entry
@@ -230,6 +231,7 @@ class Outputs:
             seats.pop(new.seat, None)
             if new.seat not in sampled.dropped or new.seat in sampled.failed:
                 seats[new.seat] = Output(new, self._vocabulary, self._eos)
+        seats |= dict.fromkeys(sampled.late)  # what comes of them later is nobody's concern either
         # what has ended, or was dropped before, is in its seat as None: nobody asks what became of later rows
         dropped = [seat for seat in sampled.dropped if seat not in seats or seats[seat] is not None]
         if (drops := self._tables.follow(plan, dropped)) is not None:

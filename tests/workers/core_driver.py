@@ -10,7 +10,7 @@ import msgspec
 
 from protocol.levels import LEVEL
 from protocol.messages import Capacity, HintRow, NewSequence, Plan, pack_ids
-from scheduler.core.events import Arrive, SendPlan, StepDone, WorkerServing
+from scheduler.core.events import Arrive, ChoiceState, Resync, Resynced, SendPlan, StepDone, WorkerServing
 from scheduler.core.lifecycle import Counters
 from scheduler.core.scheduler import Core, CoreConfig
 from tests.workers.plan_maker import Sequence
@@ -28,6 +28,9 @@ class CoreDriver:
         self.core.apply(WorkerServing("w0", 1, msgspec.structs.replace(capacity, pools=[pool], level=LEVEL)), 0.0)
         self.seats: dict[int, Sequence] = {}
         self.by_rid: dict[str, Sequence] = {}
+        self.placements: dict[str, int] = {}
+        self.given_up: set[int] = set()  # seats in which nothing counts any more
+        self.resyncs = 0
 
     def run(self, sequences: list[Sequence]) -> Counters:
         """Run all to their end; a sequence arrives before the step that its ``joins`` names."""
@@ -38,13 +41,19 @@ class CoreDriver:
             now += 0.001
             while waiting and waiting[0].joins <= step:
                 self._arrive(waiting.popleft(), now)
-            plans = [effect.plan for effect in self.core.plan(now) if isinstance(effect, SendPlan)]
+            effects = self.core.plan(now)
+            for effect in effects:
+                if isinstance(effect, Resync):
+                    self._resync(effect, now)
+            plans = [effect.plan for effect in effects if isinstance(effect, SendPlan)]
             for plan in plans:
                 self._meet(plan)
                 in_flight.append((plan, self.engine.execute(plan)))
             step += 1
             if in_flight and (len(in_flight) > self.late or not plans):
-                self.core.apply(self._hint(*in_flight.popleft()), now)
+                for effect in self.core.apply(self._hint(*in_flight.popleft()), now):
+                    if isinstance(effect, Resync):
+                        self._resync(effect, now)
             self.core.check_integrity()
             assert step < 20_000, "the core does not get on"
         return self.core.stats().counters
@@ -55,9 +64,18 @@ class CoreDriver:
         prompts = [array("i", sequence.prompt)]
         self.core.apply(Arrive(rid, "t", "standard", prompts, sequence.sampling, sequence.seed, now), now)
 
+    def _resync(self, effect: Resync, now: float) -> None:
+        """The journal holds what was hinted."""
+        self.resyncs += 1
+        output = array("i", self.by_rid[effect.rid].output)
+        state = ChoiceState(output, FRAME * len(output), self.placements[effect.rid])
+        self.core.apply(Resynced(effect.rid, effect.choice, state), now)
+
     def _meet(self, plan: Plan) -> None:
         for new in plan.new:
             self._check(new)
+            self.given_up.discard(new.seat)
+            self.placements[new.rid] = new.placement
             self.seats[new.seat] = self.by_rid[new.rid]
 
     def _check(self, new: NewSequence) -> None:
@@ -67,10 +85,11 @@ class CoreDriver:
 
     def _hint(self, plan: Plan, output: Any) -> StepDone:
         sampled = output.wait()
+        self.given_up.update(sampled.late)
         rows = []
         for seat, token in zip(sampled.seats.tolist(), sampled.tokens.tolist(), strict=True):
             sequence = self.seats[seat]
-            if sequence.finished:
+            if sequence.finished or seat in self.given_up:
                 continue
             sequence.output.append(token)
             sequence.logprobs.append(sampled.logprobs.get(seat))

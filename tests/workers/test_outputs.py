@@ -121,6 +121,19 @@ def test_rows_after_an_end_are_nobody_s_concern() -> None:
     assert ([row.finish for row in batch.rows], batch.dropped) == (["length"], [])
 
 
+def test_a_token_that_had_no_mask_in_time_counts_for_nothing_nor_what_follows() -> None:
+    steps = Steps()
+    steps.step({0: 97})
+    late = result({0: 98}, [])
+    late.late = [0]
+    assert steps.outputs.step(Plan(1, 1, 3), late, "x") == 0
+    steps.step({0: 99})  # a plan ahead
+    batch = steps.take()
+    assert [(row.tokens, row.finish) for row in batch.rows] == [([97], None)]
+    assert batch.dropped == []
+    assert [unpack_ids(row.tokens).tolist() for row in batch.hint_rows()] == [[97]]
+
+
 # ---------------------------------------------------------------- frames and ends
 
 
@@ -407,6 +420,13 @@ def test_stop_strings_are_looked_for_where_content_begins(journaled: bytes) -> N
     frames = steps.frames(b"a#1#2b1c"[len(journaled) :])
     assert text_of(frames) == "a#1#2b"[len(journaled) :]
     assert frames[-1].finish == "stop"
+
+
+def test_stop_strings_in_an_answer_whose_thought_has_a_budget_and_did_not_come() -> None:
+    structure = Structure(after=[ord("#")], after_limit=5, opened_by=[ord("<")])
+    content = Content(FormatSpec(name="think", reasoning=REASONING["think"]), [], thinking=False)
+    frames = Steps(structure=structure, content=content, stop=["b"]).frames(b"abc")
+    assert (text_of(frames), frames[-1].finish) == ("a", "stop")
 
 
 def test_a_sequence_whose_grammar_failed_ends_with_an_error_and_its_last_token_counts_for_nothing() -> None:

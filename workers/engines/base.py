@@ -77,6 +77,9 @@ class Sampled:
     # seats whose sequences could not be computed: their blocks do not hold what the plans say. Those that are not among
     # ``failed`` are for the scheduler to place anew. No later step tells of them again
     dropped: list[int] = field(default_factory=list)
+    # seats whose token counts for nothing, since no mask was there in time. Nothing that follows in them counts, and
+    # the scheduler, which misses it, places the sequence anew
+    late: list[int] = field(default_factory=list)
     mask_us: int = 0  # longest time that the mask of one of its constrained rows took
     mask_wait_us: int = 0  # time that the draw waited for masks
     # of sequences that ask for logprobs of their prompt, in steps that computed some of it: seat -> its next tokens

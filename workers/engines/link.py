@@ -85,16 +85,16 @@ def pack_result(sampled: Sampled) -> tuple[Any, ...]:
     ]
     return (
         "step", _ints(sampled.seats), _ints(sampled.tokens), sampled.exec_us, rows, failed, sampled.dropped,
-        sampled.mask_us, sampled.mask_wait_us, prompts,
+        sampled.late, sampled.mask_us, sampled.mask_wait_us, prompts,
     )  # fmt: skip
 
 
 def unpack_result(message: list[Any]) -> Sampled:
-    _, seats, tokens, exec_us, rows, failed, dropped, mask_us, mask_wait_us, prompts = message
+    _, seats, tokens, exec_us, rows, failed, dropped, late, mask_us, mask_wait_us, prompts = message
     logprobs = {seat: (drawn, np.frombuffer(ids, "<i4"), np.frombuffer(top, "<f4")) for seat, drawn, ids, top in rows}
     return Sampled(
         np.frombuffer(seats, "<i4"), np.frombuffer(tokens, "<i4"), logprobs, exec_us,
-        {seat: (code, text) for seat, code, text in failed}, dropped, mask_us, mask_wait_us,
+        {seat: (code, text) for seat, code, text in failed}, dropped, late, mask_us, mask_wait_us,
         {seat: _scores(*packed) for seat, *packed in prompts},
     )  # fmt: skip
 

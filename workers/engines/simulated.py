@@ -321,7 +321,8 @@ class SimulatedEngine:
                 logprobs[seat] = (-1.0, ids, -1.0 - np.arange(top, dtype=np.float32))
         sampled = Sampled(seats.astype(np.int32), tokens, logprobs)
         if masks is not None:
-            sampled.failed, sampled.mask_us, sampled.mask_wait_us = masks.failed, masks.mask_us, masks.wait_us
+            sampled.failed, sampled.late = masks.failed, masks.late
+            sampled.mask_us, sampled.mask_wait_us = masks.mask_us, masks.wait_us
         return sampled
 
     def _pass_time(self, until: float) -> None:

@@ -391,6 +391,7 @@ class TorchStepOutput:
         self._results.release()
         if self._masks is not None:
             sampled.failed |= self._masks.failed
+            sampled.late = self._masks.late
             sampled.mask_us = self._masks.mask_us
             sampled.mask_wait_us = self._masks.wait_us
         return sampled

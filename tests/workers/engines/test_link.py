@@ -13,7 +13,7 @@ from workers.engines.link import Channel, pack_result, unpack_result
 FULL = Sampled(
     np.array([3, 0], np.int32), np.array([70_000, 5], np.int32),
     {3: (-0.5, np.array([1, 2], np.int32), np.array([-0.5, -1.5], np.float32))}, 1234,
-    {7: ("invalid_request", "it is wrong")}, [7, 9], 11, 12,
+    {7: ("invalid_request", "it is wrong")}, [7, 9], [8], 11, 12,
     {0: Scores(np.zeros(2, np.float32), np.array([1, 4], np.int64), np.array([[5, 6], [7, 8]]), np.ones((2, 2)))},
 )  # fmt: skip
 BARE = Sampled(np.zeros(0, np.int32), np.zeros(0, np.int32), {}, 0)
@@ -34,7 +34,7 @@ def test_a_result_is_what_was_sent(ends, sampled):
     sender.send(*pack_result(sampled))
     found = unpack_result(receiver.receive())
     assert (found.seats.tolist(), found.tokens.tolist()) == (sampled.seats.tolist(), sampled.tokens.tolist())
-    for name in ("exec_us", "failed", "dropped", "mask_us", "mask_wait_us"):
+    for name in ("exec_us", "failed", "dropped", "late", "mask_us", "mask_wait_us"):
         assert getattr(found, name) == getattr(sampled, name)
     assert found.logprobs.keys() == sampled.logprobs.keys()
     for seat, (drawn, ids, values) in sampled.logprobs.items():

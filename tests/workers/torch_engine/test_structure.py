@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from array import array
 from typing import Any
 
@@ -91,6 +92,37 @@ def test_others_draw_what_they_would_have_drawn_without_constrained_ones_beside_
     again = [request(number, None, temperature=(0.0, 1.0)[number % 2]) for number in range(6)]
     CoreDriver(engine, engine.capacity, 128, budget=64).run([*again, *(constrained(n) for n in range(20, 24))])
     assert [s.output for s in again] == [s.output for s in plain]
+
+
+def test_nobody_waits_for_a_grammar_that_takes_long(engine, monkeypatch):
+    """Its row is given up in the step and placed anew, until the matcher is there; then it ends as it would have."""
+    alone, slow = constrained(1), constrained(1)
+    plain = [request(number, None) for number in (0, 3, 6)]
+    CoreDriver(engine, engine.capacity, 128, budget=64).run([alone])
+    engine.reset()
+    grammars, others_ended = engine.masks._grammars, threading.Event()
+
+    def matcher(structure: Structure, stop_ids: Any = ()) -> Any:
+        others_ended.wait()
+        return type(grammars).matcher(grammars, structure, stop_ids)
+
+    driver = CoreDriver(engine, engine.capacity, 128, budget=64)
+
+    def hint(plan: Plan, output: Any) -> Any:
+        told = CoreDriver._hint(driver, plan, output)
+        if all(sequence.finished for sequence in plain):
+            others_ended.set()
+        return told
+
+    monkeypatch.setattr(grammars, "matcher", matcher)
+    monkeypatch.setattr(driver, "_hint", hint)
+    try:
+        driver.run([slow, *plain])
+    finally:
+        others_ended.set()
+    assert driver.resyncs > 0
+    assert slow.output == alone.output
+    check(slow)
 
 
 def decode(engine: Any, new: NewSequence, steps: int) -> list[int]:
