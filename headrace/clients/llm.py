@@ -94,18 +94,22 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
         tools: list[dict[str, Any]] | None = None,
         tool_choice: str | dict[str, Any] | None = None,
         parallel_tool_calls: bool | None = None,
         **sampling: Any,
     ) -> list[Result]:
         """The next message of each conversation, or the rest of its last one. A conversation is a list of messages as
-        OpenAI's; one or several. ``tools``, ``tool_choice`` and ``parallel_tool_calls`` are OpenAI's: what is
-        called is in ``outputs[0].tool_calls``."""
+        OpenAI's; one or several. ``chat_template_kwargs`` go to the template (``enable_thinking``). ``tools``,
+        ``tool_choice`` and ``parallel_tool_calls`` are OpenAI's: what is called is in ``outputs[0].tool_calls``."""
         many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        made: dict[str, Any] = {"continue_final_message": continue_final_message}
+        arguments = dict(chat_template_kwargs or {})
         if not add_generation_prompt:
-            made["chat_template_kwargs"] = {"add_generation_prompt": False}
+            arguments["add_generation_prompt"] = False
+        made: dict[str, Any] = {
+            "continue_final_message": continue_final_message, "chat_template_kwargs": arguments or None
+        }  # fmt: skip
         made |= {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
         return self._run([{"messages": m, **made} for m in many], sampling_params, sampling)
 

@@ -227,13 +227,15 @@ class AsyncClient:
         truncate_prompt_tokens: int | None = None,
         add_special_tokens: bool = True,
         continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> str:
         """Make a request durable; returns its request id. Sampling is given whole, or by field (``max_tokens=64``);
         ``structure`` may be a dict of the fields of Structure. Of a prompt the last ``truncate_prompt_tokens`` are kept
-        (-1: as many as fit); ``continue_final_message`` goes on with the last message. ``tools``, ``tool_choice``
-        and ``parallel_tool_calls`` are OpenAI's.
+        (-1: as many as fit); ``continue_final_message`` goes on with the last message;
+        ``chat_template_kwargs`` go to the template (``enable_thinking``). ``tools``, ``tool_choice`` and
+        ``parallel_tool_calls`` are OpenAI's.
 
         ``id`` makes it idempotent: the same id and content again give the same request, never a second run.
         Raises InvalidRequest, Conflict (same id, other content), Overloaded, Unavailable.
@@ -244,7 +246,7 @@ class AsyncClient:
         }  # fmt: skip
         made = {
             "truncate_prompt_tokens": truncate_prompt_tokens, "add_special_tokens": add_special_tokens,
-            "continue_final_message": continue_final_message,
+            "continue_final_message": continue_final_message, "chat_template_kwargs": chat_template_kwargs,
         }  # fmt: skip
         job = self.job(sampling_params, sampling, **content, **made, priority=priority, timeout_s=timeout_s)
         return await self.submit_job(job)

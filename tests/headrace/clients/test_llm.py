@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -94,6 +95,21 @@ def test_arguments_and_results_read_as_those_of_vllm(llm: LLM) -> None:
     (answer,) = llm.chat([{"role": "user", "content": "hi"}], SamplingParams(max_tokens=4))
     assert answer.prompt_token_ids
     assert llm.generate([]) == []
+
+
+def test_structure_and_calls(llm: LLM) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 99}},
+              "required": ["n"], "additionalProperties": False}  # fmt: skip
+    results = llm.generate(["a", "b", "c"], max_tokens=400, structure={"json": schema})
+    assert all(json.loads(result.text)["n"] >= 1 for result in results)
+    (refused,) = llm.generate("a", max_tokens=8, structure={"regex": "(unclosed"})
+    assert refused.outputs[0].finish_reason == "error"
+    tool = {"type": "function", "function": {"name": "count", "parameters": schema}}
+    chat = [{"role": "user", "content": "hi"}]
+    with pytest.raises(InvalidRequest, match="knows no tools"):  # of the tiny model
+        llm.chat(chat, tools=[tool], tool_choice="required")
+    (refused,) = llm.chat(chat, max_tokens=2, chat_template_kwargs={"tokenize": False})
+    assert "chat_template_kwargs.tokenize" in str(refused.outputs[0].error)
 
 
 def test_one_sampling_for_each_prompt_and_more_prompts_than_run_at_once(llm: LLM) -> None:
