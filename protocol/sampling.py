@@ -70,6 +70,11 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         return self.temperature == 0.0
 
     @property
+    def ruled(self) -> bool:
+        """Whether a grammar says what is written and where it ends."""
+        return self.structure is not None and self.structure.kind is not None
+
+    @property
     def penalized(self) -> bool:
         """Whether sampling needs the counts of earlier tokens."""
         return self.frequency_penalty != 0 or self.presence_penalty != 0 or self.repetition_penalty != 1

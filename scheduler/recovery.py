@@ -121,7 +121,8 @@ def read_message(record: RequestRecord, choice: int, frames: list[Frame]) -> Par
     if job.format is None or not record.prompts:
         return ParsedMessage()
     shown = [(frame.token, frame.text) for frame in frames]
-    return parsed_message(record.rid, choice, job.format, functions_of(job.tools), record.thinking, shown)
+    functions, ruled = functions_of(job.tools), job.sampling.ruled
+    return parsed_message(record.rid, choice, job.format, functions, record.thinking, shown, eager=ruled)
 
 
 def _terminal(

@@ -89,7 +89,7 @@ class Output:
         self.cursor = new.cursor  # journal length with all frames made so far
         self.count = len(ids) - new.prompt_len  # output tokens
         structure = sampling.structure
-        ruled = structure is not None and structure.kind is not None  # a grammar says where it ends, nothing else does
+        ruled = sampling.ruled  # a grammar says where it ends, nothing else does
         self.eos = frozenset() if sampling.ignore_eos and not ruled else eos
         self.end_ids = self.eos.union(sampling.stop_token_ids)
         self.min_tokens = 0 if ruled else sampling.min_tokens
@@ -420,7 +420,8 @@ def _terminal(
     message = ParsedMessage()
     if read is not None:
         functions = dict(zip(read.functions, read.schemas or [None] * len(read.functions), strict=True))
-        message = parsed_message(new.rid, new.choice, read.format, functions, read.thinking, shown)
+        ruled = new.sampling.ruled
+        message = parsed_message(new.rid, new.choice, read.format, functions, read.thinking, shown, eager=ruled)
     return Terminal(
         rid=new.rid, id=new.id, choice=new.choice, finish_reason=message.finish(finish) or finish,
         text="".join(text for _, text in shown), prompt_tokens=new.prompt_len, completion_tokens=output.count,

@@ -402,8 +402,8 @@ def _read(choice: Choice, record: RequestRecord, shown: list[tuple[int | None, s
     job = record.job
     if job.format is None:
         return
-    functions = functions_of(job.tools)
-    message = parsed_message(record.rid, choice.index, job.format, functions, record.thinking, shown)
+    functions, ruled = functions_of(job.tools), job.sampling.ruled
+    message = parsed_message(record.rid, choice.index, job.format, functions, record.thinking, shown, eager=ruled)
     choice.content, choice.reasoning_content = message.content, message.reasoning or None
     choice.tool_calls, choice.finish_reason = message.calls or None, message.finish(choice.finish_reason)
 

@@ -38,11 +38,12 @@ class ParsedMessage:
 
 def parsed_message(
     rid: str, choice: int, spec: FormatSpec, functions: dict[str, Any], thinking: bool,
-    frames: Iterable[tuple[int | None, str]],
+    frames: Iterable[tuple[int | None, str]], *, eager: bool,
 ) -> ParsedMessage:  # fmt: skip
     """The message of a whole journal, its ``frames`` as (token, text). ``functions``: name -> schema of the arguments;
-    ``thinking``: the prompt has opened a thought."""
-    parser = Parser(spec, functions, thinking=thinking)
+    ``thinking``: the prompt has opened a thought; ``eager``: a grammar rules its calls, so that one that was cut off is
+    one as far as it came, as streams show it."""
+    parser = Parser(spec, functions, thinking=thinking, eager=eager)
     events = [event for token, text in frames for event in parser.feed(token, text)]
     return message_of(rid, choice, [*events, *parser.end()])
 

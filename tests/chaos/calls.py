@@ -82,9 +82,10 @@ class CallsSeen:
 
 def message_in(record: RequestRecord, choice: int, frames: list[Frame]) -> ParsedMessage:
     """What the journal of a chat with tools says."""
-    assert record.job.format is not None
-    shown = [(frame.token, frame.text) for frame in frames]
-    return parsed_message(record.rid, choice, record.job.format, functions_of(record.job.tools), record.thinking, shown)
+    job, shown = record.job, [(frame.token, frame.text) for frame in frames]
+    assert job.format is not None
+    functions, ruled = functions_of(job.tools), job.sampling.ruled
+    return parsed_message(record.rid, choice, job.format, functions, record.thinking, shown, eager=ruled)
 
 
 def call_faults(message: ParsedMessage, ended: Counter[str]) -> list[str]:

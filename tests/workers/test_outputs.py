@@ -422,6 +422,24 @@ def test_stop_strings_are_looked_for_where_content_begins(journaled: bytes) -> N
     assert frames[-1].finish == "stop"
 
 
+def test_a_ruled_call_that_meets_max_tokens_is_one_as_far_as_it_came() -> None:
+    """In a result as in a stream; one that no grammar rules is text until it is whole."""
+    content = Content(FormatSpec(name="hermes", tools=TOOLS["hermes"]), ["f"], thinking=False, schemas=[{}])
+    text = b'<tool_call>\n{"name": "f", "arguments": {"a": "x'
+    told = {}
+    for structure in (Structure(grammar="start: /.*/", field="tools"), None):
+        steps = Steps(structure=structure, content=content, wants_result=True, max_tokens=len(text))
+        for token in text:
+            steps.step({0: token})
+        (row,) = steps.take().commit_rows()
+        assert row.result is not None
+        told[structure is not None] = msgspec.msgpack.decode(row.result, type=Terminal)
+    assert (told[True].finish_reason, told[True].content) == ("length", None)
+    assert told[True].tool_calls is not None
+    assert told[True].tool_calls[0]["function"] == {"name": "f", "arguments": '{"a": "x'}
+    assert (told[False].content, told[False].tool_calls) == (text.decode(), None)
+
+
 def test_stop_strings_in_an_answer_whose_thought_has_a_budget_and_did_not_come() -> None:
     structure = Structure(after=[ord("#")], after_limit=5, opened_by=[ord("<")])
     content = Content(FormatSpec(name="think", reasoning=REASONING["think"]), [], thinking=False)
