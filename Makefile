@@ -70,7 +70,7 @@ sweep: $(DEV) ## parity over every causal architecture of the installed transfor
 clients: $(DEV) $(KERNELS) ## client libraries, each in an environment of its own, against a real server
 	$(PYTEST) tests/clients $(ARGS)
 
-ray: $(DEV) $(KERNELS) ## a real Ray cluster of two nodes, in an environment of its own (0.5 GB)
+ray: $(DEV) $(KERNELS) ## a real Ray cluster of three nodes, in an environment of its own (0.5 GB)
 	$(PYTEST) -m ray tests/ray $(ARGS)
 
 namespaces: $(DEV) ## as root: faults between machines, which are network namespaces here

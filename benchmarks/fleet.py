@@ -1,13 +1,14 @@
-"""A day of two models whose load comes and goes, and a rule that asks for workers: how many deadlines are met, at what
-price, beside the best fixed number. In simulated time; a run takes half a minute.
+"""A day of one model on two shards whose load comes and goes, and a rule that asks for workers: how many deadlines are
+met, at what price, beside the best fixed number. In simulated time.
 
-    python -m benchmarks.fleet [--seeds 1 2] [--requests-per-worker 13 ...] [--plot docs/images/fleet.svg]
+    python -m benchmarks.fleet [--seeds 1 2] [--requests-per-worker 18 ...] [--plot docs/images/fleet.svg]
 
 Real are the scheduler's core, which plans every step and moves sequences when a worker leaves, and the rule of
 headrace/ray/rule.py, which is KEDA's and Kubernetes' as deploy/kubernetes sets it. Everything else is a model: workers
-only keep time, a step stands for some thirty tokens of a stream, a day has three hours (the load changes eight times as
-fast as on Earth), a worker serves 90 s after it was asked for, the rule looks every 15 s. There are three surges of
-half as much again for five minutes, at random times.
+only keep time, and a step stands for a hundred tokens of a stream. The load of each shard fills four workers at noon
+and a tenth of that at midnight; six times a day it is half as much again for five minutes, without notice. A worker
+serves 90 s after it was asked for, the rule looks every 15 s. A request takes half a minute on a full worker.
+benchmarks/fleet_live.py is the same in small with real services.
 
 Ideal: as many whole workers at each moment as the load of that moment fills, known beforehand and there at once.
 A deadline is twice the time that the request takes on a full worker, and 10 s. A flap is a change of the number that
@@ -48,17 +49,17 @@ from scheduler.core.events import (
 )
 from scheduler.core.scheduler import Core, CoreConfig
 
-DAY_S = 3 * 3600.0
 COLD_S = 90.0
-TICK_S = 15.0
 SEATS = 20  # of a worker
-STEP_S, ROW_S, PROMPT_S = 0.7, 0.005, 0.001  # of a step; for each row; for each prompt token: 0.8 s when full
-OUTPUT, PROMPT = (8, 32), (16, 64)
-SURGES, SURGE_S, SURGE = 3, 300.0, 1.5
+STEP_S, ROW_S, PROMPT_S = 2.8, 0.02, 0.001  # of a step; for each row; for each prompt token: 3.2 s when full
+OUTPUT, PROMPT = (4, 16), (16, 32)
+GRACE_S = 10.0
+SURGES, SURGE = 6, 1.5
 FLAP_S = 300.0
-MOST = 8  # workers of a model
+MOST = 12  # workers of a shard
 FRAME = 12  # bytes
-LOADS = {"chat": (5.0, 0.0), "code": (3.0, 0.4)}  # model -> workers that its peak fills, and when it is, in days
+SHARDS = ("one", "two")
+PEAK = 4.0  # full workers of each shard
 
 
 def mean(bounds: tuple[int, int]) -> float:
@@ -70,45 +71,51 @@ def full_s(prompt: float, output: float) -> float:
     return output * (STEP_S + SEATS * ROW_S) + prompt * PROMPT_S
 
 
-REQUEST_S = full_s(mean(PROMPT), mean(OUTPUT))
+@dataclass(frozen=True)
+class Day:
+    """Seconds: its length, that of a surge, from one look of the rule to the next."""
+
+    seconds: float
+    surge: float
+    tick: float
 
 
 @dataclass
 class Load:
-    """``peak``: workers that are full then. ``at``: seconds."""
+    """``peak``: workers that are full then, at noon. ``surges``: when they begin."""
 
     peak: float
-    at: float
     surges: list[float]
+    day: Day
 
     def offered(self, now: float) -> float:
         """In full workers."""
-        wave = 0.1 + 0.9 * (1 + math.cos(2 * math.pi * (now - self.at) / DAY_S)) / 2
-        return self.peak * wave * (SURGE if any(s <= now < s + SURGE_S for s in self.surges) else 1)
+        wave = 0.1 + 0.9 * (1 - math.cos(2 * math.pi * now / self.day.seconds)) / 2
+        return self.peak * wave * (SURGE if any(s <= now < s + self.day.surge for s in self.surges) else 1)
 
-    def arrivals(self, dice: random.Random) -> list[float]:
-        """Poisson, thinned."""
-        most, now, found = self.peak * SURGE * SEATS / REQUEST_S, 0.0, []
-        while (now := now + dice.expovariate(most)) < DAY_S:
+    def arrivals(self, dice: random.Random, rate: float) -> list[float]:
+        """Poisson, thinned. ``rate``: requests a second that fill a worker."""
+        most, now, found = self.peak * SURGE * rate, 0.0, []
+        while (now := now + dice.expovariate(most)) < self.day.seconds:
             if dice.random() * self.peak * SURGE < self.offered(now):
                 found.append(now)
         return found
 
     def ideal(self) -> float:
         """Worker-seconds."""
-        return sum(max(1, math.ceil(self.offered(now))) * TICK_S for now in self.ticks())
+        return sum(max(1, math.ceil(self.offered(now))) * self.day.tick for now in self.ticks())
 
     def ticks(self) -> list[float]:
-        return [k * TICK_S for k in range(int(DAY_S / TICK_S))]
+        return [k * self.day.tick for k in range(int(self.day.seconds / self.day.tick))]
 
 
-def load_of(model: str, seed: int) -> Load:
-    dice = random.Random(f"{model}{seed}")
-    peak, at = LOADS[model]
-    return Load(peak, at * DAY_S + DAY_S / 2, [dice.uniform(0, DAY_S - SURGE_S) for _ in range(SURGES)])
+def load_of(seed: int) -> Load:
+    """Of each shard: requests are spread over both alike."""
+    dice, day = random.Random(f"surges{seed}"), Day(86400.0, 300.0, 15.0)
+    return Load(PEAK, [dice.uniform(0, day.seconds - day.surge) for _ in range(SURGES)], day)
 
 
-# ------------------------------------------------------------------ one model
+# ------------------------------------------------------------------ one shard
 
 
 @dataclass
@@ -127,7 +134,7 @@ class Request:
 
     @property
     def met(self) -> bool:
-        return self.ended - self.arrived <= 2 * full_s(self.prompt, self.output) + 10.0
+        return self.ended - self.arrived <= 2 * full_s(self.prompt, self.output) + GRACE_S
 
 
 @dataclass
@@ -141,11 +148,12 @@ class Worker:
 
 
 class World:
-    """One model's day. ``fixed``: so many workers, there from the start; else as ``rule`` says."""
+    """One shard's day. ``fixed``: so many workers, there from the start; else as ``rule`` says."""
 
-    def __init__(self, model: str, seed: int, rule: Scaling | None, fixed: int = 0) -> None:
-        self.load = load_of(model, seed)
-        self.dice = random.Random(f"{seed}{model}")
+    def __init__(self, shard: str, seed: int, rule: Scaling | None, fixed: int = 0) -> None:
+        self.load = load_of(seed)
+        self.day_s = self.load.day.seconds
+        self.dice = random.Random(f"{seed}{shard}")
         self.core = Core(CoreConfig(plans_ahead=2))
         self.now = 0.0
         self.requests: list[Request] = []
@@ -166,7 +174,7 @@ class World:
         heapq.heappush(self._events, (when, next(self._order), kind, what))
 
     def run(self) -> World:
-        for arrived in self.load.arrivals(self.dice):
+        for arrived in self.load.arrivals(self.dice, SEATS / full_s(mean(PROMPT), mean(OUTPUT))):
             self.at(arrived, "arrive")
         for tick in self.load.ticks():
             self.at(tick, "tick")
@@ -174,13 +182,13 @@ class World:
             self.now, _, kind, what = heapq.heappop(self._events)
             getattr(self, f"on_{kind}")(what)
             self._apply(self.core.plan(self.now))
-            if self.now > DAY_S and not self.open:
+            if self.now > self.day_s and not self.open:
                 break
             wake = self.core.next_wake(self.now)
             if wake is not None and (not self._events or wake < self._events[0][0]):
                 self.at(max(wake, self.now + 1e-3), "wake")
         for worker in self.workers.values():
-            self.worker_s += DAY_S - worker.asked
+            self.worker_s += self.day_s - worker.asked
         return self
 
     def _apply(self, effects: list[Effect]) -> None:
@@ -190,7 +198,7 @@ class World:
                     self._execute(wid, plan)
                 case ReleaseWorker(wid, gen):
                     worker = self.workers.pop(wid)
-                    self.worker_s += min(self.now, DAY_S) - worker.asked
+                    self.worker_s += min(self.now, self.day_s) - worker.asked
                     states = {key: self.requests[int(key[0], 16)].state for key in self.core.sequences_on(wid)}
                     self._apply(self.core.apply(WorkerLost(wid, gen, states, died=False), self.now))
                 case Resync(rid, choice):
@@ -289,20 +297,21 @@ class World:
     # -------------------------------------------------------------- figures
 
     def flaps(self) -> int:
-        changes = [
-            (now, after - before)
-            for (_, _, before, _), (now, _, after, _) in itertools.pairwise(self.history)
-            if after != before
-        ]
-        return sum(b[0] - a[0] <= FLAP_S and a[1] * b[1] < 0 for a, b in itertools.pairwise(changes))
+        return changes_back([(now, asked) for now, _, asked, _ in self.history], FLAP_S)
+
+
+def changes_back(asked: list[tuple[float, int]], within_s: float) -> int:
+    """How often a number changed that had changed in the other direction shortly before."""
+    changes = [(now, after - before) for (_, before), (now, after) in itertools.pairwise(asked) if after != before]
+    return sum(b[0] - a[0] <= within_s and a[1] * b[1] < 0 for a, b in itertools.pairwise(changes))
 
 
 # ------------------------------------------------------------------ all of it
 
 
 def figures(case: tuple[str, int, dict[str, Any] | None, int]) -> dict[str, Any]:
-    model, seed, rule, fixed = case
-    world = World(model, seed, msgspec.convert(rule, Scaling) if rule is not None else None, fixed).run()
+    shard, seed, rule, fixed = case
+    world = World(shard, seed, msgspec.convert(rule, Scaling) if rule is not None else None, fixed).run()
     return {
         "requests": len(world.requests),
         "met": sum(request.met for request in world.requests),
@@ -326,16 +335,13 @@ def row(name: str, one: dict[str, Any]) -> str:
     return f"{name:34}{one['met']:9.2%}{one['of_ideal']:9.2f}{one['flaps']:7}{one['moved']:8}{one['requests']:10}"
 
 
-def fixed_numbers(pool: Any, seeds: list[int]) -> dict[str, Any]:
-    """For each model the least fixed number that meets 99% of the deadlines: at least what the peak fills."""
-    best = []
-    for model, (peak, _) in LOADS.items():
-        for count in range(math.ceil(peak), MOST + 1):
-            found = pool.map(figures, [(model, seed, None, count) for seed in seeds])
-            if together(found)["met"] >= 0.99:
-                break
-        best += found
-    return together(best)
+def fixed_numbers(pool: Any, seeds: list[int]) -> tuple[int, dict[str, Any]]:
+    """The least fixed number of each shard that meets 99% of the deadlines: at least what the peak fills."""
+    for count in range(math.ceil(PEAK), MOST + 1):
+        found = together(pool.map(figures, [(shard, seed, None, count) for shard in SHARDS for seed in seeds]))
+        if found["met"] >= 0.99:
+            break
+    return count, found
 
 
 def plot(path: Path, seed: int, rule: dict[str, Any]) -> None:
@@ -345,18 +351,18 @@ def plot(path: Path, seed: int, rule: dict[str, Any]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "fleet"
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(len(LOADS), 1, figsize=(9, 6), sharex=True)
-    for panel, model in zip(panels, LOADS, strict=True):
-        hours, offered, asked, serving = zip(*figures((model, seed, rule, 0))["history"][::2], strict=True)
-        hours = [24 * now / DAY_S for now in hours]
+    figure, panels = pyplot.subplots(len(SHARDS), 1, figsize=(9, 6), sharex=True)
+    for panel, shard in zip(panels, SHARDS, strict=True):
+        hours, offered, asked, serving = zip(*figures((shard, seed, rule, 0))["history"][::8], strict=True)
+        hours = [now / 3600 for now in hours]
         panel.fill_between(hours, offered, color="0.85", label="load, in full workers")
         panel.step(hours, [max(1, math.ceil(one)) for one in offered], color="0.5", lw=0.8, where="post", label="ideal")
         panel.step(hours, asked, color="tab:orange", lw=1.2, where="post", label="asked for")
         panel.step(hours, serving, color="tab:blue", lw=1.2, where="post", label="serving")
-        panel.set_ylabel(f"workers of {model}")
+        panel.set_ylabel(f"workers of shard {shard}")
         panel.set_ylim(0)
     panels[0].legend(loc="upper right", fontsize=8)
-    panels[-1].set_xlabel("hour of the day (a day is simulated in three hours)")
+    panels[-1].set_xlabel("hour of the day")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
@@ -379,12 +385,12 @@ def main() -> None:
     print(f"{'':34}{'met':>9}{'of ideal':>9}{'flaps':>7}{'moved':>8}{'requests':>10}")
     with Pool(2) as pool:
         for rule in rules:
-            one = together(pool.map(figures, [(model, seed, rule, 0) for model in LOADS for seed in args.seeds]))
+            one = together(pool.map(figures, [(shard, seed, rule, 0) for shard in SHARDS for seed in args.seeds]))
             after, every = rule["scale-down-after"], rule["step-down-every"]
             name = f"{rule['requests-per-worker']} of {SEATS}, {after:g} s, {every:g} s"
             print(json.dumps({"rule": rule} | one) if args.json else row(name, one), flush=True)
-        one = fixed_numbers(pool, args.seeds)
-        print(json.dumps({"fixed": True} | one) if args.json else row("best fixed numbers", one), flush=True)
+        count, one = fixed_numbers(pool, args.seeds)
+        print(json.dumps({"fixed": count} | one) if args.json else row(f"{count} at all times", one), flush=True)
     if args.plot:
         plot(args.plot, args.seeds[0], rules[0])
 

@@ -81,9 +81,17 @@ class Ask:
     status: int = 0
     stalled: bool = False
     moved_to: str = ""  # rid of the request that took its place
+    cold: bool = False  # no worker served when it came
 
     def __post_init__(self) -> None:
         self.fresh_rid = new_rid(self.slot.shard.number)
+        self.cold = self.model.without_workers
+
+    @property
+    def cold_start_s(self) -> float | None:
+        """How long it waited for the first worker; None: there was one, or it has not come."""
+        since = self.model.served_since
+        return max(0.0, since - self.arrived) if self.cold and since is not None else None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -393,9 +401,12 @@ class Answers:
         return answer
 
     def _waits(self, ask: Ask) -> dict[str, str]:
-        """Why the first token may take long: the model is not loaded, and another one has its card."""
+        """Why the first token may take long: no worker serves yet, or another model has this one's card."""
         terms = self._models.routing.models.get(ask.model.name)
-        return {"X-Headrace-Waits": terms.waits} if terms is not None and terms.waits else {}
+        waits = terms.waits if terms is not None else ""
+        if not waits and ask.model.without_workers:
+            waits = "no worker serves yet"
+        return {"X-Headrace-Waits": waits} if waits else {}
 
     async def _whole(self, ask: Ask) -> web.StreamResponse:
         collector = ask.follower
@@ -421,7 +432,9 @@ class Answers:
         elif ask.view.kind == "tokens":
             body = await _tokens(ask, body["choices"][0]["prompt_token_ids"])
         ask.status = 200
-        return json_answer(body, headers=ask.headers)
+        cold = ask.cold_start_s
+        told = {"Server-Timing": f"cold-start;dur={1000 * cold:.0f}"} if cold is not None else {}
+        return json_answer(body, headers={**ask.headers, **told})
 
     async def _until(self, follower: Follower, ask: Ask, *, begun: bool) -> None:
         """Wait for the admission, or for the end with all that the answer needs."""
@@ -549,6 +562,7 @@ class Answers:
                 "cache": tally.cache or None,
                 "cost": cost,
                 "first_token_s": None if first is None else round(first, 4),
+                "cold_start_s": None if ask.cold_start_s is None else round(ask.cold_start_s, 2),
                 "seconds": round(seconds, 4),
                 "finish_reasons": tally.ends,
             }

@@ -105,6 +105,7 @@ class Api:
         routes.add("GET", "/tokenizer_info", self.tokenizer_info)
         routes.add("GET", "/health", self.health)
         routes.add("GET", "/ready", self.ready)
+        routes.add("GET", "/accepting", self.accepting)
         routes.add("GET", "/version", self.version)
         routes.add("GET", "/openapi.json", self.openapi)
         routes.add("GET", "/docs", self.docs)
@@ -390,6 +391,12 @@ class Api:
         if not self.guarded:
             body["models"] = models
         return json_answer(body, 200 if ready else 503)
+
+    async def accepting(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
+        """200 while requests are taken and kept, with or without a worker: the queue can be reached, a model is known,
+        and this process is not draining."""
+        accepting = self.models.reachable and bool(self.models.cards) and not self.answers.draining
+        return json_answer({"accepting": accepting}, 200 if accepting else 503)
 
     async def version(self, request: web.BaseRequest, caller: Caller, _: str) -> web.StreamResponse:
         return json_answer({"version": release()})

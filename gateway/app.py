@@ -38,7 +38,7 @@ from protocol.telemetry.traces import traces
 
 log = logging.getLogger("headrace.gateway")
 
-OPEN_PATHS = ("/health", "/ready")  # never ask for a key
+OPEN_PATHS = ("/health", "/ready", "/accepting")  # never ask for a key
 ANYONE = Caller()
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -86,9 +86,9 @@ class Gateway:
         self.config = config
         self.name = f"{config.name}-{secrets.token_hex(6)}"[-64:]
         self.keys = KeyRing(config.api_keys_file)
-        self.models = Models(config.redis_url, self.name)
-        self.money = Money(self.models)
         self.home = HomeBus(config.redis_url, patience=PATIENCE_S)
+        self.models = Models(config.redis_url, self.name, self.home)
+        self.money = Money(self.models, self.home)
         self.answers = Answers(self.name, config.limits, config.stall_timeout, self.money, self.home, self.models)
         self.upstreams = Upstreams(self.money)
         self.traces = traces("gateway")
@@ -137,7 +137,6 @@ class Gateway:
         await self._pushes.close()
         await self.answers.close()
         await self.upstreams.close()
-        await self.money.close()
         await self.home.close()
         await self.models.close()
         if self.traces is not None:

@@ -20,7 +20,7 @@ from gateway.metrics import gone, seen
 from gateway.routing.slot import PATIENCE_S, Slot
 from gateway.streams import Outlet
 from gateway.tokenizer import TokenizerProcess
-from protocol.bus import GatewayBus
+from protocol.bus import GatewayBus, HomeBus
 from protocol.errors import HeadraceError, InvalidRequest, NotFound, ServiceError, StartError, Unavailable
 from protocol.messages import Job, ModelCard, shard_of
 from protocol.records import RequestRecord
@@ -33,6 +33,7 @@ log = logging.getLogger("headrace.gateway")
 REFRESH_S = 3.0  # how often the registry is read
 MISS_S = 0.5  # the same for a name that is not in it
 LOOK_S = 0.5  # how often workers and leaders are read
+LEAST_LOOKS = 5  # in which a worker that serves is seen to
 MOST_MOVES = 64  # of one request
 
 
@@ -44,6 +45,8 @@ class Model:
         self._url, self._channel = url, name
         self.first = Slot(url, Shard(card.model, 0, card.model), name)
         self.slots: dict[int, Slot] = {0: self.first}
+        self.served_since: float | None = None  # monotonic, without a pause; None: no worker was seen to serve
+        self._looks = 0
         self._tokenizer: TokenizerProcess | None = None
         self._tokenizer_of = 0  # the card's time of creation
         self._making_tokenizer = asyncio.Lock()
@@ -139,20 +142,21 @@ class Model:
         """Waiting requests for each worker."""
         return self.waiting_requests / max(1, self.workers)
 
+    @property
+    def without_workers(self) -> bool:
+        """Whether none serves, as far as was looked long enough to see one's heart beat."""
+        return self.served_since is None and self._looks >= LEAST_LOOKS
+
     async def look(self, depth: bool = False) -> None:
         """Read which workers serve and which leaders live; with ``depth``, or of several shards, also what waits."""
         slots = list(self.slots.values())
         await asyncio.gather(*(slot.look(depth or len(slots) > 1) for slot in slots))
+        self._looks += 1
+        if self.workers and self.served_since is None:
+            self.served_since = time.monotonic()
+        elif not self.workers:
+            self.served_since = None
         seen(self.name, self.workers)
-
-    async def used_tokens(self, day: int) -> dict[str, tuple[int, int]]:
-        """Tenant -> prompt and output tokens of its requests that ended on this day, in all shards."""
-        used: dict[str, tuple[int, int]] = {}
-        for slot in list(self.slots.values()):
-            for tenant, (prompt, output) in (await slot.bus.used_tokens(day)).items():
-                before = used.get(tenant, (0, 0))
-                used[tenant] = before[0] + prompt, before[1] + output
-        return used
 
     # -------------------------------------------------------------- tokens and text
 
@@ -191,9 +195,10 @@ class Model:
 class Models:
     """All models of the registry. ``name`` is this process's reply channel."""
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, home: HomeBus) -> None:
         self.url = url
         self.name = name
+        self._home = home
         self.cards: dict[str, ModelCard] = {}
         self.routing = Routing()
         self.reachable = False
@@ -310,6 +315,7 @@ class Models:
             if raw != self._routing_raw:
                 self._routing_raw = raw
                 self.routing = decode(raw)
+            await self._home.tell_terms(self.routing.money())
         except (ServiceError, StartError) as error:
             log.error("the table of routes cannot be read, the last one stays: %s", error)
 

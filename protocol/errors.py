@@ -79,6 +79,12 @@ class Unauthorized(RequestError):
     status, code, type = 401, "invalid_api_key", "authentication_error"
 
 
+class BudgetSpent(RequestError):
+    """The tenant has no money left for today."""
+
+    status, code, type = 402, "budget_exhausted", "insufficient_quota"
+
+
 class NotFound(RequestError):
     status, code, type = 404, "not_found", "not_found_error"
 

@@ -79,10 +79,6 @@ class Keys:
         """Set of the tenant's rids that have not ended."""
         return f"{self.prefix}run:{tenant}"
 
-    def used(self, day: int) -> str:
-        """Hash: tokens that tenants have used on this day (of Unix time), `in:<tenant>` and `out:<tenant>`."""
-        return f"{self.prefix}used:{day}"
-
     def worker(self, wid: str) -> str:
         return f"{self.prefix}w:{wid}"
 

@@ -126,8 +126,6 @@ class Term:
         self._finish_gate = asyncio.Semaphore(READS_AT_ONCE)
         self._planning = asyncio.Event()
         self._after = "0-0"  # last event read
-        self._used: dict[str, tuple[int, int]] = {}  # tenant -> tokens in and out that ended since the last tick
-        self._used_calls = 0
         self._hint: Hint | None = None  # the commit that is being read, where there are traces
         self._shown: tuple[int, str] | None = None  # what of the published card may change: context, fingerprint
 
@@ -324,8 +322,6 @@ class Term:
                         self._group.create_task(self._answers.keep(effect.rid, effect.finish_reasons))
                     if self._traces.on:
                         self._group.create_task(self._traces.done(effect, self._hint))
-                    prompt, output = self._used.get(effect.tenant, (0, 0))
-                    self._used[effect.tenant] = prompt + effect.prompt_tokens, output + effect.output_tokens
                 case ReleaseWorker():
                     self._group.create_task(self._registry.release(effect))
         for rid, choices in ending.items():
@@ -383,7 +379,6 @@ class Term:
             told = {"rate": rate.value, "led_at": led_at, "taken_over": int(self._taken_over), **self._registry.lost}
             if depth != (depth := {**stats.depth(), **told}):
                 await self._bus.write_depth(self._epoch, depth)
-            await self._count_used()
             if ticks % TICKS_PER_SECOND == 0:
                 oldest = self.core.oldest_waiting()
                 waits = max(0.0, now - oldest) if oldest is not None else 0.0
@@ -408,13 +403,6 @@ class Term:
             await self._recover(rid, unfed=True)
         for rid in ended if self._traces.on else ():
             await self._traces.answered(rid)
-
-    async def _count_used(self) -> None:
-        """Tell the store what tenants have used: what ends within a tick of this process's death is not counted."""
-        if self._used:
-            used, self._used = self._used, {}
-            self._used_calls += 1
-            await self._bus.count_used(self._epoch, self._used_calls, int(time.time() // 86400), used)
 
     def _follow_capacity(self) -> None:
         """Limit admission to the longest sequence that the workers can hold: it may be less than the model's

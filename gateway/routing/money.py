@@ -1,75 +1,53 @@
 """What answers cost: counted for metrics, and summed per tenant and day for budgets.
 
-Tokens of served models are counted by their leaders as requests end, those of upstreams here; both in the store, so a
-budget holds over all gateways. What runs now is not in the sum yet: a tenant can exceed its budget by what it has under
-way, no more.
+The sum is in the home slot (protocol/bus/home.py), which settles what requests of our models cost and refuses those
+beyond a budget, whatever way they come; what upstreams cost is added here when they have answered.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
-import time
 from collections import deque
 
 from gateway.metrics import COST, ROUTED, ROUTED_TOKENS
 from gateway.models import Models
+from protocol.bus import HomeBus
 from protocol.errors import HeadraceError
-from protocol.routing.store import RoutingStore, day_of
 
 log = logging.getLogger("headrace.gateway")
 
-READ_S = 2.0  # how often the sums are read, while somebody asks
 MOST_TENANTS = 1000  # with series of their own; further ones count as "other"
 LAST_FIRSTS = 32  # times to a first token that are kept of each candidate
 
 
 class Money:
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, home: HomeBus) -> None:
         self.models = models
-        self._store = RoutingStore(models.url, patience=2.0)
-        self._spent: dict[str, float] = {}
-        self._read_at = float("-inf")
-        self._reading = asyncio.Lock()
+        self._home = home
+        self._spent: dict[str, float] = {}  # by tenant, as read last
         self._tenants: set[str] = set()
         self._firsts: dict[str, deque[float]] = {}
         self._under_way: dict[str, int] = {}  # upstream -> requests of this gateway
 
-    async def close(self) -> None:
-        await self._store.close()
-
     # -------------------------------------------------------------- budgets
 
     async def over_budget(self, tenant: str) -> bool:
-        """Whether the tenant has spent its money of today. While the sums cannot be read, the last ones hold."""
+        """Whether the tenant has spent its money of today. While the sum cannot be read, the last one holds."""
         terms = self.models.routing.tenants.get(tenant)
         if terms is None or terms.budget is None:
             return False
-        await self._read()
+        try:
+            self._spent[tenant] = await self._home.spent(tenant)
+        except HeadraceError as error:
+            log.warning("what tenants have spent cannot be read, the last sum holds: %s", error)
         return self._spent.get(tenant, 0.0) >= terms.budget
 
-    async def _read(self) -> None:
-        async with self._reading:
-            if time.monotonic() - self._read_at < READ_S:
-                return
-            table, day = self.models.routing, day_of(time.time())
-            try:
-                used = await self._store.used_upstream(day)
-                for model in await self.models.opened():
-                    used |= {(t, model.name): n for t, n in (await model.used_tokens(day)).items()}
-            except HeadraceError as error:
-                log.warning("what tenants have spent cannot be read, the last sums hold: %s", error)
-                return
-            spent: dict[str, float] = {}
-            for (tenant, name), (prompt, output) in used.items():
-                if price := table.price(name):
-                    spent[tenant] = spent.get(tenant, 0.0) + price.of(prompt, output)
-            self._spent, self._read_at = spent, time.monotonic()
-
     async def spend_upstream(self, tenant: str, upstream: str, prompt: int, output: int) -> None:
-        with contextlib.suppress(HeadraceError):
-            await self._store.spent_upstream(day_of(time.time()), tenant, upstream, prompt, output)
+        terms, price = self.models.routing.tenants.get(tenant), self.models.routing.price(upstream)
+        if terms is not None and terms.budget is not None and price is not None:
+            with contextlib.suppress(HeadraceError):
+                await self._home.spend(tenant, price.of(prompt, output))
 
     # -------------------------------------------------------------- metrics and what choices go by
 

@@ -21,7 +21,7 @@ from gateway.models import Model, Models
 from gateway.routing.money import Money
 from gateway.routing.rules import Asked, first_match
 from gateway.routing.scorer import Scorer
-from protocol.errors import HeadraceError, InvalidRequest, NotFound, RequestError, Unavailable
+from protocol.errors import BudgetSpent, HeadraceError, InvalidRequest, NotFound, Unavailable
 from protocol.records import Limits
 from protocol.routing.table import Price, Route, Routing, Rule, Upstream
 
@@ -29,12 +29,6 @@ log = logging.getLogger("headrace.gateway")
 
 DEEPEST = 8  # names that are followed one after the other
 MOST_STEPS = 32
-
-
-class BudgetSpent(RequestError):
-    """In OpenAI's form of such an error: the type is that of a quota."""
-
-    status, code, type = 402, "budget_exhausted", "insufficient_quota"
 
 
 @dataclass(frozen=True)

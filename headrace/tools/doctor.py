@@ -26,7 +26,7 @@ from typing import Any, Literal
 from headrace.options import state_dir
 from headrace.serve import embedded
 from headrace.tools.show import duration
-from headrace.tools.stored import PATIENCE_S, OperatorBus
+from headrace.tools.stored import PATIENCE_S, OperatorBus, shards_of
 from protocol.bus import GatewayBus
 from protocol.errors import HeadraceError, StartError, StoreFailed
 from protocol.messages import WIRE
@@ -199,7 +199,8 @@ async def check_server(values: Mapping[str, Any]) -> AsyncIterator[Finding]:
         yield Finding("fail", f"the server: {error}", "is it up, and are URL, user and password right?")
         return
     looks = [_looked(url, models[0] if models else "doctor", _server)]
-    looks += [_looked(url, name, partial(_model, may_sleep=name in asleep)) for name in models]
+    for shard in [one for name in models for one in await shards_of(url, name) if one.open]:
+        looks.append(_looked(url, shard.tag, partial(_model, may_sleep=shard.model in asleep)))
     for found in await asyncio.gather(*looks):
         for finding in found:
             yield finding

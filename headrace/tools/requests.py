@@ -10,7 +10,7 @@ from typing import Any
 
 from headrace.clients.queue import AsyncClient
 from headrace.tools.show import as_json, duration, table
-from headrace.tools.stored import Store, opened
+from headrace.tools.stored import Store, Stores, opened
 from protocol.errors import InvalidRequest
 from protocol.messages import ID_BYTES, decode_frames
 from protocol.records import RequestRecord
@@ -30,20 +30,19 @@ async def _run(values: Mapping[str, Any]) -> int:
         raise InvalidRequest("ls takes no id", param="id")
     if action != "ls" and (not ids or (action != "cancel" and len(ids) > 1)):
         raise InvalidRequest(f"{action} takes {'ids' if action == 'cancel' else 'one id'}", param="id")
-    async with opened(values) as store:
+    async with opened(values) as stores:
         if action == "ls":
-            return await _list(store, values)
-        if action == "show":
-            return await _show(store, ids[0])
+            return await _list(stores, values)
         if action == "cancel":
-            return await _cancel(store, ids)
-        record = await store.find(ids[0])
-        model = store.bus.keys.model
-    return await _tail(values["redis_url"], model, record)
+            return await _cancel(stores, ids)
+        store, record = await stores.find(ids[0])
+        if action == "show":
+            return await _show(store, record)
+    return await _tail(values["redis_url"], store.shard.model, record)
 
 
-async def _list(store: Store, values: Mapping[str, Any]) -> int:
-    found = (await store.live(values["tenant"]))[: values["limit"]]
+async def _list(stores: Stores, values: Mapping[str, Any]) -> int:
+    found = (await stores.live(values["tenant"]))[: values["limit"]]
     if values["json"]:
         as_json(found)
         return 0
@@ -58,16 +57,16 @@ async def _list(store: Store, values: Mapping[str, Any]) -> int:
     return 0
 
 
-async def _show(store: Store, named: str) -> int:
+async def _show(store: Store, record: RequestRecord) -> int:
     """What is stored of a request, but no prompt and no answer."""
-    record = await store.find(named)
     choices = range(len(record.placements))
     journals = await store.bus.read_journals([(record.rid, choice) for choice in choices])
     sampling, now = record.job.sampling, await store.bus.server_ms()
     told = {
         "id": record.rid,
         "trace": trace_id_of(record.rid, record.job.trace),
-        "model": store.keys.model,
+        "model": store.shard.model,
+        "shard": store.shard.number,
         "tenant": record.tenant,
         "priority": record.job.priority,
         "state": "ended" if not record.open else "running" if record.prompts else "inbox",
@@ -92,10 +91,10 @@ def _choice(record: RequestRecord, choice: int, journal: bytes) -> dict[str, Any
     return {"tokens": tokens, "placement": record.placements[choice], "finish_reason": record.ends[choice]}
 
 
-async def _cancel(store: Store, ids: list[str]) -> int:
+async def _cancel(stores: Stores, ids: list[str]) -> int:
     missed = 0
     for named in ids:
-        record = await store.find(named)
+        store, record = await stores.find(named)
         cancelled = await store.bus.cancel(record.rid, record.tenant)
         print(f"{record.rid} {'is cancelled' if cancelled else 'had ended already'}")
         missed += not cancelled

@@ -17,6 +17,7 @@ from protocol.routing.shards import Shard, ShardStore
 
 LEFT_S = 10.0  # how long it takes at most until nobody leads a shard any more that is retired
 POLL_S = 0.5
+KNOWN_S = 5.0  # until every gateway and client has read that a shard drains (they look every three seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ async def change(values: Mapping[str, Any]) -> int:
         elif action != "ls":
             for named in values["id"] or [""]:
                 await _set(store, url, _named(shards, named), action)
+            if action == "drain":  # what is shown as unfinished after that is all that there will be
+                await asyncio.sleep(KNOWN_S)
             shards = await store.read(model)
         await _show(url, shards, values["json"])
     except Unavailable as error:

@@ -1,10 +1,12 @@
-"""What the tools of an operator read and change in the store, and how they find the model that is meant.
+"""What the tools of an operator read and change in the store, and how they find the model that is meant, with all its
+shards.
 
 They work as a person with the server's password: over all tenants. No prompt and no answer is read, but by `tail`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from protocol.errors import InvalidRequest, StartError, Unavailable
 from protocol.keys import NAME, Keys
 from protocol.messages import ID_BYTES
 from protocol.records import RequestRecord
+from protocol.routing.shards import Shard, ShardStore, served
 
 PATIENCE_S = 5.0
 PAGE = 500
@@ -56,6 +59,16 @@ class Letter:
     producer_id: str | None
 
 
+async def shards_of(url: str, model: str) -> list[Shard]:
+    """Those that may hold anything. ``model`` may be the tag of one of them."""
+    store = ShardStore(url, PATIENCE_S)
+    try:
+        found = served(await store.read(model.partition("#")[0]))
+    finally:
+        await store.close()
+    return [shard for shard in found if "#" not in model or shard.tag == model]
+
+
 async def served_model(url: str, named: str | None) -> str:
     """The model that is meant: the one that is named, else the only one."""
     try:
@@ -70,24 +83,68 @@ async def served_model(url: str, named: str | None) -> str:
 
 
 @contextlib.asynccontextmanager
-async def opened(values: Mapping[str, Any]) -> AsyncIterator[Store]:
-    url = values["redis_url"]
-    bus = OperatorBus(url, await served_model(url, values["model"]), patience=PATIENCE_S)
+async def opened(values: Mapping[str, Any]) -> AsyncIterator[Stores]:
+    url, stores = values["redis_url"], Stores()
     try:
-        await bus.connect()
-        yield Store(bus)
+        for shard in await shards_of(url, await served_model(url, values["model"])):
+            stores.add(shard, OperatorBus(url, shard.tag, patience=PATIENCE_S))
+        if not stores.parts:
+            raise InvalidRequest(f"there is no shard {values['model']}", param="model")
+        await asyncio.gather(*(store.bus.connect() for store in stores.parts))
+        yield stores
     except Unavailable as error:
         raise StartError(f"--redis-url: {error.message}") from None
     finally:
-        await bus.close()
+        await asyncio.gather(*(store.bus.close() for store in stores.parts))
+
+
+class Stores:
+    """The requests and dead letters of one model, in all its shards."""
+
+    def __init__(self) -> None:
+        self.parts: list[Store] = []
+
+    def add(self, shard: Shard, bus: OperatorBus) -> None:
+        self.parts.append(Store(bus, shard))
+
+    async def live(self, tenant: str | None = None) -> list[Live]:
+        """Unfinished requests, oldest first."""
+        found = await asyncio.gather(*(store.live(tenant) for store in self.parts))
+        return sorted((one for some in found for one in some), key=lambda one: -one.age_s)
+
+    async def find(self, named: str) -> tuple[Store, RequestRecord]:
+        """The request of this id, as bodies or headers show it, or of the only unfinished one that begins so."""
+        rid = named.removeprefix("chatcmpl-").removeprefix("cmpl-")
+        if not NAME.fullmatch(rid):
+            raise InvalidRequest("an id must match [A-Za-z0-9_-]{1,64}", param="id")
+        for store in self.parts:
+            if record := await store.bus.read_request(rid):
+                return store, record
+        begin = [(store, one) for store in self.parts for one in await store.bus.scan_live() if one.startswith(rid)]
+        for store, one in begin if len(begin) == 1 else []:
+            if record := await store.bus.read_request(one):
+                return store, record
+        raise StartError(f"no request {named}: it never was, or has ended longer ago than --retention")
+
+    async def letters(self) -> list[tuple[Store, Letter]]:
+        """Dead letters, oldest first."""
+        found = [(store, letter) for store in self.parts for letter in await store.letters()]
+        return sorted(found, key=lambda one: -one[1].age_s)
+
+    def place_for(self, store: Store) -> Store:
+        """Where what is tried again goes: the shard that it was in, but for one that drains."""
+        return store if store.shard.open else self.parts[0]
 
 
 class Store:
-    """The requests and dead letters of one model."""
+    """Those of one shard. Its dead letters are named by their entry, as ids of requests are: `s` and the number follows
+    in another shard than the first."""
 
-    def __init__(self, bus: OperatorBus) -> None:
+    def __init__(self, bus: OperatorBus, shard: Shard) -> None:
         self.bus = bus
+        self.shard = shard
         self.keys: Keys = bus.keys
+        self._suffix = f"s{shard.number}" if shard.number else ""
 
     async def live(self, tenant: str | None = None) -> list[Live]:
         """Unfinished requests, oldest first."""
@@ -117,19 +174,6 @@ class Store:
             )  # fmt: skip
         return found
 
-    async def find(self, named: str) -> RequestRecord:
-        """The request of this id, as bodies or headers show it, or of the only unfinished one that begins so."""
-        rid = named.removeprefix("chatcmpl-").removeprefix("cmpl-")
-        if not NAME.fullmatch(rid):
-            raise InvalidRequest("an id must match [A-Za-z0-9_-]{1,64}", param="id")
-        record = await self.bus.read_request(rid)
-        if record is None:
-            begin = [one for one in await self.bus.scan_live() if one.startswith(rid)]
-            record = await self.bus.read_request(begin[0]) if len(begin) == 1 else None
-        if record is None:
-            raise StartError(f"no request {named}: it never was, or has ended longer ago than --retention")
-        return record
-
     async def letters(self) -> list[Letter]:
         """Dead letters, oldest first."""
         now = await self.bus.server_ms()
@@ -140,12 +184,13 @@ class Store:
             entry = entry_id.decode()
             found.append(
                 Letter(
-                    entry=entry, age_s=max(0, now - int(entry.partition("-")[0])) / 1000, rid=told.get("rid") or None,
-                    code=told.get("code", ""), message=told.get("message", ""), producer_id=told.get("id") or None,
+                    entry=entry + self._suffix, age_s=max(0, now - int(entry.partition("-")[0])) / 1000,
+                    rid=told.get("rid") or None, code=told.get("code", ""), message=told.get("message", ""),
+                    producer_id=told.get("id") or None,
                 )
             )  # fmt: skip
         return found
 
-    async def drop(self, entries: list[str]) -> int:
-        """Delete dead letters; returns how many there were."""
-        return int(await self.bus._link.command("XDEL", self.keys.dead, *entries)) if entries else 0
+    async def drop(self, letter: Letter) -> int:
+        """Delete a dead letter; returns how many there were."""
+        return int(await self.bus._link.command("XDEL", self.keys.dead, letter.entry.removesuffix(self._suffix)))

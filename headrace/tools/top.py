@@ -1,6 +1,7 @@
 """``headrace top``: what a running service does now, in the terminal. All of it is read from the store.
 
-Models with their leader, workers and queue; tenants by what they have waiting; requests with --requests.
+Models with their leader, workers and queue (a further shard of one is a line of its own, MODEL#k); tenants by what they
+have waiting; requests with --requests.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from rich.live import Live as LiveView
 from rich.text import Text
 
 from headrace.tools.show import duration, grid
-from headrace.tools.stored import PATIENCE_S, Live, OperatorBus, Store
+from headrace.tools.stored import PATIENCE_S, Live, OperatorBus, Store, shards_of
 from protocol import records
 from protocol.bus import GatewayBus
 from protocol.errors import StartError, Unavailable
+from protocol.routing.shards import Shard
 
 SILENT_S = 4.0  # without a beat: something is wrong
 WIDE = 400  # columns
@@ -67,12 +69,14 @@ class Watch:
 
     async def look(self) -> list[ModelLine]:
         names = sorted(await GatewayBus.models(self._url, patience=PATIENCE_S))
-        return [await self._look_at(name) for name in names if self._model in (None, name)]
+        shards = [shard for name in names for shard in await shards_of(self._url, name)]
+        return [await self._look_at(one) for one in shards if self._model in (None, one.model, one.tag)]
 
-    async def _look_at(self, name: str) -> ModelLine:
+    async def _look_at(self, shard: Shard) -> ModelLine:
+        name = shard.label
         bus = self._buses.get(name)
         if bus is None:
-            bus = self._buses[name] = OperatorBus(self._url, name, patience=PATIENCE_S)
+            bus = self._buses[name] = OperatorBus(self._url, shard.tag, patience=PATIENCE_S)
             await bus.connect()
         leader = await bus.read_leader()
         link, keys = bus._link, bus.keys
@@ -98,7 +102,7 @@ class Watch:
             line.workers.append(WorkerLine(worker.wid, worker.state, beats, device, dtype, worker.gen))
         line.tenants = await self._tenants(bus, depth)
         if self._requests:
-            line.requests = (await Store(bus).live())[: self._requests]
+            line.requests = (await Store(bus, shard).live())[: self._requests]
         return line
 
     async def _tenants(self, bus: OperatorBus, depth: dict[str, float]) -> list[tuple[str, int, int]]:

@@ -140,17 +140,6 @@ class GatewayBus(RequestReads, ProducerBus):
         requests, tokens, rate = await self._link.command("HMGET", self.keys.depth, "requests", "tokens", "rate")
         return int(requests or 0), int(tokens or 0), float(rate or 0.0)
 
-    async def used_tokens(self, day: int) -> dict[str, tuple[int, int]]:
-        """Tenant -> prompt and output tokens of its requests that ended on this day."""
-        used: dict[str, tuple[int, int]] = {}
-        for field, value in records.fields_of(await self._link.command("HGETALL", self.keys.used(day))).items():
-            kind, _, tenant = field.decode().partition(":")
-            if kind == "at":
-                continue
-            prompt, output = used.get(tenant, (0, 0))
-            used[tenant] = (prompt + int(value), output) if kind == "in" else (prompt, output + int(value))
-        return used
-
     async def read_depth_fields(self) -> dict[str, float]:
         """What waits and runs, as the leader wrote it last (see `write_depth`)."""
         found = records.fields_of(await self._link.command("HGETALL", self.keys.depth))

@@ -9,7 +9,9 @@ in the model's slot, so that an accept which is still on its way cannot come aft
 
 Limits of a tenant are *reserved* here, under the rid, before the request is accepted. A reservation ends with its
 request: its slot notes that, and the tokens that land, in the same script; the leader collects them in numbered batches
-and settles them here, each once. What no request stands behind (its maker died in between) the sweep gives back.
+and settles them here, each once. What no request stands behind (its maker died in between) the sweep gives back. Money
+is one sum for each tenant and day, over all slots: settled tokens times the price of their model, and the prompts that
+are reserved. What a tenant has under way beyond its prompts can exceed its budget.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from dataclasses import replace
 from protocol.bus.base import RequestReads
 from protocol.bus.gateway import GatewayBus
 from protocol.connection import Argument, Link
-from protocol.errors import HeadraceError, InvalidRequest, Overloaded, RatesLeft, Unavailable
+from protocol.errors import BudgetSpent, HeadraceError, InvalidRequest, Overloaded, RatesLeft, Unavailable
 from protocol.keys import HOME, check_name, claim_name
 from protocol.messages import Job
-from protocol.records import Accepted, Claim, Hold, Limits, Reservation, TenantLimits
+from protocol.records import Accepted, Claim, Hold, Limits, Reservation, TenantLimits, fields_of
 from protocol.scripts import load
 
 FIRST_LOOK_MS = 60_000  # a claim or reservation without a request is no older than this when it is freed
@@ -34,6 +36,9 @@ MOST_TENANTS = 10_000  # without limits, that are remembered
 SERVED_STAY_MS = 3_600_000  # how long the sums of what shards have served stay
 FREE_S = 1.0  # how long it is believed that a tenant has no limits
 NO_LIMITS = TenantLimits()
+BILLION = 1_000_000_000
+DAY_S = 86_400
+SPENT_STAYS_MS = 3 * DAY_S * 1000
 LIMIT_MET = {
     "concurrent": "as many requests are running with this key as may at once",
     "requests": "the requests per minute of this key are used up",
@@ -58,6 +63,7 @@ class HomeBus:
         self._link = Link(url, patience, HOME)
         self._slots: dict[str, SlotReads] = {}
         self._scripts = load(self.SCRIPTS, sharded=self._link.in_cluster)
+        self._budgets: set[str] = set()  # tenants that have one, as `tell_terms` said
         self._free: dict[str, float] = {}  # tenant that has no limits -> when it was told so
         self._look_again: dict[str, float] = {}  # tenant -> when its reservations may be looked at again
 
@@ -173,8 +179,8 @@ class HomeBus:
     ) -> Reservation:
         """Reserve request ``rid`` with so many prompt tokens, before it is accepted in ``slot``. Overloaded,
         InvalidRequest. At the limit of requests at once it is looked whether some have ended, which is settled only a
-        moment later."""
-        known = self._free.get(tenant)
+        moment later. BudgetSpent where its money of today is spent."""
+        known = self._free.get(tenant) if tenant not in self._budgets else None
         if known is not None and (limits == NO_LIMITS or (limits is None and time.monotonic() - known < FREE_S)):
             return Reservation(None)
         told = ("-", "-", "-") if limits is None else _texts(limits)
@@ -188,6 +194,8 @@ class HomeBus:
                 return Reservation(tokens, _left(left))
             case [b"limit", b"prompt", *_]:
                 raise InvalidRequest("the prompt has more tokens than this key has in a minute", param="prompt")
+            case [b"limit", b"budget", *_]:
+                raise BudgetSpent("the budget of this key for today is spent; it is renewed at midnight (UTC)")
             case [b"limit", which, wait_ms, *left]:
                 raise Overloaded(LIMIT_MET[which.decode()], retry_after=max(1.0, wait_ms / 1000), left=_left(left))
         if len(self._free) >= MOST_TENANTS:
@@ -202,6 +210,33 @@ class HomeBus:
     async def settle(self, slot: str, number: int, owed: Sequence[bytes]) -> None:
         """Take in a batch that `LeaderBus.collect` told of ``slot``."""
         await self._link.script(self._scripts["settle"], HOME + slot, (HOME, slot, number, *owed))
+
+    async def tell_terms(self, terms: Mapping[str, str]) -> None:
+        """Budgets and prices from now on, all of them (`Routing.money`). Whoever reads the table of routes says what it
+        has read, so that they hold for requests of every way in."""
+        self._budgets = {name[2:] for name in terms if name.startswith("b:")}
+        key = HOME + "terms"
+        reply = fields_of(await self._link.command("HGETALL", key))
+        had = {name.decode(): text.decode() for name, text in reply.items()}
+        if terms and terms != had:
+            await self._link.command("HSET", key, *(part for pair in terms.items() for part in pair))
+        if gone := had.keys() - terms.keys():
+            await self._link.command("HDEL", key, *gone)
+
+    async def spent(self, tenant: str) -> float:
+        """The money of today that has been settled."""
+        found: bytes | None = await self._link.command("HGET", self._spent_key(), tenant)
+        return int(found or 0) / BILLION
+
+    async def spend(self, tenant: str, money: float) -> None:
+        """Count money of an answer that no slot of ours accounts for. Counted twice, at worst, if a reply was lost."""
+        key = self._spent_key()
+        count = ("HINCRBY", key, tenant, round(money * BILLION))
+        await self._link.pipeline([count, ("PEXPIRE", key, SPENT_STAYS_MS)])
+
+    @staticmethod
+    def _spent_key() -> str:
+        return f"{HOME}spent:{int(time.time() // DAY_S)}"
 
     async def due_holds(self, slot: str, count: int) -> list[Hold]:
         """Reservations of ``slot`` that it is time to look at, the longest due first."""

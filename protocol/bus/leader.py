@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -39,9 +39,6 @@ PAGE = 1000  # ids in one look at what is pending
 STRANDED_MS = 60_000  # an entry read this long ago and not handed out has been lost on its way
 
 
-USED_STAYS_MS = 3 * 86_400_000  # how long the count of a day stays
-
-
 class LeaderBus(RequestReads):
     """The calls of a scheduler, standing by or leading."""
 
@@ -63,7 +60,6 @@ class LeaderBus(RequestReads):
         "retire",
         "retire_shard",
         "shed",
-        "spend",
         "trim",
         "void",
     )
@@ -92,13 +88,6 @@ class LeaderBus(RequestReads):
         for the dashboard running (sequences), kv_used:<wid>, kv_blocks:<wid>, led_at (Unix seconds), taken_over (1:
         from a silent leader), and once there is one workers_lost in this term, worker_lost_at."""
         await self._run("depth", epoch, *(part for field in depth.items() for part in field))
-
-    async def count_used(self, epoch: int, number: int, day: int, used: Mapping[str, tuple[int, int]]) -> None:
-        """Add prompt and output tokens of requests that have ended to what their tenants have used on ``day`` (of Unix
-        time). ``number`` grows with each call of an epoch."""
-        counts = [(f"{k}:{t}", n) for t, both in used.items() for k, n in zip(("in", "out"), both, strict=True)]
-        key = self.keys.used(day).removeprefix(self.keys.prefix)
-        await self._run("spend", epoch, number, key, USED_STAYS_MS, *(part for count in counts for part in count))
 
     async def collect(self, epoch: int, settled: int) -> tuple[int, list[bytes]]:
         """What tenants owe in the home slot for requests of this one: the number of a batch, and what `HomeBus.settle`

@@ -4,8 +4,13 @@
 -- limits `concurrent`, `rpm` and `tpm` ('' = none) and two token buckets: `requests` and `tokens` say what is left, as of
 -- `requests_at` and `tokens_at`. A bucket refills its size in a minute and may go below zero: costs that are known only
 -- later are taken from it all the same, and are paid first.
+-- Money: `terms` holds what gateways read in the table of routes, budgets (`b:<tenant>`: money a day, '-': it is counted and
+-- nothing is refused) and prices (`p:<model>`: of a million prompt and of a million output tokens). `spent:<day>` is what
+-- tenants have spent on a day of Unix time, in billionths; `held:<tenant>` the prompt tokens of its reservations, by slot.
 
 local LIMITS_STAY = 86400000 -- milliseconds that a tenant's limits stay after its last request
+
+local SPENT_STAY = 3 * 86400000
 
 local function number_text(x) return string.format('%.3f', x) end
 
@@ -63,6 +68,37 @@ local function rate_left(tenant, now)
     tpm and number_text(refilled(key, 'tokens', tpm, now)) or ''
 end
 
+-- What tokens of a slot cost, in billionths.
+local function cost(slot, prompt, output)
+  local price = redis.call('HGET', P .. 'terms', 'p:' .. string.match(slot, '^[^#]+')) or ''
+  local input, per_output = string.match(price, '^(%S+) (%S+)$')
+  if not input then return 0 end
+  return math.floor((tonumber(input) * prompt + tonumber(per_output) * output) * 1000 + 0.5)
+end
+
+local function day_of(now) return math.floor(now / 86400000) end
+
+local function spend(tenant, money, now)
+  if money == 0 then return end
+  local key = P .. 'spent:' .. day_of(now)
+  redis.call('HINCRBY', key, tenant, string.format('%.0f', money))
+  redis.call('PEXPIRE', key, SPENT_STAY)
+end
+
+-- Whether a tenant has spent its budget of the day, with the prompts that it has reserved.
+local function over_budget(tenant, budget, now)
+  local sum = tonumber(redis.call('HGET', P .. 'spent:' .. day_of(now), tenant) or 0)
+  local held = redis.call('HGETALL', P .. 'held:' .. tenant)
+  for i = 1, #held, 2 do sum = sum + cost(held[i], tonumber(held[i + 1]), 0) end
+  return sum >= budget * 1e9
+end
+
+local function hold(tenant, rid, slot, tokens, first_look)
+  redis.call('HSET', P .. 'run:' .. tenant, rid, slot .. ' ' .. tokens)
+  redis.call('HINCRBY', P .. 'held:' .. tenant, slot, tokens)
+  redis.call('ZADD', P .. 'holds:' .. slot, first_look, tenant .. ' ' .. rid)
+end
+
 -- End a reservation. -> the tokens that it had reserved; nil if there is none
 local function end_hold(tenant, rid)
   local run = P .. 'run:' .. tenant
@@ -70,5 +106,7 @@ local function end_hold(tenant, rid)
   if not slot then return nil end
   redis.call('HDEL', run, rid)
   redis.call('ZREM', P .. 'holds:' .. slot, tenant .. ' ' .. rid)
+  redis.call('HINCRBY', P .. 'held:' .. tenant, slot, -tonumber(tokens))
+  if redis.call('EXISTS', run) == 0 then redis.call('DEL', P .. 'held:' .. tenant) end
   return tonumber(tokens)
 end

@@ -30,3 +30,8 @@ end
 local function owe(tenant, tokens)
   if tokens ~= 0 then redis.call('HINCRBY', P .. 'owed', tenant, tokens) end
 end
+
+-- Note tokens that are to be paid. `what`: in (of a prompt) or out. Of the same requests.
+local function owe_money(what, tenant, tokens)
+  if tokens ~= 0 then redis.call('HINCRBY', P .. 'owed', what .. ':' .. tenant, tokens) end
+end

@@ -32,6 +32,7 @@ if #ARGV == push then -- it went through accept: the record is there
   take()
   if v[5] and v[5] ~= '' then -- what the gateway guessed is set right
     owe(v[4], prompt_tokens - tonumber(v[5]))
+    if ARGV[7] ~= 'hit' then owe_money('in', v[4], prompt_tokens) end
     redis.call('HSET', record, 'charged', prompt_tokens)
   end
 else
@@ -52,6 +53,7 @@ else
     'created', created, 'attempts', 0, 'n', n, 'open', n, 'attached', 0, 'results', results, 'idem', idem,
     'charged', ARGV[push + 10])
   if ARGV[push + 10] ~= '' then redis.call('HSET', record, 'reaches', 1) end
+  if ARGV[push + 10] ~= '' and ARGV[7] ~= 'hit' then owe_money('in', tenant, prompt_tokens) end
   begin_request(tenant, rid)
   redis.call('HSET', live, rid, channel)
   redis.call('SET', P .. idem, rid .. ' ' .. hash)

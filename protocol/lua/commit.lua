@@ -7,7 +7,10 @@ local epoch, wid, gen, hint, before, keep_from = ARGV[2], ARGV[3], ARGV[4], ARGV
 if not is_leader(epoch) then return fenced('epoch') end
 if not is_worker(wid, gen) then return fenced('gen') end
 local verdicts, _, tenants = land_rows(9, ARGV[5])
-for tenant, tokens in pairs(tenants) do owe(tenant, tokens) end
+for tenant, tokens in pairs(tenants) do
+  owe(tenant, tokens)
+  owe_money('out', tenant, tokens)
+end
 redis.call('HINCRBY', P .. 'w:' .. wid, 'beat', 1)
 if hint ~= '' then
   local all = before .. verdicts

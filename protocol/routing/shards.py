@@ -46,6 +46,11 @@ class Shard:
     def open(self) -> bool:
         return self.state == "open"
 
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.model}#{self.number}" if self.number else self.model
+
 
 class ShardStore:
     """The shards of one server's models. Calls repeat for ``patience`` seconds, then raise Unavailable."""

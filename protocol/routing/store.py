@@ -1,8 +1,5 @@
-"""Where the table of routes and the tokens that tenants have used are kept: beside the registry, for all gateways.
-
-The table is one value, replaced by compare-and-set: whoever reads it reads one state, and no change is lost. Tokens
-are counted by day (UTC) and tenant: of served models by their leaders, in a key of the model; of upstreams by the
-gateway that answered. Money is a matter of the reader, who knows the prices.
+"""Where the table of routes is kept: beside the registry, for all gateways. One value, replaced by compare-and-set:
+whoever reads it reads one state, and no change is lost.
 """
 
 from __future__ import annotations
@@ -15,10 +12,7 @@ import msgspec
 from protocol.connection import Link
 from protocol.errors import StartError
 from protocol.keys import REGISTRY, ROUTING
-from protocol.records import fields_of
 from protocol.routing.table import Routing
-
-KEPT_MS = 3 * 86_400_000  # how long a day's count stays
 
 _SWAP = """
 if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
@@ -27,12 +21,6 @@ return 1
 """
 _decoder = msgspec.json.Decoder(Routing)
 _encode = msgspec.json.Encoder().encode
-
-Used = dict[tuple[str, str], tuple[int, int]]  # (tenant, model or upstream) -> prompt tokens, output tokens
-
-
-def day_of(unix_s: float) -> int:
-    return int(unix_s // 86400)
 
 
 def decode(raw: bytes) -> Routing:
@@ -71,29 +59,3 @@ class RoutingStore:
     async def clear(self) -> None:
         """No table: every name is a served model's."""
         await self._link.command("DEL", ROUTING)
-
-    # -------------------------------------------------------------- used tokens
-
-    async def spent_upstream(self, day: int, tenant: str, upstream: str, prompt: int, output: int) -> None:
-        """Count the tokens of an upstream's answer. Counted twice, at worst, if the server's reply was lost."""
-        key = f"{{{REGISTRY}}}:used:{day}"
-        await self._link.pipeline(
-            [
-                ("HINCRBY", key, f"in:{tenant}:{upstream}", prompt),
-                ("HINCRBY", key, f"out:{tenant}:{upstream}", output),
-                ("PEXPIRE", key, KEPT_MS),
-            ]
-        )
-
-    async def used_upstream(self, day: int) -> Used:
-        found = fields_of(await self._link.command("HGETALL", f"{{{REGISTRY}}}:used:{day}"))
-        used: Used = {}
-        for field, value in found.items():
-            kind, tenant, upstream = field.decode().split(":", 2)
-            _add(used, kind, (tenant, upstream), int(value))
-        return used
-
-
-def _add(used: Used, kind: str, key: tuple[str, str], count: int) -> None:
-    prompt, output = used.get(key, (0, 0))
-    used[key] = (prompt + count, output) if kind == "in" else (prompt, output + count)

@@ -119,6 +119,17 @@ class Routing(Part):
     def budgets(self) -> bool:
         return any(tenant.budget is not None for tenant in self.tenants.values())
 
+    def money(self) -> dict[str, str]:
+        """Budgets and prices as the home slot has them (protocol/lua/_limits.lua); {}: nobody has a budget."""
+        if not self.budgets:
+            return {}
+        told = {f"b:{name}": repr(tenant.budget) if tenant.over_budget == "refuse" else "-"
+                for name, tenant in self.tenants.items() if tenant.budget is not None}  # fmt: skip
+        for name, terms in self.models.items():
+            if terms.price is not None:
+                told[f"p:{name}"] = f"{terms.price.input!r} {terms.price.output!r}"
+        return told
+
     def price(self, name: str) -> Price | None:
         terms = self.models.get(name) or self.upstreams.get(name)
         return terms.price if terms is not None else None

@@ -49,7 +49,7 @@ class Load:
     resumed: int = 0
     structured: float = 0.3  # share of the requests that ask for a structure
 
-    async def run(self, streams: int, detached: int, wholes: int, producers: int, calls: int) -> None:
+    async def run(self, streams: int, detached: int, wholes: int, producers: int, calls: int = 0) -> None:
         """Keep so many clients of each kind busy until ``stop`` is set, then let them end."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=SILENCE_S)
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as self.session:

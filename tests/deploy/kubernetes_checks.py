@@ -14,7 +14,7 @@ from headrace.options import Unusable
 from protocol.connection import check_url
 from protocol.errors import HeadraceError
 from protocol.keys import check_name
-from tests.deploy.kubernetes_pods import Cluster, Object, Pod
+from tests.deploy.kubernetes_pods import Cluster, Object, Pod, memory
 
 ROOT = Path(__file__).parents[2]
 SELF_LABELLED = "headrace/producer"  # pods of others give themselves this label
@@ -53,7 +53,7 @@ def _selectors_of(thing: Object) -> Iterator[Object]:
 
 def ports(cluster: Cluster) -> Iterator[str]:
     for pod in cluster.pods():
-        for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe") if pod.role != "rank" else ():
             probe = pod.container.get(kind)
             if probe is None:
                 yield f"{name_of(pod.owner)}: no {kind}"
@@ -70,11 +70,12 @@ def ports(cluster: Cluster) -> Iterator[str]:
 def _ports_of(thing: Object) -> Iterator[str | int]:
     spec = thing["spec"]
     if thing["kind"] == "Service":
-        yield from (port["targetPort"] for port in spec["ports"])
+        yield from (port["targetPort"] for port in spec.get("ports", []))
     elif thing["kind"] == "PodMonitor":
         yield from (end["port"] for end in spec["podMetricsEndpoints"])
     else:
-        yield from (port["port"] for rule in spec.get("ingress", []) for port in rule["ports"])
+        ports = (port for rule in spec.get("ingress", []) for port in rule["ports"])
+        yield from (port["port"] for port in ports if "endPort" not in port)
 
 
 def probes(cluster: Cluster) -> Iterator[str]:
@@ -82,7 +83,7 @@ def probes(cluster: Cluster) -> Iterator[str]:
     for pod in cluster.ours():
         for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
             path = pod.container.get(kind, {}).get("httpGet", {}).get("path")
-            if path != "/health":
+            if path != ("/accepting" if (pod.role, kind) == ("gateway", "readinessProbe") else "/health"):
                 yield f"{name_of(pod.owner)}: {kind} asks {path}, which shuts a service without workers off"
 
 
@@ -228,6 +229,41 @@ def selects_pod(policy: Object, pod: Pod) -> bool:
     return pod in Cluster([pod.owner], []).selected(policy["spec"]["podSelector"])
 
 
+def ranks(cluster: Cluster) -> Iterator[str]:
+    """Each rank finds the worker of its number, over ports that are theirs alone, and all read one volume of models."""
+    workers = {pod.role: pod for pod in cluster.ours()}
+    policies = [p["spec"] for p in cluster.of("NetworkPolicy")]
+    for pod in cluster.pods():
+        if pod.role != "rank":
+            continue
+        worker, args = workers["worker"], vars(build_parser({}).parse_args(cluster.arguments(pod)))
+        door = vars(build_parser(cluster.environment(worker)).parse_args(cluster.arguments(worker)))
+        host, _, port = (args["rendezvous"] or "").rpartition(":")
+        if host != f"{worker.owner['metadata']['name']}-{pod.index}.{worker.owner['spec']['serviceName']}":
+            yield f"{name_of(pod.owner)}: goes to {host}, which is not the worker of its number"
+        if port != (door["rendezvous"] or "").rpartition(":")[2]:
+            yield f"{name_of(pod.owner)}: goes to port {port}, where its worker does not listen"
+        if not args["rank"] or args["rank"] >= door["tensor_parallel_size"] * door["pipeline_parallel_size"]:
+            yield f"{name_of(pod.owner)}: the worker awaits no rank {args['rank']}"
+        if pod.owner["spec"].get("replicas") != worker.owner["spec"].get("replicas"):
+            yield f"{name_of(pod.owner)}: not as many as workers"
+        for one in (pod, worker):
+            shm = [v.get("emptyDir", {}) for v in one.spec["volumes"] if v["name"] == "shm"]
+            if [volume.get("medium") for volume in shm] != ["Memory"]:
+                yield f"{name_of(one.owner)}: /dev/shm has the 64 MiB of a container, too few for NCCL"
+            held = memory(one.container["resources"]["limits"]["memory"])
+            if any("sizeLimit" not in volume or memory(volume["sizeLimit"]) >= held for volume in shm):
+                yield f"{name_of(one.owner)}: what lies in /dev/shm counts as its memory, and has no bound below that"
+            ways = [p for p in policies if one in cluster.selected(p["podSelector"])]
+            for way, peer in (("ingress", "from"), ("egress", "to")):
+                rules = [r for p in ways for r in p.get(way, []) if any("endPort" in port for port in r["ports"])]
+                open_to = {
+                    q.role for r in rules for side in r.get(peer, [{}]) for q in cluster.selected(side["podSelector"])
+                }
+                if open_to != {"worker", "rank"}:
+                    yield f"{name_of(one.owner)}: the ports of ranks ({way}) are open to {sorted(open_to)}"
+
+
 def disruptions(cluster: Cluster) -> Iterator[str]:
     for pod in cluster.ours():
         budgets = [
@@ -238,7 +274,7 @@ def disruptions(cluster: Cluster) -> Iterator[str]:
 
 
 CHECKS: tuple[Callable[[Cluster], Iterator[str]], ...] = (
-    selectors, ports, probes, autoscalers, to_zero, command_lines, names, volumes, rights, network, disruptions,
+    selectors, ports, probes, autoscalers, to_zero, command_lines, names, volumes, rights, network, ranks, disruptions,
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Object = dict[str, Any]
+INDEX = "metadata.labels['apps.kubernetes.io/pod-index']"
 
 
 def selects(selector: Object, labels: dict[str, str]) -> bool:
@@ -55,7 +56,11 @@ class Pod:
 
     @property
     def ports(self) -> dict[str, int]:
-        return {port["name"]: port["containerPort"] for port in self.container["ports"]}
+        return {port["name"]: port["containerPort"] for port in self.container.get("ports", [])}
+
+    @property
+    def index(self) -> str:
+        return self.name.rpartition("-")[2]
 
     def volumes(self) -> set[str]:
         claims = self.owner["spec"].get("volumeClaimTemplates", [])
@@ -79,7 +84,8 @@ class Cluster:
         return [Pod(o) for o in self.of("Deployment", "StatefulSet", "DaemonSet", "Job")]
 
     def ours(self) -> list[Pod]:
-        return [pod for pod in self.pods() if pod.role != "valkey"]
+        """Gateways, schedulers and workers; a rank is a part of its worker, and has neither server nor probes."""
+        return [pod for pod in self.pods() if pod.role not in ("valkey", "rank")]
 
     def selected(self, selector: Object) -> list[Pod]:
         return [pod for pod in self.pods() if selects(selector, pod.labels)]
@@ -112,7 +118,8 @@ class Cluster:
         if "secretKeyRef" in source:
             return self.secret(source["secretKeyRef"]["name"])[source["secretKeyRef"]["key"]]
         if "fieldRef" in source:
-            return {"metadata.name": pod.name}[source["fieldRef"]["fieldPath"]]
+            told = {"metadata.name": pod.name, "status.podIP": "10.1.2.3", INDEX: pod.index}
+            return told[source["fieldRef"]["fieldPath"]]
         kind, _, resource = source["resourceFieldRef"]["resource"].partition(".")
         return str(math.ceil(cpus(pod.container["resources"][kind][resource])))
 

@@ -100,6 +100,7 @@ def test_manifests_have_no_fault_that_schemas_miss(overlay: str) -> None:
     assert faults(cluster) == []
     assert {thing["metadata"].get("namespace", "headrace") for thing in cluster.objects} == {"headrace"}
     assert {pod.role for pod in cluster.ours()} == {"gateway", "scheduler", "worker"}
+    assert ("rank" in {pod.role for pod in cluster.pods()}) == (overlay == "ranks")
 
 
 def test_overlays_are_what_they_say() -> None:
@@ -200,6 +201,31 @@ WRONG: dict[str, Callable[[Cluster], object]] = {
 def test_each_check_finds_its_fault(said: str) -> None:
     spoiled = copy.deepcopy(built("many"))
     WRONG[said](spoiled)
+    assert any(said in fault for fault in faults(spoiled)), faults(spoiled)
+
+
+WRONG_RANKS: dict[str, Callable[[Cluster], object]] = {
+    "is not the worker of its number": lambda c: swap(
+        container(c, "StatefulSet", "rank")["args"], "--rendezvous=headrace-worker-$(POD_INDEX).headrace-worker:7000",
+        "--rendezvous=headrace-worker-1.headrace-worker:7000",
+    ),
+    "where its worker does not listen": lambda c: swap(
+        container(c, "StatefulSet", "worker")["args"], "--rendezvous=$(POD_IP):7000", "--rendezvous=$(POD_IP):7001"
+    ),
+    "awaits no rank 2": lambda c: swap(container(c, "StatefulSet", "rank")["args"], "--rank=1", "--rank=2"),
+    "not as many as workers": lambda c: part(c, "StatefulSet", "rank").update(replicas=2),
+    "too few for NCCL": lambda c: part(c, "StatefulSet", "rank")["template"]["spec"]["volumes"][1]["emptyDir"].clear(),
+    "has no bound below": lambda c: container(c, "StatefulSet", "worker")["resources"]["limits"].update(memory="8Gi"),
+    "are open to ['worker']": lambda c: part(c, "NetworkPolicy", "ranks")["ingress"][0]["from"][0]["podSelector"][
+        "matchExpressions"
+    ][0].update(values=["worker"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", WRONG_RANKS)
+def test_each_check_of_ranks_finds_its_fault(said: str) -> None:
+    spoiled = copy.deepcopy(built("ranks"))
+    WRONG_RANKS[said](spoiled)
     assert any(said in fault for fault in faults(spoiled)), faults(spoiled)
 
 

@@ -408,8 +408,9 @@ async def test_a_server_that_is_away_is_a_503(open_gateway: Any, backend: Backen
     for path, body in (("/v1/completions", COMPLETION), ("/tokenize", {"prompt": "x"})):
         status, answer, headers = await front.post(path, body)
         assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "unavailable", "1")
-    status, _, _ = await front.ask("GET", "/ready")
-    assert status == 503
+    for path in ("/ready", "/accepting"):
+        status, _, _ = await front.ask("GET", path)
+        assert status == 503
     status, _, _ = await front.ask("GET", "/health")
     assert status == 200
 

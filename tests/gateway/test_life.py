@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
 import weakref
 from typing import Any
 
@@ -398,6 +399,34 @@ async def test_a_client_that_leaves_while_the_gateway_drains_cancels_too(open_ga
     reply.close()
     await eventually(lambda: backend.cancelled == [rid])
     await asyncio.wait_for(draining, 60)  # nothing is left to wait for
+
+
+async def test_a_gateway_accepts_without_a_worker_and_tells_of_the_cold_start(
+    open_gateway: Any, backend: Backend
+) -> None:
+    backend.worker_lives = False
+    front = await open_gateway()
+    await eventually(lambda: _is_led(front))
+    model = await front.gateway.models.get(MODEL)
+    await eventually(lambda: model.without_workers)
+    assert (await front.ask("GET", "/ready"))[0] == 503
+    assert (await front.ask("GET", "/accepting"))[:2] == (200, {"accepting": True})
+    backend.hold = True
+    reply = await front.session.post(front.url + "/v1/completions", json=COMPLETION)
+    assert reply.headers["X-Headrace-Waits"] == "no worker serves yet"
+    whole = asyncio.create_task(front.post("/v1/completions", {**COMPLETION, "stream": False}))
+    await backend.until_running(2)
+    backend.worker_lives = True
+    await eventually(lambda: _is_ready(front))
+    backend.hold = False
+    _, _, headers = await asyncio.wait_for(whole, 60)
+    assert re.fullmatch(r"cold-start;dur=\d+", headers["Server-Timing"])
+    await reply.read()
+    _, _, headers = await front.post("/v1/completions", {**COMPLETION, "stream": False})
+    assert not {"Server-Timing", "X-Headrace-Waits"} & headers.keys()
+    front.gateway.answers.draining = True
+    assert (await front.ask("GET", "/accepting"))[:2] == (503, {"accepting": False})
+    front.gateway.answers.draining = False
 
 
 async def _is_ready(front: Front) -> bool:

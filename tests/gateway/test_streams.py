@@ -16,6 +16,7 @@ from gateway.app import Gateway, GatewayConfig
 from gateway.models import Models
 from gateway.streams import SILENCE_S, Collector, Outlet
 from headrace.serve.embedded import EmbeddedServer
+from protocol.bus import HomeBus
 from protocol.errors import Expired, Unavailable
 from tests.gateway.backend import Backend, word
 from tests.gateway.front import CHAT, COMPLETION, Front, event_id, payload, rid_of, split_events
@@ -265,6 +266,7 @@ async def test_a_record_looked_for_before_accept_has_landed_ends_nothing() -> No
 
 async def test_a_gateway_that_has_read_no_registry_says_so(tmp_path: Path) -> None:
     """It must not call a request gone that it could not look for."""
-    models = Models(f"unix://{tmp_path}/nobody.sock", "gateway")
+    url = f"unix://{tmp_path}/nobody.sock"
+    models = Models(url, "gateway", HomeBus(url))
     with pytest.raises(Unavailable):
         await models.find_request("rid")

@@ -8,17 +8,25 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from headrace.clients.http import HttpClient
 from tests.stack import START_S, Stack
 
 TOKENS = 400
 
 
-async def test_a_rolling_restart_fails_no_request(tmp_path: Path, model_dir: Path) -> None:
+SHARDS = pytest.param(("--shards", "2", "--workers", "4"), marks=pytest.mark.nightly, id="two shards")
+RANKS = pytest.param(("--workers", "2", "--tensor-parallel-size", "2"), marks=pytest.mark.nightly, id="two ranks")
+STAGES = pytest.param(("--workers", "2", "--pipeline-parallel-size", "2"), marks=pytest.mark.nightly, id="two stages")
+
+
+@pytest.mark.parametrize("more", [pytest.param(("--workers", "2"), id="plain"), SHARDS, RANKS, STAGES])
+async def test_a_rolling_restart_fails_no_request(tmp_path: Path, model_dir: Path, more: tuple[str, ...]) -> None:
     stack = Stack(
         tmp_path / "s", "--model", str(model_dir), "--served-model-name", "org/tiny", "--engine", "simulated",
         "--engine-options", '{"step_us": 10000}',  # each stream lasts through a restart, and little is computed
-        "--gateways", "2", "--schedulers", "2", "--workers", "2", "--drain-timeout", "5",
+        "--gateways", "2", "--schedulers", "2", "--drain-timeout", "5", *more,
     )  # fmt: skip
     await asyncio.to_thread(stack.__enter__)
     try:
@@ -40,7 +48,7 @@ async def _user(client: HttpClient, seed: int, done: asyncio.Event) -> int:
     first: list[int] | None = None
     streams = 0
     while not done.is_set():
-        body = {"model": "org/tiny", "prompt": "x", "max_tokens": TOKENS, "seed": seed, "ignore_eos": True,
+        body = {"model": "org/tiny", "prompt": f"prompt {seed}", "max_tokens": TOKENS, "seed": seed, "ignore_eos": True,
                 "return_token_ids": True}  # fmt: skip
         tokens = [t async for c in client.stream(body) for k in c["choices"] for t in k.get("token_ids") or []]
         assert len(tokens) == TOKENS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,15 @@ from headrace import cli
 from headrace.option_table import options_of
 from headrace.tools import completion, doctor
 from headrace.tools.show import duration
+from protocol.messages import CommitRow, Hint, Job, ModelCard, new_rid
+from protocol.routing.shards import ShardStore
+from tests.bus import Bus
+from tests.protocol.stage import Stage as Shard
+from tests.protocol.stage import frame
 from tests.stack import Stack
 
 MODEL = "org/tiny"
+SHARDED = "org/sharded"
 PROMPT = "words that no tool may show"
 PATIENCE_S = 60.0
 
@@ -40,7 +47,7 @@ def headrace(*args: str, expect: int | None = 0, env: dict[str, str] | None = No
 
 
 @pytest.fixture
-def server(queue_url: str) -> Iterator[redis.Redis]:
+def stored(queue_url: str) -> Iterator[redis.Redis]:
     with contextlib.closing(redis.Redis.from_url(queue_url)) as client:
         yield client
 
@@ -87,16 +94,16 @@ def test_requests_are_listed_shown_followed_and_cancelled(queue_url: str, long_r
 
 
 def test_dead_letters_are_listed_tried_again_and_dropped(
-    queue_url: str, server: redis.Redis, long_request: str
+    queue_url: str, stored: redis.Redis, long_request: str
 ) -> None:
     at, key = ("--redis-url", queue_url), f"headrace:{{{MODEL}}}:"
-    server.delete(key + "dead")
+    stored.delete(key + "dead")
     assert "no dead letters" in headrace("dead", "ls", *at)
-    server.xadd(key + "jobs", {"job": b"garbage"})
+    stored.xadd(key + "jobs", {"job": b"garbage"})
     deadline = time.monotonic() + PATIENCE_S
-    while not server.xlen(key + "dead") and time.monotonic() < deadline:
+    while not stored.xlen(key + "dead") and time.monotonic() < deadline:
         time.sleep(0.02)
-    killer = server.xadd(key + "dead", {"rid": long_request, "code": "engine_failed", "message": "it killed workers"})
+    killer = stored.xadd(key + "dead", {"rid": long_request, "code": "engine_failed", "message": "it killed workers"})
     (garbage, again) = [json.loads(line) for line in headrace("dead", "ls", *at, "--json").splitlines()]
     assert (garbage["rid"], again["rid"], again["code"]) == (None, long_request, "engine_failed")
     assert "kept no more" in headrace("dead", "retry", garbage["entry"], *at, expect=1)
@@ -120,6 +127,66 @@ def test_top_shows_models_workers_tenants_and_requests(queue_url: str, long_requ
     shown = headrace("top", "--redis-url", queue_url, "--interval", "100ms", env={"COLUMNS": "160"})
     assert "worker-0" in shown
     assert PROMPT not in shown
+
+
+@pytest.fixture
+async def shards(redis_url: str, raw: redis.Redis) -> AsyncIterator[list[Shard]]:
+    """Two shards of a model, each with a leader, a worker and a request that runs."""
+    store = ShardStore(redis_url)
+    stages = [Shard(Bus(redis_url, one.tag, patience=5.0), raw) for one in await store.create(SHARDED, 2)]
+    for stage in stages:
+        await stage.bus.connect()
+        await stage.lead(f"leader-{stage.bus.keys.shard}")
+        await stage.register(f"worker-{stage.bus.keys.shard}")
+    await stages[0].bus.publish_card(ModelCard(model=SHARDED, created=0, max_model_len=99, vocab_size=99), None)
+    yield stages
+    await store.close()
+    for stage in stages:
+        await stage.bus.close()
+
+
+async def test_all_shards_of_a_model_are_seen_as_one(shards: list[Shard], redis_url: str) -> None:
+    at, rids = ("--redis-url", redis_url), []
+    for number, stage in enumerate(shards):
+        rids.append(new_rid(number))
+        await stage.bus.accept(Job(prompt="x"), rid=rids[-1])
+        await stage.admit(rids[-1])
+        await stage.place(rids[-1], wid=f"worker-{number}")
+        stage.raw.xadd(stage.key("dead"), {"rid": rids[-1], "code": "engine_failed", "message": "why"})
+
+    async def told(*args: str, expect: int = 0) -> str:
+        return await asyncio.to_thread(headrace, *args, *at, expect=expect)
+
+    def lines(text: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in text.splitlines()]
+
+    assert {one["rid"] for one in lines(await told("requests", "ls", "--json"))} == set(rids)
+    (alone,) = lines(await told("requests", "ls", "--json", "--model", shards[1].bus.keys.model))
+    assert alone["rid"] == rids[1]
+    assert "there is no shard" in await told("requests", "ls", "--model", f"{SHARDED}#9.0", expect=1)
+    for named in (rids[1], rids[1][:12]):
+        shown = json.loads(await told("requests", "show", named))
+        assert (shown["id"], shown["model"], shown["shard"], shown["state"]) == (rids[1], SHARDED, 1, "running")
+    looks = lines(await told("top", "--json", "--requests", "5", "--interval", "10ms"))
+    assert [(look["model"], look["leader"], look["requests"][0]["rid"]) for look in looks] == [
+        (SHARDED, "leader-0", rids[0]), (f"{SHARDED}#1", "leader-1", rids[1])
+    ]  # fmt: skip
+    assert [look["workers"][0]["wid"] for look in looks] == ["worker-0", "worker-1"]
+
+    first, second = (letter["entry"] for letter in lines(await told("dead", "ls", "--json")))
+    assert (first.endswith("s1"), second.endswith("s1")) == (False, True)
+    again = (await told("dead", "retry", second)).split()[-1]
+    assert again.endswith("s1")
+    assert await shards[1].bus.read_request(again) is not None
+    assert [letter["entry"] for letter in lines(await told("dead", "ls", "--json"))] == [first]
+    assert await told("dead", "drop", "all") == "1 dropped\n"
+
+    row = frame(5, "ended there", "stop")
+    await shards[1].bus.commit("worker-1", shards[1].epoch, shards[1].gen, [CommitRow(rids[1], 0, 1, 0, row, "stop")],
+                               Hint("worker-1", shards[1].gen, 1, []))  # fmt: skip
+    assert await told("requests", "tail", rids[1]) == "ended there\n"
+    said = await told("requests", "cancel", rids[0], again)
+    assert said == f"{rids[0]} is cancelled\n{again} is cancelled\n"
 
 
 def test_doctor_finds_the_installation_well(stack: Stack, queue_url: str, model_dir: Path) -> None:

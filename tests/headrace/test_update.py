@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from headrace.clients.http import HttpClient
+from headrace.tools.shards import change
 from protocol.bus import GatewayBus
-from protocol.messages import decode_frames
+from protocol.messages import decode_frames, shard_of
+from protocol.routing.shards import ShardStore
 from tests.headrace.services import MODEL, ROOT, Services, ready, until, until_ready
 from tests.stack import START_S, free_port
 
@@ -33,14 +35,19 @@ def old_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-async def stream_all_the_time(client: HttpClient, seed: int, done: asyncio.Event) -> int:
-    """One request after the other, the same tokens each time; returns how many."""
+async def stream_all_the_time(
+    client: HttpClient, seed: int, done: asyncio.Event, prompt: str = "x", shards: set[int] | None = None
+) -> int:
+    """One request after the other, the same tokens each time; returns how many. ``shards`` learns where they ran."""
     first: list[int] = []
     streams = 0
     while not done.is_set():
-        body = {"model": MODEL, "prompt": "x", "max_tokens": TOKENS, "seed": seed, "ignore_eos": True,
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": TOKENS, "seed": seed, "ignore_eos": True,
                 "return_token_ids": True}  # fmt: skip
-        tokens = [t async for c in client.stream(body) for k in c["choices"] for t in k.get("token_ids") or []]
+        chunks = [chunk async for chunk in client.stream(body)]
+        tokens = [t for c in chunks for k in c["choices"] for t in k.get("token_ids") or []]
+        if shards is not None:
+            shards.add(shard_of(chunks[0]["id"].removeprefix("cmpl-")))
         first = first or tokens
         assert len(tokens) == TOKENS
         assert tokens == first
@@ -99,6 +106,60 @@ async def test_clients_stream_through_an_update(order: tuple[str, ...], services
         done.set()
     assert all(user.result() > 0 for user in users)
     await bus.close()
+
+
+@pytest.mark.nightly
+async def test_an_update_brings_shards_and_ranks(services: Services, old_code: Path) -> None:
+    """From a version that knows neither, as docs/scaling.md says: gateways first. Then back to one shard."""
+    first = free_port()
+    ports = {"old": first, "new": first + 1}
+    for role in ("gateway", "scheduler", "worker"):
+        services.start(role, old_code, "old", ports["old"])
+    await until_ready(services, ports["old"])
+    store = ShardStore(services.url)
+    done, ran = asyncio.Event(), set[int]()
+
+    async def serves(worker: str, shard: int) -> bool:
+        known = {one.number: one.tag for one in await store.read(MODEL)}
+        if shard not in known:
+            return False
+        bus = GatewayBus(services.url, known[shard], patience=5.0)
+        try:
+            return any(w.wid == worker and w.state == "serving" for w in await bus.list_workers())
+        finally:
+            await bus.close()
+
+    async def ran_in(shard: int) -> bool:
+        return shard in ran
+
+    urls = [f"http://127.0.0.1:{port}" for port in ports.values()]
+    async with HttpClient(urls, patience=START_S) as client, asyncio.TaskGroup() as group:
+        users = [group.create_task(stream_all_the_time(client, k, done, f"prompt {k}", ran)) for k in range(6)]
+        services.start("gateway", ROOT, "new", ports["new"])
+        await until_ready(services, ports["new"])
+        await asyncio.to_thread(services.stop, "gateway-old")
+        services.start("scheduler", ROOT, "new", 0, "--shards", "2")
+        await asyncio.to_thread(services.stop, "scheduler-old")
+        services.start("worker", ROOT, "new", 0, "--tensor-parallel-size", "2")
+        await until(services, "a worker of two ranks", lambda: serves("worker-new", 0))
+        await asyncio.to_thread(services.stop, "worker-old")
+        services.start("worker", ROOT, "second", 0, "--pipeline-parallel-size", "2", "--shard", "1")
+        await until(services, "a worker of two stages", lambda: serves("worker-second", 1))
+        await until(services, "requests in the second shard", lambda: ran_in(1))
+        await change({"redis_url": services.url, "model": MODEL, "id": ["1"], "json": False, "action": "drain"})
+        (second,) = [one for one in await store.read(MODEL) if one.number]
+        bus = GatewayBus(services.url, second.tag, patience=5.0)
+
+        async def drained() -> bool:
+            return not await bus._link.command("HLEN", bus.keys.live)
+
+        await until(services, "nothing in the second shard", drained)
+        await bus.close()
+        await asyncio.to_thread(services.stop, "worker-second")
+        done.set()
+    assert all(user.result() > 0 for user in users)
+    assert ran == {0, 1}
+    await store.close()
 
 
 async def test_what_the_old_version_accepted_is_served_by_the_new_one(services: Services, old_code: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from protocol.bus import HomeBus
 from protocol.bus import home as home_module
 from protocol.bus.base import job_fingerprint
-from protocol.errors import InvalidRequest, Overloaded, Unavailable, Voided
+from protocol.errors import BudgetSpent, InvalidRequest, Overloaded, Unavailable, Voided
 from protocol.keys import HOME
 from protocol.messages import CommitRow, Job, new_rid, pack_ids
 from protocol.records import Accepted, Claim, Limits, TenantLimits
@@ -120,15 +120,17 @@ async def test_tokens_are_reserved_set_right_and_charged_once_for_each_row_that_
     assert door.left() == pytest.approx(500, abs=20)
     await stage.admit(rid)  # three tokens, really
     await stage.admit(rid)  # its reply was lost
-    assert stage.raw.hgetall(stage.key("owed")) == {b"default": b"-497"}
+    assert stage.raw.hgetall(stage.key("owed")) == {b"default": b"-497", b"in:default": b"3"}
     await stage.place(rid)
     row = CommitRow(rid, 0, 1, 0, frame(1, "a"))
     assert await stage.commit(row) == "l"
     assert await stage.commit(row) == "l"  # a repeat
     assert await stage.commit(CommitRow(rid, 0, 9, 0, frame(1, "b"))) == "s"
-    assert stage.raw.hgetall(stage.key("owed")) == {b"default": b"-496"}
+    paid = {b"in:default": b"3", b"out:default": b"1"}
+    assert stage.raw.hgetall(stage.key("owed")) == {b"default": b"-496", **paid}
     await door.end(rid, len(frame(1, "a")))
-    assert stage.raw.hgetall(stage.key("owed")) == {b"default": b"-495", f"end:{rid}".encode(): b"default"}
+    paid = {b"in:default": b"3", b"out:default": b"2", f"end:{rid}".encode(): b"default"}
+    assert stage.raw.hgetall(stage.key("owed")) == {b"default": b"-495", **paid}
     await door.settle()
     assert not stage.raw.exists(stage.key("owed"))
     assert door.left() == pytest.approx(995, abs=5)
@@ -138,10 +140,11 @@ async def test_a_batch_counts_once_however_often_and_late_it_is_told(door: Door)
     stage = door.stage
     rid = await door.running(TenantLimits(concurrent=5, tokens_per_minute=60), prompt_tokens=3)
     number, owed = await stage.bus.collect(stage.epoch, 0)
-    assert (number, owed) == (0, [])
+    assert dict(zip(owed[::2], owed[1::2], strict=True)) == {b"in:default": b"3"}
     await door.end(rid)
-    number, owed = await stage.bus.collect(stage.epoch, 0)
-    assert dict(zip(owed[::2], owed[1::2], strict=True)) == {b"default": b"1", f"end:{rid}".encode(): b"default"}
+    number, owed = await stage.bus.collect(stage.epoch, number)
+    told = dict(zip(owed[::2], owed[1::2], strict=True))
+    assert told == {b"default": b"1", b"out:default": b"1", f"end:{rid}".encode(): b"default"}
     assert await stage.bus.collect(stage.epoch, 0) == (number, owed)  # a new leader's
     stage.raw.hset(f"{HOME}t:default", "tokens", "-1000")
     for _ in range(3):
@@ -220,6 +223,60 @@ async def test_pushes_are_charged(door: Door) -> None:
     assert stage.field(rid, "charged") == "20"
     with pytest.raises(Overloaded, match="at once"):
         await door.accept(None, Job(prompt="x", tenant="a"))
+
+
+PRICES = {"p:test/model": "2.0 10.0", "p:test/other": "1000000.0 0.0"}  # of a million tokens
+
+
+async def test_money_is_one_sum_over_all_slots(door: Door, other: Bus) -> None:
+    """What has landed is paid once, at the price of its model; what is reserved counts until then."""
+    stage = door.stage
+    assert stage.bus.keys.model == "test/model"
+    await door.home.tell_terms({"b:default": "2.0", **PRICES})
+    rid = await door.running(None)  # no limits: who has a budget is reserved all the same
+    row = CommitRow(rid, 0, 1, 0, frame(1, "a"))
+    assert await stage.commit(row) == "l"
+    assert await stage.commit(row) == "l"
+    await door.settle()
+    assert await door.home.spent("default") == pytest.approx(3 * 2e-6 + 10e-6)
+    await door.end(rid, len(frame(1, "a")))
+    number, owed = await stage.bus.collect(stage.epoch, door.settled)
+    for _ in range(3):
+        await door.home.settle(stage.bus.keys.model, number, owed)
+    assert await door.home.spent("default") == pytest.approx(3 * 2e-6 + 20e-6)
+    assert not stage.raw.keys(f"{HOME}held:*")
+    await door.accept(None, bus=other, prompt_tokens=1)
+    assert await door.home.spent("default") < 1e-4  # not paid yet, but reserved
+    dear = (await door.accept(None, bus=other, prompt_tokens=1)).rid
+    for bus in (stage.bus, other):  # by every way in: a push has no limits of its own, nor has a client of the queue
+        for limits in (None, TenantLimits()):
+            with pytest.raises(BudgetSpent, match="for today is spent"):
+                await door.accept(limits, bus=bus)
+    await door.accept(None, Job(prompt="x", tenant="another"), bus=other, prompt_tokens=100)
+    await door.home.give_back("default", dear)
+    await door.accept(None, bus=other)
+
+
+async def test_a_budget_that_leads_to_another_model_is_counted_and_refuses_nothing(door: Door) -> None:
+    await door.home.tell_terms({"b:default": "-", **PRICES})
+    await door.home.spend("default", 1e9)
+    rid = await door.running(None)
+    assert door.held() == {rid}
+    assert await door.home.spent("default") == 1e9
+
+
+async def test_terms_are_replaced_whole(door: Door) -> None:
+    await door.home.tell_terms({"b:default": "0.0", **PRICES})
+    with pytest.raises(BudgetSpent):
+        await door.accept(TenantLimits())
+    await door.home.tell_terms({"b:another": "0.0"})
+    assert door.stage.raw.hgetall(f"{HOME}terms") == {b"b:another": b"0.0"}
+    await door.accept(TenantLimits())
+    await door.home.tell_terms({"b:default": "0.0"})
+    with pytest.raises(BudgetSpent):  # though it had none a moment ago
+        await door.home.accept(door.stage.bus, Job(prompt="x"), rid=new_rid(), tenant_limits=TenantLimits())
+    await door.home.tell_terms({})
+    assert not door.stage.raw.exists(f"{HOME}terms")
 
 
 async def test_a_reply_that_is_lost_gives_nothing_back(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:

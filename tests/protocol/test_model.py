@@ -51,5 +51,10 @@ def test_one_key_is_one_request_and_a_limit_holds_in_whatever_slot(server: Embed
     assert world.stats["at the limit"] > 5
 
 
+def test_without_the_number_of_a_batch_money_is_counted_twice(server: EmbeddedServer) -> None:
+    seen = (run_homes(server.url, seed, "settled").wrong for seed in range(1, MOST_SEEDS))
+    assert any("spent is not what ran" in wrong for wrong in seen)
+
+
 def test_without_the_mark_that_a_rid_is_void_a_key_runs_twice(server: EmbeddedServer) -> None:
     assert any(run_homes(server.url, seed, "void").wrong for seed in range(1, MOST_SEEDS))

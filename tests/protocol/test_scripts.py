@@ -415,16 +415,6 @@ class TestLead:
         assert not stage.raw.exists(stage.key("depth"))
         assert await fenced(stage.bus.write_depth(stage.epoch + 1, {"requests": 3})) == "epoch"
 
-    async def test_used_tokens_are_counted_once_per_call(self, stage: Stage) -> None:
-        used = {"a": (3, 5), "b": (1, 0)}
-        await stage.bus.count_used(stage.epoch, 1, 20000, used)
-        await stage.bus.count_used(stage.epoch, 1, 20000, used)  # the reply was lost
-        await stage.bus.count_used(stage.epoch, 2, 20000, {"a": (10, 10)})
-        await stage.bus.count_used(stage.epoch + 1, 1, 20000, {"a": (100, 0)})
-        assert await stage.bus.used_tokens(20000) == {"a": (113, 15), "b": (1, 0)}
-        assert await stage.bus.used_tokens(20001) == {}
-        assert 0 < stage.raw.pttl(stage.key("used:20000")) <= 3 * 86_400_000
-
     async def test_trim_is_fenced_and_includes_the_id(self, stage: Stage) -> None:
         await stage.register("w1")
         first, second = await stage.bus.read_events("0-0", 10, 0)

@@ -16,6 +16,7 @@ import redis
 
 from gateway.app import Gateway, GatewayConfig
 from headrace.clients.queue import AsyncClient
+from headrace.tools import shards
 from headrace.tools.shards import change
 from protocol.keys import SHARDS, Keys
 from protocol.messages import Job, ModelCard, encode, shard_of
@@ -79,6 +80,7 @@ class Sharded:
 @pytest.fixture
 async def sharded(stage: Stage, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Sharded]:
     monkeypatch.setattr(service, "LOOK_S", 0.1)
+    monkeypatch.setattr(shards, "KNOWN_S", 0.0)  # a test that has gateways waits for them
     made = Sharded(stage, raw)
     yield made
     await made.close()

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from aiohttp import web
 
 from gateway.routing.router import Router
 from protocol.errors import Overloaded
-from protocol.routing.store import RoutingStore, day_of
+from protocol.routing.store import RoutingStore
 from protocol.routing.table import Price, Route, Routing, Rule, Tenant, Terms, Upstream
 from tests.gateway.backend import Backend
 from tests.gateway.front import Front, payload, split_events
@@ -226,10 +225,8 @@ async def test_rights_and_budgets(redis_url: str, two: dict[str, Backend], open_
     status, answer, headers = await ask(front, "best", headers=plain)  # what it may not use is not needed
     assert (status, answer["model"]) == (200, SMALL)
     assert headers["X-Headrace-Route"] == f"model={SMALL}; asked={SMALL}; why=over budget"
-    day = day_of(time.time())
-    for number, (spent, expected) in enumerate(((4, 200), (1, 402)), 1):  # a million a million output tokens: one each
-        await two[BIG].bus.count_used(two[BIG].epoch, number, day, {"gold": (0, spent)})
-        front.gateway.money._read_at = float("-inf")
+    for spent, expected in ((4.0, 200), (1.0, 402)):
+        await front.gateway.home.spend("gold", spent)
         status, body, _ = await ask(front, BIG, headers=gold)
         assert status == expected, body
     assert (body["error"]["type"], body["error"]["code"]) == ("insufficient_quota", "budget_exhausted")
@@ -252,7 +249,9 @@ async def test_an_upstream_is_streamed_through_and_its_tokens_are_counted(
     front = await open_gateway()
     cloud = Upstream(url=far[0].url + "/v1", model="far/model", price=Price(input=1e6, output=1e6))
     rule = Rule(models=["cloud"], name="out", fallbacks=[SMALL])
-    await state(redis_url, Routing(routes={"auto": Route(rules=[rule])}, upstreams={"cloud": cloud}), front)
+    tenants = {"default": Tenant(budget=100.0)}
+    table = Routing(routes={"auto": Route(rules=[rule])}, upstreams={"cloud": cloud}, tenants=tenants)
+    await state(redis_url, table, front)
     status, answer, headers = await ask(front, "auto")
     assert (status, answer["model"], answer["usage"]["completion_tokens"]) == (200, "cloud", 3)
     assert headers["X-Headrace-Route"] == "model=cloud; asked=auto; rule=out; why=first"
@@ -267,8 +266,7 @@ async def test_an_upstream_is_streamed_through_and_its_tokens_are_counted(
     assert whole == answer["choices"][0]["message"]["content"]
     async with front.session.post(url, json=body | {"stream_options": {"include_usage": True}}) as reply:
         assert payload(split_events(await reply.read())[-2])["usage"]["completion_tokens"] == 3
-    used = await front.gateway.money._store.used_upstream(day_of(time.time()))
-    assert used == {("default", "cloud"): (6, 9)}
+    assert await front.gateway.home.spent("default") == 6 + 9
     status, body, _ = await ask(front, "auto", background=True)  # needs a journal: ours
     assert (status, body.get("model")) == (200, SMALL), body
     status, body, _ = await ask(front, "cloud", temperature=9)

@@ -19,7 +19,7 @@ import pytest
 from headrace import LLM, SamplingParams
 from headrace.clients.llm import run_all, serve_options
 from protocol.errors import InvalidRequest, StartError
-from protocol.messages import Job
+from protocol.messages import Job, shard_of
 
 GONE_S = 60  # until every process has gone, on a loaded machine
 NINE = SamplingParams(max_tokens=9, seed=1, ignore_eos=True)
@@ -64,6 +64,14 @@ def test_logprobs_of_prompts_and_a_prompt_alone(llm: LLM) -> None:
     (cut,) = llm.generate([5, 6, 7], max_tokens=2, logprobs=1, truncate_prompt_tokens=2)
     assert cut.prompt_token_ids == [6, 7]
     assert [len(told) in (1, 2) for told in cut.outputs[0].logprobs or ()] == [True, True]
+
+
+@pytest.mark.nightly  # the queue's client is tried with two shards in tests/scheduler/test_shards.py
+def test_prompts_are_spread_over_shards(model_dir: Path) -> None:
+    with LLM(model_dir, engine="simulated", max_model_len=900, shards=2, workers=2) as llm:
+        results = llm.generate([f"prompt {k}" for k in range(12)], NINE)
+    assert [len(result.outputs[0].token_ids) for result in results] == [9] * 12
+    assert {shard_of(result.request_id) for result in results} == {0, 1}
 
 
 def test_generate_and_chat(llm: LLM) -> None:

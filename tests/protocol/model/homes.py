@@ -42,6 +42,7 @@ NAME = "one"
 KEYS = 7  # of each client
 PUSHES = 8
 AT_ONCE = TenantLimits(concurrent=5, tokens_per_minute=10**9)
+TERMS = {"b:default": "1000000.0", f"p:{NAME}": "1000000.0 0.0"}  # a token of a prompt costs one
 
 
 class HomeWorld(World):
@@ -51,6 +52,7 @@ class HomeWorld(World):
         self.counted_at = 0  # calls when open requests were counted last
         self.draining = False  # the last shard
         self.unnamed = 0  # pushes without an id
+        self.plain.hset(f"{HOME}terms", mapping=TERMS)
 
     def home(self) -> HomeBus:
         made = HomeBus("unix:///model")
@@ -65,6 +67,10 @@ class HomeWorld(World):
     def open_requests(self) -> list[int]:
         """What may run now: unfinished requests by slot."""
         return [self.plain.hlen(f"headrace:{{{model}}}:live") for model in MODELS]
+
+    def owed(self) -> int:
+        """Batches that some slot has not settled yet, as far as it knows."""
+        return sum(self.plain.exists(f"headrace:{{{m}}}:{name}") for m in MODELS for name in ("owed", "owing"))
 
     def waiting(self) -> int:
         streams = [f"headrace:{{{model}}}:{name}" for model in MODELS for name in ("jobs", "moving")]
@@ -104,8 +110,15 @@ class HomeWorld(World):
                     self.plain.delete(found)
         for _ in range(3000):
             self.step()
+        for _ in range(30_000):
+            if not self.owed():
+                break
+            self.step()
+        spent = sum(int(self.plain.hget(key, "default")) for key in self.plain.scan_iter(f"{HOME}spent:*"))
+        if spent != len(pushed) * 10**9:  # what clients asked for was never admitted, each push has one token
+            self.wrong["spent is not what ran"] += 1
         left = {key.decode().removeprefix(HOME) for key in self.plain.scan_iter(f"{HOME}*") if self.plain.ttl(key) < 0}
-        if left - {"settled"}:  # claims of ended requests expire with them
+        if left - {"settled", "terms"}:  # claims of ended requests expire with them
             self.wrong["a claim or a reservation that is never freed"] += 1
 
 

@@ -66,6 +66,11 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "",
     ),
     "void": ("accept", "if redis.call('EXISTS', P .. 'void:' .. rid) == 1 then return {'void'} end\n", ""),
+    "settled": (
+        "settle",
+        "if tonumber(redis.call('HGET', settled, ARGV[2]) or 0) >= tonumber(ARGV[3]) then return 0 end",
+        "",
+    ),
     "received": ("receive", "if ms < last_ms or (ms == last_ms and seq <= last_seq) then return 0 end", ""),
     "cursor": (
         "_rows",
