@@ -372,7 +372,6 @@ class Term:
         five what the server tells of itself."""
         rate, ticks, checked, led_at = TokenRate(), 0, 0, time.time()
         depth: dict[str, int | float] = {}
-        trimmed = self._after
         while True:
             now, stats = time.monotonic(), self.core.stats()
             rate.note(now, stats.counters.output_tokens, idle=not stats.running)
@@ -389,9 +388,7 @@ class Term:
                     self.core.check_integrity()
                 self._forget_early_cancels(now)
                 await self._look_at_joined()
-                if trimmed != self._after:
-                    trimmed = self._after
-                    await self._bus.trim_events(trimmed, epoch=self._epoch)
+                await self._bus.trim_events(self._after, epoch=self._epoch)
             if ticks % (SERVER_LOOK_S * TICKS_PER_SECOND) == 0:
                 self._metrics.server(await self._bus.server())
             ticks += 1

@@ -52,6 +52,7 @@ for i = 1, 4 do
 end
 
 local deadline = timeout > 0 and string.format('%.0f', tonumber(now) + timeout) or '0'
+redis.call('XADD', P .. 'jobs', '*', 'rid', rid) -- first: where it fails, nothing is there that looks accepted
 redis.call('HSET', record, 'body', body, 'hash', hash, 'tenant', tenant, 'id', id, 'deadline', deadline, 'created', now,
   'attempts', 0, 'n', n, 'open', n, 'attached', claimed and 1 or 0, 'results', results, 'idem', idem,
   'charged', ARGV[17])
@@ -59,5 +60,4 @@ if ARGV[17] ~= '' then redis.call('HSET', record, 'reaches', 1) end
 begin_request(tenant, rid)
 redis.call('HSET', live, rid, channel)
 if idem ~= '' then redis.call('SET', P .. idem, rid .. ' ' .. hash) end
-redis.call('XADD', P .. 'jobs', '*', 'rid', rid)
 return {'ok', rid}

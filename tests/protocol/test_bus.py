@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from protocol import messages
-from protocol.errors import Conflict, Fenced, NotFound, Overloaded
+from protocol.errors import Conflict, Fenced, NotFound, Overloaded, StoreFailed
 from protocol.messages import (
     Capacity,
     CommitRow,
@@ -138,3 +138,22 @@ async def test_a_subscription_that_is_cut_tells_so(bus: Bus, raw) -> None:
     assert raw.execute_command("CLIENT", "KILL", "TYPE", "pubsub") == 1
     assert await asyncio.wait_for(waiting, 10) == []
     await subscription.close()
+
+
+async def test_an_inbox_whose_ids_are_used_up_is_made_anew(bus: Bus, raw) -> None:
+    """A producer may choose the id of its entry, also the last that there is: nothing can be added after it."""
+    epoch = await leader(bus)
+    raw.xadd(bus.keys.jobs, {"job": "x"}, id=f"{2**64 - 1}-{2**64 - 1}")
+    job, rid = Job(prompt="hello", sampling=SamplingParams(max_tokens=2)), messages.new_rid()
+    for _ in range(2):  # not accepted, also where it is repeated
+        with pytest.raises(StoreFailed):
+            await bus.accept(job, rid=rid)
+    assert await bus.scan_live() == {}
+    [entry] = await bus.read_jobs("me", 8, 0)
+    await bus.trim_events("0-0", epoch=epoch)
+    assert await bus.inbox_length() == 1  # it stays until it was taken
+    await bus.reject(epoch, entry.entry_id, payload_hash="", error={"code": "invalid_request", "message": "no"})
+    await bus.trim_events("0-0", epoch=epoch)
+    assert (await bus.accept(job, rid=rid)).rid == rid
+    [entry] = await bus.read_jobs("me", 8, 0)
+    assert entry.rid == rid
