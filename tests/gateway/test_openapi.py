@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -10,6 +11,8 @@ import msgspec
 
 from gateway.openai.bodies import ChatBody, CompletionBody
 from tests.gateway.front import CHAT, COMPLETION, Front
+
+ROOT = Path(__file__).parents[2]
 
 
 async def document(front: Front) -> dict[str, Any]:
@@ -35,8 +38,19 @@ async def test_every_route_and_field_is_described(front: Front) -> None:
         assert set(schemas[body.__name__]["properties"]) == {field.name for field in msgspec.structs.fields(body)}
         assert schemas[body.__name__]["additionalProperties"] is False
     assert {name.removeprefix("#/components/schemas/") for name in references(found)} <= set(schemas)
+    assert all(
+        "requestBody" in path["post"] for path in found["paths"].values() if "post" in path
+    )  # gateway.api.BODIES
     operations = [op["operationId"] for path in found["paths"].values() for op in path.values()]
     assert len(set(operations)) == len(operations)
+
+
+async def test_the_readme_lists_every_route(front: Front) -> None:
+    table = (ROOT / "README.md").read_text().partition("\n| endpoint | |\n")[2].partition("\n\n")[0]
+    named = {path.rstrip("/") for path in re.findall(r"`(?:[A-Z]+ )?(/[\w./]+)", table)}
+    paths = {path.rstrip("/") for path in (*front.gateway._routes.exact, *front.gateway._routes.prefixes)}
+    missing = sorted(path for path in paths if path not in named and f"/v1{path}" not in named)
+    assert not missing, missing
 
 
 async def test_the_schemas_take_what_the_service_takes(front: Front) -> None:
