@@ -50,9 +50,10 @@ class Drill:
         self.start(role, self.network.add(f"{role[0]}{number}"), redis_url)
 
     def start(self, role: str, machine: Machine, redis_url: str) -> None:
-        model = ["--model", str(self.folder / "model"), "--served-model-name", MODEL, "--retention", "30m"]
+        model = ["--model", str(self.folder / "model"), "--served-model-name", MODEL, "--retention", "30m",
+                 "--max-model-len", "4096"]  # fmt: skip
         options = {
-            "scheduler": model,
+            "scheduler": [*model, "--tool-format", "hermes"],
             "worker": [*model, "--engine", "simulated", "--engine-options", '{"random": true}', "--threads", "1"],
             "gateway": ["--host", "0.0.0.0"],
         }
@@ -92,7 +93,7 @@ class Drill:
             watching.cancel()
         await self._rest(shards, history)
         await history.judge(shards)
-        assert history.violations == [], self.network.logs()
+        assert history.violations == [], "\n".join([*history.violations, self.network.logs()])
         assert len(history.accepted) > 20
         assert load.resumed
 

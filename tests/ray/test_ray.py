@@ -56,6 +56,8 @@ model = "{folder / "model"}"
 engine = "simulated"
 engine-options = {{random = true, step_us = 25000}}
 retention = "30m"
+tool-format = "hermes"
+max-model-len = 4096
 schedulers = 2
 [models."{MODEL}"]
 [models."{MODEL}".ray]
