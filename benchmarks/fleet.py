@@ -1,7 +1,7 @@
 """A day of one model on two shards whose load comes and goes, and a rule that asks for workers: how many deadlines are
 met, at what price, beside the best fixed number. In simulated time.
 
-    python -m benchmarks.fleet [--seeds 1 2] [--requests-per-worker 18 ...] [--plot docs/images/fleet.svg]
+    python -m benchmarks.fleet [--seeds 1 2] [--requests-per-worker 20 ...] [--plot docs/images/fleet.svg]
 
 Real are the scheduler's core, which plans every step and moves sequences when a worker leaves, and the rule of
 headrace/ray/rule.py, which is KEDA's and Kubernetes' as deploy/kubernetes sets it. Everything else is a model: workers
@@ -370,7 +370,7 @@ def plot(path: Path, seed: int, rule: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--requests-per-worker", type=int, nargs="*", default=[12, 14, 16, 18, 20])
+    parser.add_argument("--requests-per-worker", type=int, nargs="*", default=[20, 18, 22])
     parser.add_argument("--scale-down-after", type=float, nargs="*", default=[300.0])
     parser.add_argument("--step-down-every", type=float, nargs="*", default=[150.0])
     parser.add_argument("--plot", type=Path, help="the first rule's decisions, as SVG")
