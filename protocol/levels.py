@@ -15,16 +15,18 @@ import msgspec
 from protocol.messages import Job
 from protocol.sampling import SamplingParams
 
-LEVEL = 5
+LEVEL = 6
 # What each adds: 1 structure, tools, formats of calls and thoughts, more than four stops; 2 default length;
 # 3 traceparent, cache of answers, suffix, tokenize;
 # 4 bad_words, logprobs of prompts and of named ids, max_tokens 0, how a prompt is made;
-# 5 tool_choice, parallel_tool_calls
+# 5 tool_choice, parallel_tool_calls; 6 opened_by of a structure
 STOPS_BEFORE = 4
 
 
 def sampling_level(params: SamplingParams) -> int:
     """The least level of a worker that can read ``params``."""
+    if params.structure is not None and params.structure.opened_by:
+        return 6
     if params.bad_words or params.max_tokens == 0:
         return 4
     if params.logprob_token_ids is not None or params.prompt_logprobs is not None:
@@ -35,11 +37,13 @@ def sampling_level(params: SamplingParams) -> int:
 
 def job_level(job: Job) -> int:
     """The least level of a scheduler that can read ``job``."""
+    of_sampling = sampling_level(job.sampling)
+    if of_sampling > 5:
+        return of_sampling
     if job.tool_choice is not None or job.parallel_tool_calls is not None:
         return 5
     if not job.add_special_tokens or job.truncate_prompt_tokens is not None or job.continue_final_message:
         return 4
-    of_sampling = sampling_level(job.sampling)
     if job.trace is not None or job.cache is not None or job.suffix is not None or job.tokenize:
         return max(3, of_sampling)
     if job.default_max_tokens is not None:

@@ -14,7 +14,7 @@ from protocol.formats.spec import FormatSpec
 from protocol.levels import LEVEL, job_level, sampling_level
 from protocol.messages import Job
 from protocol.sampling import Content, SamplingParams
-from protocol.structures.structure import Structure
+from protocol.structures.structure import KINDS, Structure
 
 SAMPLING_AT_FIRST = {
     *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty"),
@@ -29,6 +29,8 @@ SAMPLING_SINCE: dict[str, tuple[int, Any]] = {  # level, a value
     "logprob_token_ids": (4, [1]),
     "prompt_logprobs": (4, 0),
 }
+STRUCTURE_AT_FIRST = {*KINDS, "after", "after_limit", "field"}  # with structure itself
+STRUCTURE_SINCE: dict[str, tuple[int, Any]] = {"opened_by": (6, [2])}
 JOB_AT_FIRST = {
     *("v", "id", "prompt", "messages", "chat_template_kwargs", "sampling", "tenant", "priority", "timeout_s"),
     *("reply_to", "results", "cache_salt", "view"),
@@ -52,7 +54,9 @@ JOB_SINCE: dict[str, tuple[int, Any]] = {
 def test_every_field_has_a_level() -> None:
     assert set(SamplingParams.__struct_fields__) == SAMPLING_AT_FIRST | SAMPLING_SINCE.keys()
     assert set(Job.__struct_fields__) == JOB_AT_FIRST | JOB_SINCE.keys()
-    assert max(level for level, _ in (*SAMPLING_SINCE.values(), *JOB_SINCE.values())) == LEVEL
+    assert set(Structure.__struct_fields__) == STRUCTURE_AT_FIRST | STRUCTURE_SINCE.keys()
+    tables = (*SAMPLING_SINCE.values(), *STRUCTURE_SINCE.values(), *JOB_SINCE.values())
+    assert max(level for level, _ in tables) == LEVEL
 
 
 @pytest.mark.parametrize("field", SAMPLING_SINCE)
@@ -61,6 +65,15 @@ def test_a_newer_sampling_field_needs_its_level(field: str) -> None:
     params = SamplingParams(**{field: value})
     assert sampling_level(params) == job_level(Job(prompt="a", sampling=params)) == level
     assert sampling_level(SamplingParams()) == 0
+
+
+@pytest.mark.parametrize("field", STRUCTURE_SINCE)
+def test_a_newer_field_of_a_structure_needs_its_level_whatever_the_job_has(field: str) -> None:
+    level, value = STRUCTURE_SINCE[field]
+    params = SamplingParams(structure=Structure(after=[1], **{field: value}), bad_words=["a"])
+    assert sampling_level(params) == level
+    for other, (_, its) in JOB_SINCE.items():
+        assert job_level(Job(prompt="a", sampling=params, **{other: its})) == level
 
 
 @pytest.mark.parametrize("field", JOB_SINCE)
