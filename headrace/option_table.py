@@ -210,6 +210,14 @@ OPTIONS: tuple[Option, ...] = (
         metavar="SIZE",
     ),
     Option(
+        "--kv-offload",
+        "serve worker",
+        "host memory of a worker for blocks that its KV cache has no room for, as 32GiB: a conversation that returns "
+        "is copied back rather than computed again (default: none)",
+        size,
+        metavar="SIZE",
+    ),
+    Option(
         "--gpu-memory-utilization",
         "serve worker",
         "share of a GPU's whole memory that a worker may take, for weights and KV cache together",

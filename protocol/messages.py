@@ -62,6 +62,15 @@ def unpack_ids(raw: bytes) -> array[int]:
     return ids
 
 
+PAIR_BYTES = 2 * ID_BYTES  # of two packed ids
+
+
+def unpack_pairs(raw: bytes) -> Iterator[tuple[int, int]]:
+    """Pairs of ids that follow each other, packed by pack_ids."""
+    ids = iter(unpack_ids(raw))
+    return zip(ids, ids, strict=True)
+
+
 SEAT_BYTES = 2  # of one packed seat
 
 
@@ -233,6 +242,10 @@ class Plan(Struct, array_like=True):
     blocks: list[tuple[int, bytes]] = []  # (seat, ids of blocks appended to its table), for known seats
     ends: list[tuple[int, str]] = []  # (seat, finish reason): write a terminal frame, then empty the seat
     frees: list[int] = []  # seats whose sequences ended or were preempted: drop their state. Applied before `new`
+    # Pairs of int32, made before the rows are computed, all copies out before all copies in. What is written by a copy
+    # or by a row is written after every earlier copy of it, and read after it.
+    copies_out: bytes = b""  # (block, host block)
+    copies_in: bytes = b""  # (host block, block)
 
     @property
     def tokens(self) -> int:
@@ -241,9 +254,10 @@ class Plan(Struct, array_like=True):
 
 
 class PoolCapacity(Struct, array_like=True):
-    kind: str  # "full" now; window KV and recurrent state later
+    kind: str  # "full", the pool that rows are computed in, comes first; "host": memory for blocks that are not in it
     unit_tokens: int  # tokens per block
     units: int  # blocks
+    copy_us: float = 0.0  # of a host pool: what a block takes to be copied in beside steps; 0: steps wait for copies
 
 
 class Capacity(Struct, array_like=True):

@@ -93,6 +93,9 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens journaled")
         self.cache_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self.cache_hits = counter("prefix_cache_hits", "Prompt tokens found there")
+        self.host_hits = counter("prefix_cache_host_hits", "Prompt tokens copied from host memory, not computed")
+        self.blocks_saved = counter("kv_offload_blocks_out", "KV blocks copied to host memory")
+        self.blocks_loaded = counter("kv_offload_blocks_in", "KV blocks copied from there")
         self.refused = counter("requests_refused", "Jobs ended before admission")
         self._answers = Counter(
             "headrace_answer_cache", "Requests for which the cache of answers was asked, by what it said",
@@ -129,6 +132,12 @@ class Metrics:
         self._kv_usage = Gauge(
             "headrace_kv_cache_usage_perc",
             "KV blocks in use, 0 to 1",
+            ["model", "worker"],
+            registry=self.registry,
+        )
+        self._host_usage = Gauge(
+            "headrace_kv_offload_usage_perc",
+            "Host memory for KV blocks in use, 0 to 1",
             ["model", "worker"],
             registry=self.registry,
         )
@@ -174,16 +183,22 @@ class Metrics:
         if others := sum(requests for requests, _ in most[MOST_TENANTS:]):
             self._by_tenant.labels(self._model, "other").inc(others)
         self._kv_usage.clear()
+        self._host_usage.clear()
         for wid in self._workers - stats.workers.keys():  # they have gone: series of their names would grow for ever
             self._step_time.remove(self._model, wid)
             self._step_tokens.remove(self._model, wid)
             self._workers.discard(wid)
         for wid, worker in stats.workers.items():
             self._kv_usage.labels(self._model, wid).set(worker.blocks_used / worker.blocks_total)
+            if worker.host_total:
+                self._host_usage.labels(self._model, wid).set(worker.host_used / worker.host_total)
         now, before = stats.counters, self._counted
         self.preemptions.inc(now.preemptions - before.preemptions)
         self.cache_queries.inc(now.prefix_queries - before.prefix_queries)
         self.cache_hits.inc(now.prefix_hits - before.prefix_hits)
+        self.host_hits.inc(now.host_hits - before.host_hits)
+        self.blocks_saved.inc(now.blocks_saved - before.blocks_saved)
+        self.blocks_loaded.inc(now.blocks_loaded - before.blocks_loaded)
         self.generation_tokens.inc(now.output_tokens - before.output_tokens)
         self._counted = dataclasses.replace(now)
 

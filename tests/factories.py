@@ -27,13 +27,16 @@ def capacity(
     level: int = LEVEL,
     stages: int = 1,
     fingerprint: str = "",
+    host: int = 0,
+    copy_us: float = 0.0,
 ) -> Capacity:
     return Capacity(
         model="m",
         max_model_len=model_len,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
-        pools=[PoolCapacity("full", block_size, blocks)],
+        pools=[PoolCapacity("full", block_size, blocks)]
+        + ([PoolCapacity("host", block_size, host, copy_us)] if host else []),
         vocab_size=1000,
         level=level,
         stages=stages,

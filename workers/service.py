@@ -68,6 +68,7 @@ class WorkerConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_memory: int | None = None
+    kv_offload: int | None = None
     gpu_memory_utilization: float | None = None
     block_size: int | None = None
     threads: int | None = None

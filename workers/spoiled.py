@@ -2,8 +2,9 @@
 
 A plan gives a new sequence the blocks of others as soon as the step that fills them is planned. If that step's row then
 cannot be computed, what shares its blocks would read what was never written. So whoever does is dropped too, in the
-same step or when it arrives, and so on: until a plan hands a block out to be written anew. Only the worker can tell
-this in time, since several plans are under way before the scheduler learns of a drop.
+same step or when it arrives, and so on: until a plan hands a block out to be written anew. A copy of such a block, in
+host memory or back from there, is no better. Only the worker can tell this in time, since several plans are under way
+before the scheduler learns of a drop.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from protocol.messages import ID_BYTES, Plan, pack_ids, unpack_ids
+from protocol.messages import ID_BYTES, Plan, pack_ids, unpack_ids, unpack_pairs
 
 
 @dataclass(slots=True)
@@ -43,6 +44,7 @@ class SpoiledBlocks:
         self._block_size = block_size
         self._tables: dict[int, _Table] = {}
         self._spoiled: set[int] = set()  # neither written nor handed out since
+        self._spoiled_host: set[int] = set()  # host blocks that are copies of such
 
     def follow(self, plan: Plan, dropped: Iterable[int] = ()) -> Drops | None:
         """Take one executed plan, in which the rows of ``dropped`` seats could not be computed; None if nothing is
@@ -50,6 +52,8 @@ class SpoiledBlocks:
         tables = self._tables
         for seat in plan.frees:
             tables.pop(seat, None)
+        if self._spoiled or self._spoiled_host:
+            self._copy(plan)
         todo: list[int] = []
         for new in plan.new:
             table = tables[new.seat] = _Table(max(0, new.computed) // self._block_size, [new.block_table])
@@ -68,6 +72,12 @@ class SpoiledBlocks:
         for seat, _ in plan.ends:
             tables.pop(seat, None)
         return drops
+
+    def _copy(self, plan: Plan) -> None:
+        for block, host in unpack_pairs(plan.copies_out):
+            (self._spoiled_host.add if block in self._spoiled else self._spoiled_host.discard)(host)
+        for host, block in unpack_pairs(plan.copies_in):
+            (self._spoiled.add if host in self._spoiled_host else self._spoiled.discard)(block)
 
     def _spread(self, todo: list[int], others: set[int]) -> Drops:
         """Tables go last: what is dropped by itself may read from another that is."""

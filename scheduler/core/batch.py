@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from protocol.messages import NewSequence, Plan, pack_ids, pack_seats
+from protocol.messages import PAIR_BYTES, NewSequence, Plan, pack_ids, pack_seats
 from scheduler.core import placement
 from scheduler.core.lifecycle import Lifecycle
 from scheduler.core.sequence import Sequence, State
 from scheduler.core.waiting import CACHED_TOKEN_COST
-from scheduler.core.worker import InFlightBatch, WorkerState
+from scheduler.core.worker import LEAST_STEP_S, InFlightBatch, WorkerState
 
 LEAST_SHARE = 64  # prefill tokens of a step: fewer are not worth evening out between the stages of a pipeline
 MOST_PASSED = 64  # heads of the queue that wait for other weights, in one look
@@ -103,7 +103,7 @@ class BatchBuilder:
         logits = worker.most_seqs - decodes  # rows that may be left: a worker has memory for so many
         rows: list[tuple[Sequence, int]] = []
         new: list[NewSequence] = []
-        begun = sorted(worker.prefilling, key=lambda s: s.waiting_level) if worker.prefilling else []
+        begun = sorted(filter(worker.is_ready, worker.prefilling), key=lambda s: s.waiting_level)
         begun.reverse()
         while spent < worker.budget - decodes and logits > 0:
             waiting = worker.assigned[0] if worker.assigned else self._lifecycle.queue.head()
@@ -118,10 +118,15 @@ class BatchBuilder:
                 break
             if sequence is head:
                 new.append(self._start(worker, sequence))
+                if (decodes or rows) and not worker.is_ready(sequence):
+                    continue  # its blocks are copied beside these
             count = self._chunk(worker, sequence, room, logits)
             rows.append((sequence, count))
             spent += count
             logits -= count if sequence.scores_prompt else 1
+        if not (decodes or rows) and worker.prefilling:  # nothing else is to be done meanwhile
+            sequence = min(worker.prefilling, key=lambda s: s.ready_s)
+            rows.append((sequence, self._chunk(worker, sequence, worker.budget, worker.most_seqs)))
         return rows, new
 
     def _allowance(self, worker: WorkerState, decodes: int, sequence: Sequence) -> int:
@@ -197,6 +202,7 @@ class BatchBuilder:
         sequence.blocks = worker.blocks.start(
             sequence.prefix_hashes(worker.block_size)[:hits], placement.blocks_needed(sequence, worker)
         )
+        worker.expect_copies(sequence, hits)
         sequence.seat = worker.free_seats.pop()
         worker.seats[sequence.seat] = sequence
         lifecycle.worker_of[sequence] = worker
@@ -273,6 +279,7 @@ class BatchBuilder:
         excused: bool,
     ) -> Plan:
         worker.step += 1
+        copies_out, copies_in = worker.blocks.take_copies(worker.budget // worker.block_size)
         complete = [sequence for sequence, _ in rows if sequence.computed == sequence.known]
         seats = worker.decoding.packed_seats() if decodes else b""
         counts = samples = b""
@@ -291,8 +298,12 @@ class BatchBuilder:
             blocks=list(grown.items()),
             ends=worker.ends,
             frees=worker.frees,
+            copies_out=copies_out,
+            copies_in=copies_in,
         )
         prefill_tokens = sum(count for _, count in rows)
+        expected_s = worker.step_time.step_s(decodes, prefill_tokens)
+        worker.planned_s += max(expected_s, LEAST_STEP_S)
         worker.in_flight.append(
             InFlightBatch(
                 step=worker.step,
@@ -302,7 +313,7 @@ class BatchBuilder:
                 sampling_rows=decodes + len(complete),
                 decode_rows=decodes,
                 prefill_tokens=prefill_tokens,
-                expected_s=worker.step_time.step_s(decodes, prefill_tokens),
+                expected_s=expected_s,
                 to_idle=not worker.in_flight,
                 excused=excused,
                 vacated=[*worker.frees, *(seat for seat, _ in worker.ends)],
@@ -317,7 +328,11 @@ class BatchBuilder:
         worker.ends, worker.frees = [], []
         tenants = dict(worker.decoding.tenants) if worker.stages > 1 else worker.decoding.tenants
         self._advance(worker, decodes, complete)
-        self._lifecycle.counters.prompt_tokens += prefill_tokens
+        counters = self._lifecycle.counters
+        counters.prompt_tokens += prefill_tokens
+        counters.blocks_saved += len(copies_out) // PAIR_BYTES
+        counters.blocks_loaded += len(copies_in) // PAIR_BYTES
+        counters.host_hits += len(copies_in) // PAIR_BYTES * worker.block_size
         for tenant, members in tenants.items():
             self._lifecycle.queue.charge(tenant, members)
         return plan

@@ -28,6 +28,9 @@ class Counters:
     preemptions: int = 0
     prefix_queries: int = 0  # prompt tokens looked up at starts
     prefix_hits: int = 0  # of them found
+    host_hits: int = 0  # prompt tokens that were copied from the host
+    blocks_saved: int = 0  # copied to the host
+    blocks_loaded: int = 0  # copied from there
     prompt_tokens: int = 0  # scheduled as prefill, recomputed ones included
     output_tokens: int = 0  # journaled
 

@@ -53,6 +53,8 @@ class WorkerStats:
     plans_outstanding: int
     lead_s: float
     draining: bool
+    host_used: int = 0  # host blocks
+    host_total: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,8 @@ class Core:
                     plans_outstanding=len(worker.in_flight),
                     lead_s=worker.step_time.lead_s,
                     draining=worker.draining,
+                    host_used=worker.blocks.host.used if worker.blocks.host is not None else 0,
+                    host_total=worker.blocks.host.total if worker.blocks.host is not None else 0,
                 )
                 for worker in self._workers.values()
             },

@@ -166,6 +166,7 @@ class Sequence:
         "placement",
         "prefix_hits",
         "prompt",
+        "ready_s",
         "request",
         "sampling",
         "seat",
@@ -200,6 +201,7 @@ class Sequence:
         self.known = 0  # tokens known, or sampled by planned steps; kept while it prefills
         self.computed = 0  # of them computed by planned steps; while it decodes, the worker's counter says it
         self.uncached = 0  # tokens that the prefill of this placement computes, in all
+        self.ready_s = 0.0  # planned work of its worker after which blocks that it has copied in are there
         self.last_step = 0  # once it leaves or its rows are all planned: the last step that may mention it
         self.lost_track = False  # the hints had a gap: its journal has to be read
 

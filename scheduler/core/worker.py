@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from protocol.messages import Capacity, unpack_seats
 from scheduler.core.blocks import BlockManager
 from scheduler.core.decode_set import DecodeSet
+from scheduler.core.host_blocks import HostBlocks
 from scheduler.core.sequence import Sequence
 from scheduler.core.step_time import StepTimeModel
 
 MOST_SEATS = 1 << 16  # uint16 on the wire
 NEVER = 1 << 62
+LEAST_STEP_S = 1e-4  # what a plan counts for at least, in the work that copies are made beside
 
 
 @dataclass(slots=True)
@@ -63,7 +65,12 @@ class WorkerState:
         self.order = order
         self.capacity = capacity
         self.block_size = pool.unit_tokens
-        self.blocks = BlockManager(pool.units, pool.unit_tokens)
+        host = next((other for other in capacity.pools[1:] if other.kind == "host"), None)
+        self.blocks = BlockManager(pool.units, pool.unit_tokens, None if host is None else HostBlocks(host.units))
+        self._copy_s = 0.0 if host is None else host.copy_us / 1e6
+        self._copied_at = 0.0  # planned work beside which all copies in that are named so far will have been made
+        self._coming: set[int] = set()  # blocks that may not be copied in yet
+        self.planned_s = 0.0  # expected time of all plans sent
         self.level = capacity.level
         self.fingerprint = capacity.fingerprint
         self.limit = min(capacity.max_model_len, pool.units * pool.unit_tokens)  # tokens of one sequence, in all
@@ -91,6 +98,25 @@ class WorkerState:
         self.had_nothing = True  # when last asked for a plan
         self.draining = False
         self.released = False
+
+    def expect_copies(self, sequence: Sequence, hits: int) -> None:
+        """``sequence`` starts in the plan being made with ``hits`` blocks that it does not compute: note when those
+        that are copied in will be there. A row before that would make the whole step wait."""
+        sequence.ready_s = 0.0
+        host, shared = self.blocks.host, sequence.blocks[:hits]
+        if host is None:
+            return
+        if self.planned_s >= self._copied_at:
+            self._coming.clear()
+        if coming := [block for block in host.coming(shared) if block not in self._coming]:
+            self._copied_at = max(self._copied_at, self.planned_s) + len(coming) * self._copy_s
+            self._coming.update(coming)
+        if not self._coming.isdisjoint(shared):
+            sequence.ready_s = self._copied_at
+
+    def is_ready(self, sequence: Sequence) -> bool:
+        """Whether the blocks that ``sequence`` starts with will be there by the time of the next plan."""
+        return sequence.ready_s <= self.planned_s
 
     @property
     def running(self) -> int:

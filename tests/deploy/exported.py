@@ -40,7 +40,7 @@ def scheduler_metrics() -> scheduler.metrics.Metrics:
     metrics.step(WORKER, 1000)
     metrics.answered("hit")
     metrics.planned(WORKER, Plan(epoch=1, gen=1, step=1))
-    worker = WorkerStats(1, 2, 4, 0, 0.0, False)
+    worker = WorkerStats(1, 2, 4, 0, 0.0, False, 3, 8)
     tenants = {"default": (1, 1)}
     metrics.observe(Stats(1, 1, 1, 1, tenants, {WORKER: worker}, Counters(), {"standard": 1}), 1.0, 0, 0.0)
     metrics.server(ServerState(1 << 20, 1 << 30, 0.1))

@@ -23,9 +23,9 @@ class CoreDriver:
 
     def __init__(self, engine: Any, capacity: Capacity, blocks: int, budget: int, late: int = 2) -> None:
         self.engine, self.late = engine, late
-        pool = msgspec.structs.replace(capacity.pools[0], units=blocks)
+        pools = [msgspec.structs.replace(capacity.pools[0], units=blocks), *capacity.pools[1:]]
         self.core = Core(CoreConfig(max_num_batched_tokens=budget))
-        self.core.apply(WorkerServing("w0", 1, msgspec.structs.replace(capacity, pools=[pool], level=LEVEL)), 0.0)
+        self.core.apply(WorkerServing("w0", 1, msgspec.structs.replace(capacity, pools=pools, level=LEVEL)), 0.0)
         self.seats: dict[int, Sequence] = {}
         self.by_rid: dict[str, Sequence] = {}
         self.placements: dict[str, int] = {}

@@ -79,3 +79,28 @@ def test_what_is_no_table_spoils_nothing():
     drops = tables.follow(plan(broken), [0, 7])
     assert drops is not None
     assert (drops.others, drops.blocks) == (set(), b"")
+
+
+def copies(out=(), into=()):
+    """Pairs (block, host block) and (host block, block)."""
+    return {"copies_out": pack_ids(n for pair in out for n in pair), "copies_in": pack_ids(n for p in into for n in p)}
+
+
+def test_a_copy_of_a_spoiled_block_is_spoiled_wherever_it_is():
+    tables = SpoiledBlocks(4)
+    tables.follow(plan(new(0, [1, 2])), [0])
+    assert tables.follow(plan(frees=[0], **copies(out=[(1, 7)]))) is None
+    assert tables.follow(plan(new(1, [1, 2]))) is None, "written anew"
+    drops = tables.follow(plan(new(2, [5, 6], 4), **copies(into=[(7, 5)])))
+    assert drops is not None
+    assert drops.others == {2}
+    assert list(unpack_ids(drops.blocks)) == [5, 6]
+
+
+def test_a_copy_of_what_is_sound_makes_its_place_sound():
+    tables = SpoiledBlocks(4)
+    tables.follow(plan(new(0, [1, 2])), [0])
+    tables.follow(plan(frees=[0], **copies(out=[(1, 7), (3, 8)])))
+    assert tables.follow(plan(new(1, [1, 6], 4), **copies(into=[(8, 1)]))) is None
+    tables.follow(plan(**copies(out=[(3, 7)])))
+    assert tables.follow(plan(new(2, [2, 6], 4), **copies(into=[(7, 2)]))) is None

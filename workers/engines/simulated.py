@@ -61,6 +61,7 @@ class SimulatedConfig:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     num_blocks: int = 8192
+    host_blocks: int = 0  # behind them, for what is evicted from the prefix cache
     model: str | None = None  # its tokenizer makes the text; None: ids below 256 are bytes
     token_range: tuple[int, int] | None = None  # sampled ids lie in [low, high); default: printable ones
     eos_token_ids: tuple[int, ...] = (EOS,)
@@ -137,7 +138,8 @@ class SimulatedEngine:
         return Capacity(
             model="", max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            pools=[PoolCapacity("full", config.block_size, config.num_blocks)],
+            pools=[PoolCapacity("full", config.block_size, config.num_blocks)]
+            + ([PoolCapacity("host", config.block_size, config.host_blocks)] if config.host_blocks else []),
             vocab_size=self._vocab_size, engine="simulated", device="none", stages=self.stages,
             fingerprint=self._fingerprint(),
         )  # fmt: skip

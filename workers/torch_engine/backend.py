@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 
 from protocol.errors import ModelRefused
@@ -23,19 +22,9 @@ from workers.torch_engine import loader
 from workers.torch_engine.attention import PagedAttention, adopt
 from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.draw import Draw
-from workers.torch_engine.inputs import ScoredRow, Seats
-from workers.torch_engine.kv_pool import KVPool, block_bytes
+from workers.torch_engine.inputs import SampledRows, Seats
+from workers.torch_engine.kv_pool import HostPool, KVPool, block_bytes
 from workers.torch_engine.replace import FuseReport
-
-
-class SampledRows(Protocol):
-    """What the engine itself reads of a step: its rows, and those that sample."""
-
-    seats: np.ndarray  # int64 [R]
-    sampling_seats: np.ndarray  # int64 [k]
-    sampling_positions: np.ndarray  # int64 [k]: position that the sampled token will take
-    scored: list[ScoredRow]  # s tokens in all, whose logits follow those that sample
-
 
 Step = TypeVar("Step", bound=SampledRows)
 Logits = tuple[
@@ -51,6 +40,7 @@ class Backend(ABC, Generic[Step]):
     attention: PagedAttention[Any]
     seats: Seats
     pool: KVPool
+    host: HostPool | None = None  # behind the pool, where one is asked for
     model: Any
 
     def __init__(self, config: EngineConfig, device: torch.device, draw: Draw) -> None:
@@ -87,6 +77,10 @@ class Backend(ABC, Generic[Step]):
         attention.pool = self.pool
         self.seats = self._make_seats(longest)
 
+    def make_host_pool(self, blocks: int, progress: Progress) -> None:
+        """``blocks`` of host memory behind the pool that serves, the same as on the other ranks; 0: none."""
+        self.host = self._make_host_pool(blocks, progress) if blocks else None
+
     def replace_layers(self, longest: int) -> None:
         """Put kernels into the model that need a pool to attend to. ``longest``: most tokens of a sequence."""
 
@@ -103,6 +97,9 @@ class Backend(ABC, Generic[Step]):
 
     @abstractmethod
     def _make_attention(self) -> PagedAttention[Any]: ...
+
+    def _make_host_pool(self, blocks: int, progress: Progress) -> HostPool:
+        return HostPool(self.pool, blocks)
 
     def _make_seats(self, longest: int) -> Seats:
         return Seats(

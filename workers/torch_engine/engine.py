@@ -33,6 +33,7 @@ from workers.torch_engine.memory import (
     card_of,
     check_room,
     default_threads,
+    host_blocks,
     kv_budget,
     token_bytes,
     weight_bytes,
@@ -82,6 +83,7 @@ class TorchEngine:
         config = self.config
         model_config = loader.load_config(config.model)
         self.max_model_len = loader.choose_max_model_len(config.max_model_len, model_config)
+        host_blocks(config.kv_offload, 1, self.place.ranks)  # refused before anything is loaded
         card = card_of(self.device, config.gpu_memory_utilization)
         if card is not None:
             self._check_room(card, model_config)
@@ -104,12 +106,13 @@ class TorchEngine:
         self.masks.prepare()  # now, since it holds the interpreter
         progress("warm-up", 1.0)
         backend.ready(progress)
+        self._make_host_pool(progress)
         return Capacity(
             model=config.served_name or config.model,
             max_model_len=self.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            pools=[PoolCapacity("full", config.block_size, backend.pool.blocks)],
+            pools=self._pools(),
             vocab_size=vocab_size,
             engine="torch",
             dtype=config.quantization or str(backend.model.dtype).removeprefix("torch."),
@@ -118,6 +121,15 @@ class TorchEngine:
             stages=self.place.stages,
             fingerprint=self._fingerprint(),
         )
+
+    def _make_host_pool(self, progress: Progress) -> None:
+        found = host_blocks(self.config.kv_offload, self.backend.block_bytes, self.place.ranks)
+        self.backend.make_host_pool(self.group.least(found), progress)
+
+    def _pools(self) -> list[PoolCapacity]:
+        backend = self.backend
+        pools = [PoolCapacity("full", self.config.block_size, backend.pool.blocks)]
+        return pools if backend.host is None else [*pools, backend.host.capacity]
 
     def _encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
@@ -224,7 +236,9 @@ class TorchEngine:
     @torch.inference_mode()
     def execute(self, plan: Plan) -> TorchStepOutput:
         clock = StepClock(self.device)
-        seats = self.backend.seats
+        seats, host = self.backend.seats, self.backend.host
+        if host is not None:
+            host.follow(plan)
         for seat in plan.frees:
             self._drop(seat)
         for new in plan.new:
@@ -248,6 +262,8 @@ class TorchEngine:
         refused = backend.seats.take_refusals()
         if step is None or not len(step.seats):
             return TorchStepOutput(_NO_ROWS, None, _NO_ROWS, clock, refused)
+        if backend.host is not None:
+            backend.host.await_blocks(step)
         logits, best = backend.forward(step)
         sampling, prompts = step.sampling_seats, None
         if step.scored and group.samples:

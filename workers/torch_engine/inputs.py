@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,15 @@ class ScoredRow:
     seat: int
     first: int  # flat index of the first of these tokens
     following: np.ndarray  # int64 [m]: the prompt tokens after them
+
+
+class SampledRows(Protocol):
+    """What the engine itself reads of a step: its rows, and those that sample."""
+
+    seats: np.ndarray  # int64 [R]
+    sampling_seats: np.ndarray  # int64 [k]
+    sampling_positions: np.ndarray  # int64 [k]: position that the sampled token will take
+    scored: list[ScoredRow]  # s tokens in all, whose logits follow those that sample
 
 
 @dataclass

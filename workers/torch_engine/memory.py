@@ -160,6 +160,18 @@ def kv_budget(
     return wanted // place.ranks
 
 
+def host_blocks(wanted: int | None, per_block: int, ranks: int) -> int:
+    """Host blocks of this rank's part of ``wanted`` bytes; 0: none are asked for. StartError."""
+    if not wanted:
+        return 0
+    own = wanted // ranks
+    if own > (free := free_memory()):
+        raise StartError(f"--kv-offload asks for {_gib(own)} of host memory, and {_gib(free)} are free: lower it")
+    if own < per_block:
+        raise StartError(f"--kv-offload {own} bytes hold no block: one takes {per_block} bytes of each rank")
+    return own // per_block
+
+
 def free_memory() -> int:
     """Bytes that this machine, or the container that we are in, can still give."""
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():

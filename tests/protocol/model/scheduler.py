@@ -26,6 +26,7 @@ from protocol.messages import (
 from protocol.records import LeaderRecord, WorkerRecord
 from protocol.sampling import SamplingParams
 from scheduler.core.blocks import BlockManager, chain_hashes
+from scheduler.core.host_blocks import HostBlocks
 from tests.protocol.model.link import Turn
 from tests.protocol.model.world import BLOCK, PROMPT, World
 
@@ -33,6 +34,7 @@ QUIET_READS = 10  # (epoch, beat) unchanged this often: the leader is taken for 
 QUIET_BEATS = 6
 PLANS_AHEAD = 5
 POOL = 80  # blocks of each worker
+HOST = 30  # host blocks behind them
 MOST_A_ROW = 3  # tokens
 MOST_DROPS = 5  # without a token between them: far more than chance makes
 
@@ -70,7 +72,7 @@ class WorkerView:
     hinted: int = 0
     seats: dict[int, tuple[Stay, int]] = field(default_factory=dict)  # seat -> (sequence, placement)
     frees: list[int] = field(default_factory=list)
-    blocks: BlockManager = field(default_factory=lambda: BlockManager(POOL, BLOCK))
+    blocks: BlockManager = field(default_factory=lambda: BlockManager(POOL, BLOCK, HostBlocks(HOST)))
 
 
 class Scheduler:
@@ -338,6 +340,7 @@ class Scheduler:
         plan.seats = b"".join(s.seat.to_bytes(2, "little") for s in rows)
         if not (rows or plan.new or plan.ends or plan.frees):
             return
+        plan.copies_out, plan.copies_in = view.blocks.take_copies(plan.step % 8)
         for sequence in [*rows, *arriving, *planned]:
             sequence.last_step = plan.step
         await self.bus.plan(self.epoch, view.wid, view.gen, plan)

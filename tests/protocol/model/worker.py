@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from protocol import messages
 from protocol.errors import Fenced
-from protocol.messages import CommitRow, Frame, Hint, HintRow, Plan, Terminal, pack_ids, unpack_ids
+from protocol.messages import CommitRow, Frame, Hint, HintRow, Plan, Terminal, pack_ids, unpack_ids, unpack_pairs
 from tests.protocol.model.link import Turn
 from tests.protocol.model.world import BLOCK, PROMPT, World, next_token
 from workers.spoiled import SpoiledBlocks
@@ -54,7 +54,10 @@ class Worker:
         self.after = "0-0"
         self.seats: dict[int, Seat] = {}
         self.pending: list[Step] = []  # executed, not yet committed
-        self.pool: dict[int, int] = {}  # slot -> hash of the tokens up to its position; outlives terms, as memory does
+        self.pool: dict[
+            int, int | None
+        ] = {}  # slot -> hash of the tokens up to its position; outlives terms, as memory does
+        self.host: dict[int, list[int | None]] = {}  # host block -> what its slots hold
         self.blocks = SpoiledBlocks(BLOCK)
 
     async def live(self) -> None:
@@ -82,6 +85,7 @@ class Worker:
             self.world.wrong["a plan is missing or repeated"] += 1
             return
         self.step = plan.step
+        self.copy(plan)
         for seat in plan.frees:
             self.seats.pop(seat, None)
         for new in plan.new:
@@ -106,6 +110,14 @@ class Worker:
             if not seat.over:
                 self.append(step, number, [Frame(None, "", reason)])
         self.pending.append(step)
+
+    def copy(self, plan: Plan) -> None:
+        for block, host in unpack_pairs(plan.copies_out):
+            self.host[host] = [self.pool.get(block * BLOCK + at) for at in range(BLOCK)]
+            self.world.stats["blocks copied out"] += 1
+        for host, block in unpack_pairs(plan.copies_in):
+            self.pool |= {block * BLOCK + at: held for at, held in enumerate(self.host[host])}
+            self.world.stats["blocks copied in"] += 1
 
     def drop(self, step: Step, plan: Plan, numbers: list[int]) -> list[int]:
         """Draw which rows cannot be computed; returns those whose choice ends with an error."""

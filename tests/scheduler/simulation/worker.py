@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from protocol.messages import LANDED, Capacity, HintRow, NewSequence, Plan, pack_ids, unpack_ids
+from protocol.messages import LANDED, Capacity, HintRow, NewSequence, Plan, pack_ids, unpack_ids, unpack_pairs
 from scheduler.core.events import StepDone
 from tests.factories import rows
 from tests.scheduler.simulation.server import CommitRow, Fenced, Violation
@@ -52,7 +52,8 @@ class SimWorker:
     def clear(self) -> None:
         """A new epoch or gen: no seats, no KV, no steps."""
         self.seats: dict[int, Seat] = {}
-        self.pool: dict[int, bytes] = {}
+        self.pool: dict[int, bytes | None] = {}
+        self.host: dict[int, list[bytes | None]] = {}
         self.step = 0
         self.batch: list[tuple[CommitRow, int]] = []  # row, seat
         self.batch_step = 0
@@ -139,6 +140,7 @@ class SimWorker:
         if self.poisoned(plan, work):
             self.kill()
             return
+        self.copy(plan)
         for number in plan.frees:
             if self.seats.pop(number, None) is None:
                 raise Violation("a seat was freed twice")
@@ -166,6 +168,19 @@ class SimWorker:
                 raise Violation("the end of an empty seat")
             if not seat.ended and not seat.dropped:
                 self.add(number, seat, None, reason)
+
+    def copy(self, plan: Plan) -> None:
+        """As devices may do it: what a plan copies out is as it was before any of its copies, and likewise in."""
+        size, out = self.size.pools[0].unit_tokens, list(unpack_pairs(plan.copies_out))
+        self.host |= {host: [self.pool.get(block * size + at) for at in range(size)] for block, host in out}
+        if len({host for _, host in out}) < len(out):
+            raise Violation("two copies to one host block")
+        into = [(block, self.host[host]) for host, block in unpack_pairs(plan.copies_in)]
+        self.pool |= {block * size + at: held for block, slots in into for at, held in enumerate(slots)}
+        if any(number >= pool.units for pool in self.size.pools[1:] for number in self.host):
+            raise Violation("a host block that there is not")
+        self.world.count["copies out"] += len(out)
+        self.world.count["copies in"] += len(into)
 
     def drop(self, plan: Plan, work: dict[int, tuple[int, bool]]) -> set[int]:
         """Mark the rows that cannot be computed, with all that read their blocks. Returns those that end with an

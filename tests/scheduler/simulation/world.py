@@ -47,6 +47,8 @@ class World:
             tokens=rng.choice((8, 16, 64)),
             model_len=rng.choice((30, 36)),
             stages=1 + seed % 3,
+            host=(0, 3, 40)[seed // 3 % 3],
+            copy_us=(0.0, 2000.0)[seed // 9 % 2],
         )
         self.workers = [SimWorker(self, f"w{k}", size) for k in range(rng.randint(1, 3))]
         self.limit = min(size.max_model_len, size.pools[0].units * size.pools[0].unit_tokens)

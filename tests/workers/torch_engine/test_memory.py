@@ -9,8 +9,16 @@ import torch
 
 from protocol.errors import StartError
 from tests.models import tiny_model
-from workers.torch_engine import loader
-from workers.torch_engine.memory import SPARE, Card, check_room, one_at_a_time, token_bytes, weight_bytes
+from workers.torch_engine import loader, memory
+from workers.torch_engine.memory import (
+    SPARE,
+    Card,
+    check_room,
+    host_blocks,
+    one_at_a_time,
+    token_bytes,
+    weight_bytes,
+)
 
 GIB = 1 << 30
 
@@ -63,3 +71,13 @@ def test_starts_wait_for_each_other(tmp_path):
         order.append("first")
     thread.join(30)
     assert order == ["first", "second"]
+
+
+def test_bytes_that_cannot_be_had_or_hold_no_block_are_refused(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda: 1 << 30)
+    assert host_blocks(None, 1 << 20, 1) == 0
+    assert host_blocks(64 << 20, 1 << 20, 2) == 32, "of each rank"
+    with pytest.raises(StartError, match=r"--kv-offload asks for 2\.00 GiB of host memory, and 1\.00 GiB are free"):
+        host_blocks(2 << 30, 1 << 20, 1)
+    with pytest.raises(StartError, match="hold no block"):
+        host_blocks(100, 1 << 20, 1)

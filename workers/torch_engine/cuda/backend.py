@@ -18,12 +18,14 @@ from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.cuda import compiles
 from workers.torch_engine.cuda.attention import TableAttention
 from workers.torch_engine.cuda.graphs import Bucket, CudaRecorder, Rerun, TableSteps, choose_buckets
+from workers.torch_engine.cuda.host_copies import HostCopies
 from workers.torch_engine.cuda.modules import fuse
 from workers.torch_engine.cuda.step_tables import StepTables, TableSeats
 from workers.torch_engine.cuda.triton_attention import tile_tokens
 from workers.torch_engine.cuda.triton_sampling import TritonDraw
 from workers.torch_engine.cuda.work_list import WorkShape
 from workers.torch_engine.inputs import HostStep
+from workers.torch_engine.kv_pool import HostPool
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,9 @@ class CudaBackend(Backend[HostStep]):
         for bucket in (Bucket(1, 1, True), Bucket(1, 1, False)):
             for layer, group in zip(self.attention.shapes, self.attention.groups, strict=True):
                 self.attention.kernels.reserve(self._shape(bucket), layer.kv_heads, group, layer.value_size)
+
+    def _make_host_pool(self, blocks: int, progress: Progress) -> HostPool:
+        return HostCopies(self.pool, blocks, self.seats.limits.seats, progress)
 
     def _shape(self, bucket: Bucket) -> WorkShape:
         """Bounds of the attention's work. Few key heads leave more room to cut contexts into pieces."""
