@@ -39,6 +39,7 @@ MORE = {
     "starts-8b": 160,
     "starts-500m": 120,
     "profile-8b": 60,
+    "offload-8b": 90,
     "products": 120,
 }
 SECONDS = {name: seconds for parts in (*COMMANDS.values(), MORE) for name, seconds in parts.items()}

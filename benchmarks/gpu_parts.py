@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import gpu_load, gpu_products, gpu_profile
+from benchmarks import gpu_load, gpu_offload, gpu_products, gpu_profile
 from benchmarks.bare import BareLoop
 from benchmarks.gpu_parity import parity
 from benchmarks.gpu_part import MOE, Part, draw_model, load_engine, timed
@@ -393,6 +393,7 @@ KINDS_OF_PARTS: dict[str, Callable[[Part, str], None]] = {
     "open": gpu_load.open_loops,
     "long": gpu_load.long_context,
     "starts": gpu_load.starts,
+    "offload": gpu_offload.offload,
 }
 
 

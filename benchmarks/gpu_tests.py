@@ -9,6 +9,7 @@ import site
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu_part import Part
 from benchmarks.stack import Unavailable
@@ -19,13 +20,13 @@ KERNELS = [f"{FOLDER}/test_triton_{name}.py" for name in ("attention", "kernels"
 
 
 def pytest_command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "600", *args]
+    return [sys.executable, "-u", "-m", "pytest", "-v", "-p", "no:cacheprovider", "--timeout", "600", *args]
 
 
 def run_tests(part: Part) -> None:
     """All tests of the GPU's files: kernels are compiled on it, not interpreted. Tiny: one file's are found."""
     with part.row("pytest") as row:
-        row |= _run(pytest_command(*(["--collect-only", KERNELS[1]] if part.tiny else [FOLDER])), {})
+        _run(pytest_command(*(["--collect-only", KERNELS[1]] if part.tiny else [FOLDER])), {}, row)
 
 
 def memcheck(part: Part) -> None:
@@ -34,11 +35,11 @@ def memcheck(part: Part) -> None:
         program = sanitizer()
         files = [file for file in KERNELS if (ROOT / file).exists()]
         if part.tiny:
-            row |= _run(pytest_command("--collect-only", *files), {})
+            _run(pytest_command("--collect-only", *files), {}, row)
         if program is None:
             raise Unavailable("there is no compute-sanitizer: carry the wheel nvidia-cuda-sanitizer-api, or set PATH")
         checked = [program, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
-        row |= _run([*checked, *pytest_command(*files)], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        _run([*checked, *pytest_command(*files)], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, row)
 
 
 def sanitizer() -> str | None:
@@ -53,16 +54,34 @@ def sanitizer() -> str | None:
     return None
 
 
-def _run(command: list[str], env: dict[str, str]) -> dict[str, str]:
-    """The last lines, failures first."""
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        check=False,
-    )  # fmt: skip
-    print(done.stdout[-20000:], flush=True)
-    lines = [line.strip() for line in done.stdout.strip().splitlines() if line.strip()]
-    failed = [line for line in lines if re.match(r"FAILED|ERROR|=+ (Invalid|ERROR SUMMARY)", line)]
-    found = {"outcome": lines[-1] if lines else "nothing was said"}
-    if done.returncode:
-        found["why"] = f"exit code {done.returncode}: " + " | ".join([*failed[:8], *lines[-1:]])[:600]
-    return found
+def _run(command: list[str], env: dict[str, str], found: dict[str, Any]) -> None:
+    """Fill ``found`` while they go, so that a row whose time is over says which have failed and which one it was at."""
+    text, told = "", ""
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        try:
+            while piece := os.read(process.stdout.fileno(), 1 << 16):
+                told = piece.decode(errors="replace")
+                print(told, end="", flush=True)
+                text += told
+                _note(text, found)
+        finally:
+            process.kill()  # if it has not ended
+    found.pop("at", None)
+    if process.returncode:
+        found["why"] = f"exit code {process.returncode}: {found['outcome']}"
+
+
+def _note(text: str, found: dict[str, Any]) -> None:
+    """From what pytest -v has said so far; its own reports of errors, and the sanitizer's, are told as they are."""
+    found["passed"] = len(re.findall(r"::\S+ PASSED", text))
+    failed = re.findall(r"(\S+::\S+) (?:FAILED|ERROR)", text)
+    failed += re.findall(r"^=+ ((?:Invalid|ERROR SUMMARY).*)", text, re.M)
+    if failed:
+        found["failed"] = list(dict.fromkeys(failed))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    found["outcome"] = lines[-1] if lines else "nothing was said"
+    if at := re.search(r"(\S+::\S+) $", text):
+        found["at"] = at[1]

@@ -19,7 +19,16 @@ NOT_HERE = {"fp8", "int4", "memcheck"}  # what the engine does not serve, and a 
 
 @pytest.mark.timeout(600)
 def test_all_parts_run_with_tiny_shapes(tmp_path: Path) -> None:
-    parts = [*gpu.COMMANDS["must"], *gpu.COMMANDS["peers"], "tests", "machine", "open-8b", "long-8b", "starts-8b"]
+    parts = [
+        *gpu.COMMANDS["must"],
+        *gpu.COMMANDS["peers"],
+        "tests",
+        "machine",
+        "open-8b",
+        "long-8b",
+        "starts-8b",
+        "offload-8b",
+    ]
     results = gpu.run("must", parts, tmp_path, minutes=10, tiny=True)
     whys = {
         (part, key): found["why"]

@@ -1,4 +1,4 @@
-"""Counting what a recorded step would launch on a GPU, on a machine without one."""
+"""Counting what a step launches: kernels of Triton, interpreted or not, and operations of torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import interpreter
+from triton.runtime import interpreter, jit
+
+from tests.workers.torch_engine.cuda.triton_device import DEVICE
 
 # Operations that make tensors or views of them and compute nothing.
 FREE = {
@@ -36,7 +38,8 @@ def counted() -> Iterator[Counter[str]]:
     """Launches by name: operations of torch that compute, and kernels of Triton, whatever their grid."""
     launches: Counter[str] = Counter()
     mode = _Counter(launches)
-    real = interpreter.GridExecutor.__call__
+    kind, method = (interpreter.GridExecutor, "__call__") if DEVICE.type == "cpu" else (jit.JITFunction, "run")
+    real = getattr(kind, method)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         launches[self.fn.__name__] += 1
@@ -46,12 +49,12 @@ def counted() -> Iterator[Counter[str]]:
         finally:
             mode.off = False
 
-    interpreter.GridExecutor.__call__ = call
+    setattr(kind, method, call)
     try:
         with mode:
             yield launches
     finally:
-        interpreter.GridExecutor.__call__ = real
+        setattr(kind, method, real)
 
 
 def of_a_layer(few: Counter[str], many: Counter[str], layers: int) -> dict[str, float]:
