@@ -210,6 +210,14 @@ OPTIONS: tuple[Option, ...] = (
         metavar="SIZE",
     ),
     Option(
+        "--kv-cache-dtype",
+        "serve worker",
+        "auto: keys and values are stored as they are computed; fp8: in 8 bits (e4m3, no scale), which is not "
+        "lossless and holds twice as many tokens; on a GPU. The start says how far it moves logits",
+        default="auto",
+        choices=("auto", "fp8"),
+    ),
+    Option(
         "--kv-offload",
         "serve worker",
         "host memory of a worker for blocks that its KV cache has no room for, as 32GiB: a conversation that returns "
@@ -231,6 +239,13 @@ OPTIONS: tuple[Option, ...] = (
         "further fields of the engine's configuration, such as '{\"step_us\": 10000}' for the simulated one",
         json_object,
         metavar="JSON",
+    ),
+    Option(
+        "--kernel-cache",
+        "serve worker",
+        "folder where a GPU's compiled kernels are kept between starts; several workers may share it "
+        "(default: $TRITON_CACHE_DIR, else ~/.cache/headrace/kernels)",
+        metavar="DIR",
     ),
     Option("--threads", "serve worker", "CPU threads of a worker (default: its share of the cores)", count),
     # life of requests and processes

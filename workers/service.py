@@ -36,6 +36,7 @@ from workers.engines.simulated import SimulatedConfig, SimulatedEngine, byte_voc
 from workers.interruption import wait_for_notice
 from workers.metrics import Metrics, serve_metrics
 from workers.session import Session
+from workers.stages import Stages
 
 log = logging.getLogger("headrace.worker")
 
@@ -68,9 +69,11 @@ class WorkerConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_memory: int | None = None
+    kv_cache_dtype: str | None = None
     kv_offload: int | None = None
     gpu_memory_utilization: float | None = None
     block_size: int | None = None
+    kernel_cache: str | None = None
     threads: int | None = None
     engine_options: dict[str, Any] | None = None  # further fields of the engine's own; "process": whether in its own
     retention_s: float = 600.0  # how long journals stay after a request's end
@@ -296,19 +299,18 @@ class Worker:
 
     def _load(self) -> tuple[Capacity, Vocabulary | WindowVocabulary]:
         """In the device thread: the model and its tokenizer, then warm-up."""
-        started, stage_seen = time.monotonic(), ""
+        stages = Stages()
 
         def progress(stage: str, fraction: float) -> None:
-            nonlocal stage_seen
-            if stage != stage_seen:
+            if stages.enter(stage):
                 log.info("%s", stage)
-                stage_seen = stage
                 self.state = "loading" if stage == "load" else "warming"
             self._report(stage, fraction)
 
         capacity = self.engine.load(progress)
+        stages.enter("tokenizer")
         vocabulary = load_vocabulary(self.engine)
-        log.info("loaded in %.1f s; path of a pass: %s", time.monotonic() - started, self.engine.path)
+        log.info("loaded in %s; path of a pass: %s", stages, self.engine.path)
         self.metrics.takes(self.engine.path)
         return msgspec.structs.replace(capacity, model=self.config.served_model_name, level=LEVEL), vocabulary
 

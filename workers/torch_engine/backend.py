@@ -40,6 +40,7 @@ class Backend(ABC, Generic[Step]):
     attention: PagedAttention[Any]
     seats: Seats
     pool: KVPool
+    kv_dtype: torch.dtype | None = None  # of keys and values in the pool; None: as they are computed
     host: HostPool | None = None  # behind the pool, where one is asked for
     model: Any
 
@@ -73,7 +74,8 @@ class Backend(ABC, Generic[Step]):
     def make_pool(self, tokens: int, longest: int) -> None:
         """A pool for ``tokens`` tokens and empty seats whose sequences have up to ``longest``. The probe has run."""
         size, attention = self.config.block_size, self.attention
-        self.pool = KVPool(attention.shapes, -(-tokens // size), size, attention.dtype, self.device, attention.panel)
+        dtype = self.kv_dtype or attention.dtype
+        self.pool = KVPool(attention.shapes, -(-tokens // size), size, dtype, self.device, attention.panel)
         attention.pool = self.pool
         self.seats = self._make_seats(longest)
 
@@ -120,7 +122,8 @@ class Backend(ABC, Generic[Step]):
     def block_bytes(self) -> int:
         """Bytes of one block of the pool, over all layers."""
         attention = self.attention
-        return block_bytes(attention.shapes, self.config.block_size, attention.dtype, attention.panel)
+        dtype = self.kv_dtype or attention.dtype
+        return block_bytes(attention.shapes, self.config.block_size, dtype, attention.panel)
 
     # ------------------------------------------------------------------ steps
 

@@ -19,8 +19,10 @@ class EngineConfig:
     max_num_seqs: int = 256  # most sequences in one step
     max_num_batched_tokens: int = 2048  # token budget of one step
     kv_cache_memory: int | None = None  # bytes for keys and values; default: a share of what is free
+    kv_cache_dtype: str = "auto"  # of keys and values: auto, as they are computed; fp8 (GPU)
     kv_offload: int | None = None  # bytes of host memory for blocks that are evicted from the prefix cache
     gpu_memory_utilization: float = 0.9  # share of a GPU's whole memory: weights, activations and pool together
     block_size: int = 16  # tokens per KV block
     threads: int | None = None  # CPU threads of the forward pass
+    kernel_cache: str | None = None  # folder where compiled kernels are kept between starts
     graphs: bool = True  # on a GPU: record steps as CUDA graphs

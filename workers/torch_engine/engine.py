@@ -43,6 +43,8 @@ from workers.torch_engine.sampler import Sampler, StepClock, TorchStepOutput
 
 log = logging.getLogger(__name__)
 
+FP8 = torch.float8_e4m3fn  # of keys and values
+
 _NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -162,7 +164,8 @@ class TorchEngine:
         dtype = loader.choose_dtype(config.dtype, model_config, self.device)
         stored = weight_bytes(config.model, dtype, loader.stored_dtype(model_config))
         weights = int(stored * loader.growth(config, model_config)) // ranks
-        token = token_bytes(model_config.get_text_config(), dtype) // ranks
+        kv_dtype = FP8 if config.kv_cache_dtype == "fp8" else dtype
+        token = token_bytes(model_config.get_text_config(), kv_dtype) // ranks
         wanted = None if config.kv_cache_memory is None else config.kv_cache_memory // ranks
         check_room(card, weights, token, config.max_model_len, wanted)
 
@@ -213,6 +216,10 @@ class TorchEngine:
         backend.replace_layers(longest)
         log.info("%s: %s", backend.name, backend.report)
         verify.compare(backend, own)
+        if self.config.kv_cache_dtype == "fp8":
+            backend.kv_dtype = FP8
+            backend.make_pool(4 * verify.LENGTH, longest)
+            verify.tell_loss(backend, own)
 
     def _make_pool_within(self, budget: int) -> None:
         """Make the pool that serves. A longest context that the user left open is lowered to what fits."""

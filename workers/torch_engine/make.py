@@ -19,12 +19,16 @@ from workers.torch_engine.engine import TorchEngine
 from workers.torch_engine.loader import choose_device
 from workers.torch_engine.plain.backend import TorchBackend
 
+FP8_CAPABILITY = (8, 9)
+
 log = logging.getLogger(__name__)
 
 
 def make_engine(config: EngineConfig, place: Place = ALONE) -> TorchEngine:
     """Raises StartError for a device that is not there, or a precision that it does not serve."""
     device = choose_device(config.device, place.device if place.ranks > 1 else None)
+    if config.kv_cache_dtype == "fp8":
+        _check_fp8_pool(device)
     if config.quantization == "fp8" and device.type == "cpu":
         raise StartError("--quantization fp8 is served on a GPU: on a CPU say int8, or leave it out")
     if config.quantization == "int4" and device.type == "cpu":
@@ -48,12 +52,29 @@ def _on_cpu(config: EngineConfig, device: torch.device) -> list[Backend[Any]]:
 
 
 def _on_gpu(config: EngineConfig, device: torch.device) -> list[Backend[Any]]:
+    from workers.torch_engine.cuda import compiles
+
+    compiles.keep_in(config.kernel_cache)
     try:
         from workers.torch_engine.cuda.backend import CudaBackend
     except ImportError as error:
+        if config.kv_cache_dtype == "fp8":
+            raise StartError(f"--kv-cache-dtype fp8 needs the Triton kernels: {error}") from error
         log.warning("no Triton kernels (%s): torch alone serves, which is slower", error)
         return [torch_alone(config, device)]
+    if config.kv_cache_dtype == "fp8":  # which torch alone does not read
+        return [CudaBackend(config, device)]
     return [CudaBackend(config, device), torch_alone(config, device)]
+
+
+def _check_fp8_pool(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise StartError("--kv-cache-dtype fp8 is served on a GPU: leave it out on a CPU")
+    if (found := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise StartError(
+            f"--kv-cache-dtype fp8 needs a GPU of compute capability 8.9: {name} has {found[0]}.{found[1]}"
+        )
 
 
 def torch_alone(config: EngineConfig, device: torch.device) -> TorchBackend:

@@ -9,19 +9,23 @@ against its own eager attention over the whole text (``compare``).
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import numpy as np
 import torch
 
-from protocol.errors import ModelRefused
+from protocol.errors import ModelRefused, StartError
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
 from workers.torch_engine.attention import NAME, PagedAttention
 from workers.torch_engine.backend import Backend
 from workers.torch_engine.parallel.layers import Absent
 
+log = logging.getLogger(__name__)
+
 LENGTH = 21  # tokens of the text that is compared: longer than one block, short enough to cost little
+MOST_LOSS = 0.25  # of the largest logit: what keys and values in FP8 may move those of half of the tokens
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest logit
 
 
@@ -76,6 +80,23 @@ def compare(backend: Backend[Any], whole: list[torch.Tensor]) -> None:
                 f"{type(model).__name__} gives other logits through paged attention than through its own "
                 f"(they differ by {worst:.1%} of the largest): it relies on something that is not served"
             )
+
+
+def tell_loss(backend: Backend[Any], whole: list[torch.Tensor]) -> None:
+    """Say how far logits go from ``whole`` with keys and values as the pool now holds them. StartError where nothing of
+    the model would be left."""
+    pairs = zip(whole, paged_logits(backend, _texts(backend.model, backend.device)), strict=True)
+    distances = torch.cat([(own - paged).abs().amax(-1) / own.abs().amax() for own, paged in pairs])
+    median = distances.median().item()
+    if not median <= MOST_LOSS:
+        raise StartError(
+            f"--kv-cache-dtype fp8 moves the logits of {type(backend.model).__name__} by {median:.1%} of the largest: "
+            "leave it out for this model"
+        )
+    log.info(
+        "keys and values in FP8 move logits by %.2f%% of the largest, %.2f%% at most", 100 * median,
+        100 * distances.max().item(),
+    )  # fmt: skip
 
 
 def paged_logits(backend: Backend[Any], texts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -109,6 +109,11 @@ def test_too_long_or_too_large_is_told(tmp_path_factory):
         load(path, kv_cache_memory=1000)
 
 
+def test_keys_and_values_in_fp8_are_refused_on_a_cpu(tmp_path_factory):
+    with pytest.raises(StartError, match="--kv-cache-dtype fp8 is served on a GPU"):
+        load(tiny_model(tmp_path_factory, "llama"), kv_cache_dtype="fp8")
+
+
 def test_a_length_left_open_shrinks_to_the_pool(tmp_path_factory):
     _, capacity, _ = load(tiny_model(tmp_path_factory, "llama"), kv_cache_memory=100_000)
     assert capacity.max_model_len == capacity.pools[0].units * 16 < 512

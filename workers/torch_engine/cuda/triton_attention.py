@@ -10,7 +10,8 @@ Where every row has one token, sampled before (a decode step), nobody else reads
 the program that sees it last rotates and stores it, and rotates the queries, so no launch before is needed.
 
 Nothing here depends on what a step holds but through device memory: the same launches serve every step of a bucket,
-which is what a CUDA graph needs. Sums are float32; products of float32 operands are not rounded to TF32.
+which is what a CUDA graph needs. Sums are float32; products of float32 operands are not rounded to TF32. Where the
+pool is FP8 (e4m3, as it is, without a scale), keys and values are widened once they are in registers.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
@@ -23,6 +24,7 @@ import triton
 import triton.language as tl
 
 from workers.torch_engine.attention import AttentionRule
+from workers.torch_engine.cuda.triton_kernels import fitted
 from workers.torch_engine.cuda.work_list import ITEM, WorkShape
 
 LOG2E = 1.4426950408889634
@@ -93,7 +95,7 @@ def attend_items(
         block = tl.load(table + key_at // PAGE, mask=inside, other=0).to(tl.int64)
         slots = block * PAGE + key_at % PAGE
         k_at = keys + slots[None, :] * k_slot + kv_head * k_head + dk[:, None]
-        k = tl.load(k_at, mask=inside[None, :] & (dk < DK)[:, None], other=0.0)
+        k = tl.load(k_at, mask=inside[None, :] & (dk < DK)[:, None], other=0.0).to(q.dtype)
         scores = tl.dot(q, k, input_precision="ieee") * scale
         if SOFTCAP:
             scores = _bounded(scores, softcap)
@@ -107,7 +109,7 @@ def attend_items(
         shrink = tl.exp2(best - base)
         mass = mass * shrink + tl.sum(weights, 1)
         v_at = values + slots[:, None] * v_slot + kv_head * v_head + dv[None, :]
-        v = tl.load(v_at, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
+        v = tl.load(v_at, mask=inside[:, None] & (dv < DV)[None, :], other=0.0).to(q.dtype)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         best = higher
 
@@ -120,8 +122,9 @@ def attend_items(
             new_key = tl.load(fk_at + dk, mask=dk < DK, other=0.0)
             if ROTATE:
                 other = tl.load(fk_at + turned, mask=dk < DK, other=0.0).to(tl.float32)
-                new_key = (new_key.to(tl.float32) * cosine + other * sine).to(keys.dtype.element_ty)
-            new_value = tl.load(fv_at + dv, mask=dv < DV, other=0.0)
+                new_key = new_key.to(tl.float32) * cosine + other * sine
+            new_key = fitted(new_key, keys.dtype.element_ty)
+            new_value = fitted(tl.load(fv_at + dv, mask=dv < DV, other=0.0), values.dtype.element_ty)
             tl.store(keys + home * k_slot + kv_head * k_head + dk, new_key, mask=dk < DK)
             tl.store(values + home * v_slot + kv_head * v_head + dv, new_value, mask=dv < DV)
             score = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
@@ -269,7 +272,7 @@ class TritonAttention:
         rows = tile_rows(work.shape.tile, group)
         self.reserve(work.shape, kv_heads, group, value_size)
         dk, dv = max(16, triton.next_power_of_2(key_size)), max(16, triton.next_power_of_2(value_size))
-        launch = choose_launch(rows, dk, dv, keys.element_size(), self.shared, work.shape.items)
+        launch = choose_launch(rows, dk, dv, query.element_size(), self.shared, work.shape.items)
         out = query.new_empty(tokens, heads, value_size)
         sizes = {
             "GROUP": group, "GROUP_P2": triton.next_power_of_2(group), "ROWS": rows, "HEADS": heads,

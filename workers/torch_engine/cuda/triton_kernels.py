@@ -16,6 +16,14 @@ SILU, GELU_TANH = 0, 1
 
 
 @triton.jit
+def fitted(value, kind: tl.constexpr):
+    """``value`` as ``kind``. What FP8 cannot hold becomes the largest that it can; what is no number stays none."""
+    if kind == tl.float8e4nv:
+        value = tl.clamp(value.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return value.to(kind)
+
+
+@triton.jit
 def norm_rows(
     x, delta, total, weight, out, x_row, delta_row, eps,
     SIZE: tl.constexpr, SIZE_P2: tl.constexpr, ADD: tl.constexpr,
@@ -59,7 +67,7 @@ def _copy_heads(
     head, at = tl.arange(0, HEADS_P2), tl.arange(0, SIZE_P2)
     mask = (head < HEADS)[:, None] & (at < SIZE)[None, :]
     held = tl.load(source + head[:, None] * head_stride + at[None, :], mask=mask, other=0.0)
-    tl.store(target + head[:, None] * target_stride + at[None, :], held.to(target.dtype.element_ty), mask=mask)
+    tl.store(target + head[:, None] * target_stride + at[None, :], fitted(held, target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -80,8 +88,8 @@ def _turn_heads(
     sin_high = tl.load(sin + HALF + at, mask=inside, other=0.0).to(tl.float32)[None, :]
     kind = target.dtype.element_ty
     target += head[:, None] * target_stride + at[None, :]
-    tl.store(target, (low * cos_low - high * sin_low).to(kind), mask=mask)
-    tl.store(target + HALF, (high * cos_high + low * sin_high).to(kind), mask=mask)
+    tl.store(target, fitted(low * cos_low - high * sin_low, kind), mask=mask)
+    tl.store(target + HALF, fitted(high * cos_high + low * sin_high, kind), mask=mask)
 
 
 @triton.jit

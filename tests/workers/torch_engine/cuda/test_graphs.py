@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
 from protocol.messages import NewSequence, Plan, pack_ids
 from protocol.sampling import SamplingParams
@@ -26,7 +27,7 @@ from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.cuda import triton_sampling
 from workers.torch_engine.cuda.backend import CudaBackend
 from workers.torch_engine.cuda.graphs import Bucket, choose_buckets
-from workers.torch_engine.engine import TorchEngine
+from workers.torch_engine.engine import FP8, TorchEngine
 from workers.torch_engine.make import torch_alone
 from workers.torch_engine.sampler import Sampler
 
@@ -287,3 +288,24 @@ def test_buckets_hold_every_step():
         assert max(b.rows for b in buckets if b.single) == min(rows, 512)
         most = min(max_tokens, 2048)
         assert any(b.tokens == most and b.rows >= min(max_rows, most) for b in buckets if not b.single)
+
+
+def test_keys_and_values_in_fp8_give_what_the_model_gives_with_them_rounded(llama, caplog, monkeypatch):
+    path, other = llama
+    with caplog.at_level("INFO"):
+        engine = make_engine(path, kv_cache_dtype="fp8", graphs=False)
+    assert {tensor.dtype for tensor in (*engine.backend.pool.keys, *engine.backend.pool.values)} == {FP8}
+    assert "keys and values in FP8 move logits by" in caplog.text
+    assert engine.backend.block_bytes * 4 == other.backend.block_bytes
+    served = serve(engine, count=3, output=6)
+    reference = reference_of(path)
+    for layer in reference.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda module, given, out: out.to(FP8).float())
+    own = modeling_llama.apply_rotary_pos_emb
+
+    def rounded(*given, **named):
+        query, key = own(*given, **named)
+        return query, key.to(FP8).float()
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rounded)
+    assert not [text for text in (first_difference(reference, request) for request in served) if text]

@@ -62,7 +62,7 @@ class Case:
         rows, tokens = len(self.seats) + spare[0], len(self.query) + spare[1]
         group = self.query.shape[1] // self.keys.shape[1]
         shape = WorkShape.of(
-            tokens, rows, tile_tokens(group, self.keys.element_size()) if tile is None else tile, extra, shortest
+            tokens, rows, tile_tokens(group, self.query.element_size()) if tile is None else tile, extra, shortest
         )
         items = np.full((shape.items, ITEM), 7, np.int32)
         fill_work(shape, tokens, self.step.counts, self.step.contexts, np.array(self.seats), items)
@@ -146,6 +146,43 @@ def test_every_grouping_and_head_size(heads, kv_heads, key_size, value_size):
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
 def test_sixteen_bit_pools(dtype):
     Case([(1, 33), (6, 11)], 4, 2, 32, 32, dtype).check()
+
+
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_pools_in_fp8(window):
+    """Against the plain attention over what FP8 makes of keys and values."""
+    case = Case(MIXED, 4, 2, 16, 16)
+    case.keys, case.values = case.keys.to(FP8), case.values.to(FP8)
+    case.check(AttentionRule(0.25, window=window))
+    case.check(AttentionRule(0.25, softcap=3.0), torch.linspace(-1, 2, 4, device=DEVICE), shortest=512)
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+def test_decodes_bring_their_keys_to_a_pool_in_fp8_and_see_them_as_they_are_there(rotate):
+    case = Case([(1, 40), (1, 0), (1, 7), (1, 90)], 6, 2, 24, 16)
+    angles = torch.randn(4, 24, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    cos, sin = angles.cos(), angles.sin()
+
+    def turn(x):
+        low, high = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None] if rotate else x
+
+    query, key, value = (torch.randn(4, n, size, device=DEVICE) for n, size in ((6, 24), (2, 24), (2, 16)))
+    positions = torch.tensor([40, 0, 7, 90])
+    slots = torch.from_numpy(case.tables[case.seats][np.arange(4), positions // PAGE]).long() * PAGE + positions % PAGE
+    case.keys, case.values = case.keys.to(FP8).float(), case.values.to(FP8).float()
+    case.keys[slots], case.values[slots] = turn(key).to(FP8).float(), value.to(FP8).float()
+    case.query = turn(query)
+    expected, stored = case.expected(AttentionRule(0.2)), (case.keys[slots], case.values[slots])
+    case.keys[slots], case.values[slots], case.query = 1.0, 1.0, query
+    case.keys, case.values = case.keys.to(FP8), case.values.to(FP8)
+    ours = case.ours(AttentionRule(0.2), tile=1, fresh=Fresh(*((key, value, cos, sin) if rotate else (key, value))))
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+    assert torch.equal(case.keys.float()[slots], stored[0])
+    assert torch.equal(case.values.float()[slots], stored[1])
 
 
 @pytest.mark.parametrize("rotate", [True, False])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the kernels need triton (on Linux: pip install triton)")
 
@@ -19,9 +20,11 @@ import subprocess
 import tempfile
 
 import triton
+import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from workers.torch_engine.cuda import host_copies
 from workers.torch_engine.cuda import triton_attention as attention
 from workers.torch_engine.cuda import triton_experts as grouped
 from workers.torch_engine.cuda import triton_kernels as kernels
@@ -47,14 +50,15 @@ def compile_for(capability, function, types, constants, **options):
 
 
 def attend(
-    capability, kind, itemsize, rows, group, key, value, window=0, softcap=False, sinks=False, fresh=False, items=1000
+    capability, kind, itemsize, rows, group, key, value, window=0, softcap=False, sinks=False, fresh=False, items=1000,
+    pool=None,
 ):
     p2 = triton.next_power_of_2
     shared = 180 << 10 if capability == 90 else 78 << 10
     launch = attention.choose_launch(rows, p2(key), p2(value), itemsize, shared, items)
     types = {name: "*" + kind for name in "query keys values out sinks fresh_key fresh_value cos sin".split()}
     types |= {"partial": "*fp32", "partial_ml": "*fp32", "done": "*i32", "items": "*i32", "tables": "*i32"}
-    types |= {"scale": "fp32", "softcap": "fp32"}
+    types |= {"scale": "fp32", "softcap": "fp32"} | dict.fromkeys(("keys", "values"), "*" + (pool or kind))
     sizes = dict(GROUP=group, GROUP_P2=p2(group), ROWS=rows, HEADS=2 * group, KV_HEADS=2, DV=value, DV_P2=p2(value))
     sizes |= dict(SINKS=sinks, LOG2=attention.LOG2E)
     own = dict(DK=key, DK_P2=p2(key), KEYS=launch.keys, PAGE=16, WINDOW=window, SOFTCAP=softcap, ITEM_=12)
@@ -65,9 +69,19 @@ def attend(
     assert made.shared <= shared * 5 // 4, (made.shared, shared)
 
 
-def small(capability, kind):
+def copies():
+    types = {"blocks": "*i64", "hosts": "*i64", "parts": "*i64"}
+    for word, size in ((tl.int64, 8), (tl.int16, 2)):
+        for out in (False, True):
+            sizes = dict(PARTS=64, WORD=word, BYTES=size, WORDS_=host_copies.WORDS, OUT=out)
+            compile_for(90, host_copies.copy_blocks, types, sizes, num_warps=4)
+            without_spills()
+
+
+def small(capability, kind, pool=None):
     types = {name: "*" + kind for name in "x delta total weight out gate up query key value rotated".split()}
-    types |= {name: "*" + kind for name in "keys values cos sin".split()} | {"slots": "*i64", "eps": "fp32"}
+    types |= {name: "*" + kind for name in "cos sin".split()} | {"slots": "*i64", "eps": "fp32"}
+    types |= {name: "*" + (pool or kind) for name in "keys values".split()}
     for add in (False, True):
         sizes = dict(SIZE=576, SIZE_P2=1024, ADD=add)
         compile_for(capability, kernels.norm_rows, types, sizes, num_warps=4)
@@ -151,7 +165,14 @@ attend(90, "bf16", 2, 64, 2, 256, 256, window=4096, softcap=True)
 attend(90, "fp16", 2, 64, 8, 192, 128, sinks=True)
 attend(90, "fp32", 4, 16, 4, 80, 80)
 attend(80, "bf16", 2, 64, 4, 128, 128)
+attend(90, "bf16", 2, 16, 4, 128, 128, fresh=True, pool="fp8e4nv")
+without_spills()
+attend(90, "bf16", 2, 64, 4, 128, 128, pool="fp8e4nv")
+without_spills()
+attend(89, "fp16", 2, 16, 7, 64, 64, fresh=True, pool="fp8e4nv")
 small(90, "bf16")
+small(90, "bf16", pool="fp8e4nv")
+copies()
 small(80, "fp32")
 sampling(90, "bf16")
 sampling(90, "fp32")
@@ -177,6 +198,7 @@ print("compiled")
 """
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile them for the GPU that is here")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("launches", [UNQUANTIZED, QUANTIZED], ids=["unquantized", "quantized"])
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path, launches):

@@ -83,3 +83,14 @@ def test_store_alone_with_unequal_sizes():
     assert torch.equal(keys[[7, 2]], key[[0, 2]])
     assert torch.equal(values[[7, 2]], value[[0, 2]])
     assert not keys[[0, 1, 3, 4, 5, 6]].any()
+
+
+def test_what_fp8_cannot_hold_is_stored_as_its_largest_and_what_is_no_number_stays_none():
+    key = torch.tensor([0.3, -0.3, 447.0, 600.0, -1e6, float("inf"), float("-inf"), float("nan")], device=DEVICE)
+    key = key.view(1, 1, 8)
+    pools = [torch.zeros(2, 1, 8, device=DEVICE).to(torch.float8_e4m3fn) for _ in range(2)]
+    kernels.store_kv(key, key, *pools, torch.tensor([1], device=DEVICE))
+    for pool in pools:
+        assert pool[1].float().flatten()[:7].tolist() == [0.3125, -0.3125, 448.0, 448.0, -448.0, 448.0, -448.0]
+        assert pool[1].float().flatten()[7].isnan()
+        assert not pool[0].float().any()
