@@ -10,7 +10,7 @@ from importlib.resources import files
 NAMES = (
     "accept", "admit", "attach", "cancel", "claim", "collect", "commit", "depth", "divert", "finish", "heartbeat",
     "join", "keep_answer", "lead", "move", "plan", "receive", "recount", "register", "reject", "release", "renew_lead",
-    "reserve", "retire", "retire_shard", "settle", "shed", "trim", "unclaim", "unreserve", "void",
+    "requeue", "reserve", "retire", "retire_shard", "settle", "shed", "trim", "unclaim", "unreserve", "void",
 )  # fmt: skip
 INCLUDES: dict[str, tuple[str, ...]] = {
     "accept": ("_channels", "_tenants"),

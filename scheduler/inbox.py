@@ -8,9 +8,10 @@ unless it is small, to be read again when its turn comes.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from protocol.bus import LeaderBus
 from protocol.messages import DEFAULT_TENANT
@@ -21,12 +22,17 @@ from scheduler.intake import Intake, address, entry_ms
 from scheduler.prompts.tokenizer_pool import LONG_BOUNDS, SHORT
 from scheduler.recovery import READS_AT_ONCE
 
+log = logging.getLogger("headrace.scheduler")
+
 BLOCK_MS = 5000  # blocking reads: long enough to cost nothing, short enough to notice a closed server
 CLAIM_S = 1.0  # how often entries are looked for that a deposed leader read after our own start
 FIRST_READ, LARGEST_READ = 4, 64  # entries in one read
 READ_BYTES = 4 << 20  # wanted of one read
 READ_AHEAD = 65_536  # tickets that wait
 KEPT_BYTES = 16 << 20  # payloads of all tickets that wait
+STRAY_S = (
+    30.0  # how often accepted requests are looked for whose entries somebody has deleted; they are older than that
+)
 TENANT_BYTES = 2 << 20  # of one tenant's long texts in preparation
 
 
@@ -34,10 +40,14 @@ class Inbox:
     """``taking``: sees one entry through. One of these per term."""
 
     def __init__(
-        self, bus: LeaderBus, consumer: str, intake: Intake, clock: ServerClock, weights: Mapping[str, float]
-    ) -> None:
+        self, bus: LeaderBus, epoch: int, intake: Intake, clock: ServerClock, weights: Mapping[str, float],
+        admitted: Container[str] = (),
+    ) -> None:  # fmt: skip
+        """``admitted``: rids of requests that are known to need no entry."""
         self._bus = bus
-        self._consumer = consumer  # of the stream's group: this term alone
+        self._epoch = epoch
+        self._consumer = f"epoch-{epoch}"  # of the stream's group: this term alone
+        self._admitted = admitted
         self._intake = intake
         self._clock = clock
         short = FairQueue(READS_AT_ONCE, READS_AT_ONCE * SHORT, weights)
@@ -45,6 +55,7 @@ class Inbox:
         long = FairQueue(LONG_BOUNDS.processes + 1, TENANT_BYTES, weights)
         self._admission = Admission(short, long, SHORT, READS_AT_ONCE)
         self._held: set[str] = set()  # entries that wait or are seen through
+        self._rids: set[str] = set()  # accepted requests behind these
         self._weighed: dict[str, bool] = {}  # rid of a request that is just being read -> cancelled meanwhile
         self._kept = 0  # bytes of payloads
         self._changed = asyncio.Event()
@@ -55,6 +66,7 @@ class Inbox:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._read())
             group.create_task(self._claim())
+            group.create_task(self._put_back())
             while True:
                 self._changed.clear()
                 self._admission.late(self._clock.now_ms())
@@ -94,6 +106,17 @@ class Inbox:
             if not entries:
                 await asyncio.sleep(CLAIM_S)
 
+    async def _put_back(self) -> None:
+        """Requests that were accepted and whose entries are gone: a producer that trims the inbox (XADD with MAXLEN)
+        deletes what is others' too. Pushes that it deletes cannot be known."""
+        while True:
+            await asyncio.sleep(STRAY_S)
+            live = await self._bus.scan_live()
+            rids = [rid for rid in live if rid not in self._admitted and rid not in self._rids]
+            for rid in await self._bus.strays(rids, int(STRAY_S * 1000)):
+                if await self._bus.requeue(self._epoch, rid):
+                    log.warning("somebody deleted the inbox entry of request %s: it is put back", rid)
+
     async def _add(self, entries: list[InboxEntry]) -> None:
         new = []
         for entry in entries:
@@ -103,6 +126,7 @@ class Inbox:
                 new.append(entry)
         self._held.update(entry.entry_id for entry in new)
         rids = [entry.rid for entry in new if entry.rid is not None]
+        self._rids.update(rids)
         self._weighed.update(dict.fromkeys(rids, False))
         weights = await self._bus.weigh_requests(rids)
         now = time.monotonic()
@@ -152,6 +176,7 @@ class Inbox:
         else:
             self._admission.done(ticket)
             self._held.discard(ticket.entry_id)
+            self._rids.discard(ticket.rid or "")
         self._changed.set()
 
 

@@ -119,9 +119,9 @@ class Term:
             bus, tokenizers, epoch, clock, metrics, self._traces, self._answers, self._admit, self._recover,
             process.home, process.drains,
         )  # fmt: skip
-        self._inbox = Inbox(bus, f"epoch-{epoch}", intake, clock, weights)
-        self._registry = WorkerRegistry(bus, epoch, self.core, process.timing, metrics, self._group, self._apply)
         self._known: set[str] = set()  # rids that the core holds
+        self._inbox = Inbox(bus, epoch, intake, clock, weights, self._known)
+        self._registry = WorkerRegistry(bus, epoch, self.core, process.timing, metrics, self._group, self._apply)
         self._early_cancels: dict[str, tuple[str, float]] = {}  # rid -> reason, when; the core did not know it yet
         self._finish_gate = asyncio.Semaphore(READS_AT_ONCE)
         self._planning = asyncio.Event()

@@ -15,7 +15,8 @@ log = logging.getLogger("headrace.scheduler")
 PAUSE_S = 15.0
 SETTLE_S = 0.25
 MOVE_S = 1.0
-AT_ONCE = 256  # claims or reservations in one look
+AT_ONCE = 256  # claims or reservations in one batch
+MOST_BATCHES = 100  # of one look
 
 
 async def sweep(home: HomeBus, bus: LeaderBus, model: str) -> int:
@@ -24,13 +25,15 @@ async def sweep(home: HomeBus, bus: LeaderBus, model: str) -> int:
     In batches of a few round trips, until few are left: a model may take hundreds of keys a second. A claim is looked
     at once a minute while its request runs; once it has ended, the claim expires with it."""
     freed = 0
-    while claims := await home.due(model, AT_ONCE):
+    for _ in range(MOST_BATCHES):
+        claims = await home.due(model, AT_ONCE)
         gone = await bus.void_each([claim.rid for claim in claims])  # also where the value of a claim is gone: "-"
         await home.free_or_put_off(list(zip(claims, gone, strict=True)))
         freed += gone.count(None)
         if len(claims) < AT_ONCE:
             break
-    while holds := await home.due_holds(model, AT_ONCE):
+    for _ in range(MOST_BATCHES):
+        holds = await home.due_holds(model, AT_ONCE)
         gone = await bus.void_each([hold.rid for hold in holds])
         await home.end_or_put_off(list(zip(holds, gone, strict=True)))
         freed += len(gone) - gone.count(0)

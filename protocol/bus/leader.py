@@ -57,6 +57,7 @@ class LeaderBus(RequestReads):
         "reject",
         "release",
         "renew_lead",
+        "requeue",
         "retire",
         "retire_shard",
         "shed",
@@ -202,6 +203,26 @@ class LeaderBus(RequestReads):
         out = [records.inbox_entry(entry_id, flat) for entry_id, flat in entries]
         self._handed_out.update(entry.entry_id for entry in out)
         return out
+
+    async def strays(self, rids: Sequence[str], older_ms: int) -> list[str]:
+        """Those of these requests that were accepted before so many milliseconds and never admitted, though the inbox
+        was read beyond the place where their entries stood."""
+        group = records.fields_of((await self._link.command("XINFO", "GROUPS", self.keys.jobs))[0])
+        last, latest = group[b"last-delivered-id"], await self.server_ms() - older_ms
+        if await self._link.command("XRANGE", self.keys.jobs, b"(" + last, "+", "COUNT", 1):
+            latest = min(latest, int(last.split(b"-")[0]))
+        found = await self._link.pipeline(
+            [("HMGET", self.keys.request(rid), "open", "seed", "created") for rid in rids], tolerant=True
+        )
+        return [
+            rid
+            for rid, (left, seed, created) in zip(rids, (f or (None, None, None) for f in found), strict=True)
+            if left not in (None, b"0") and seed is None and int(created or 0) <= latest
+        ]
+
+    async def requeue(self, epoch: int, rid: str) -> bool:
+        """Put a request back into the inbox. False: it was admitted or has ended. An entry too many does no harm."""
+        return bool(await self._run("requeue", epoch, rid))
 
     async def inbox_length(self) -> int:
         length: int = await self._link.command("XLEN", self.keys.jobs)

@@ -15,7 +15,7 @@ local gone, now = tonumber(ARGV[5]), tonumber(milliseconds())
 if gone == 0 then
   redis.call('ZADD', sweep, now + tonumber(ARGV[6]), ARGV[2])
 else
-  redis.call('PEXPIRE', key, gone and math.max(1, gone - EARLIER - now) or 0) -- gateways may not DEL
+  redis.call('PEXPIRE', key, gone and math.max(1, gone - now - math.min(EARLIER, math.floor((gone - now) / 2))) or 0) -- gateways may not DEL
   redis.call('ZREM', sweep, ARGV[2])
 end
 return 1

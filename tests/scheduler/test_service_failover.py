@@ -15,6 +15,7 @@ import redis
 
 from protocol.messages import WIRE, Job, Plan, decode_frames, encode, new_rid, unpack_ids
 from protocol.sampling import SamplingParams
+from scheduler import inbox
 from tests.conftest import MODEL, leaked_keys
 from tests.scheduler.conftest import HASTY, PATIENCE_S, Stage
 from tests.scheduler.scripted_worker import ScriptedWorker, expected_tokens
@@ -140,6 +141,19 @@ async def test_jobs_that_a_dead_leader_had_read_are_claimed(stage: Stage) -> Non
         return len(await stage.bus.read_results("r")) == 1
 
     await stage.until(result)
+    await stage.at_rest()
+
+
+async def test_a_request_is_put_back_whose_entry_a_producer_trimmed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "STRAY_S", 0.05)
+    rid = await stage.accept("trimmed", max_tokens=2)
+    await stage.bus._link.command("XADD", stage.bus.keys.jobs, "MAXLEN", 1, "*", "job", "no job")
+    assert await stage.bus.inbox_length() == 1
+    stage.scheduler()
+    stage.worker()
+    assert len(await stage.tokens(rid)) == 2
     await stage.at_rest()
 
 
