@@ -30,23 +30,20 @@ from workers.torch_engine.config import EngineConfig
 from workers.torch_engine.engine import TorchEngine
 from workers.torch_engine.make import make_engine
 
-W1 = [(128, 128)]
-_dice = random.Random(1)
-W2 = [(_dice.randint(32, 256), _dice.randint(16, 256)) for _ in range(64)]
-
 
 class Batch:
     """Sequences on an engine, each with blocks for all it will ever hold; decodes first, then prefills, in order."""
 
-    def __init__(self, engine: Any, params: SamplingParams, config: EngineConfig, vocab: int) -> None:
-        self.engine, self.params, self.config, self.vocab = engine, params, config, vocab
+    def __init__(self, engine: TorchEngine, params: SamplingParams) -> None:
+        self.engine, self.params = engine, params
         self.step = 0
         self.decodes: list[float] = []  # seconds of each step of the last run in which all sequences decoded
 
     def run(self, lengths: list[tuple[int, int]], seed: int = 0) -> tuple[float, float]:
         """(seconds until all are done, seconds until the first token of the last one started)."""
         rng = random.Random(seed)
-        size, budget, vocab = self.config.block_size, self.config.max_num_batched_tokens, self.vocab
+        size, budget = self.engine.config.block_size, self.engine.config.max_num_batched_tokens
+        vocab = self.engine.backend.model.config.get_text_config().vocab_size
         todo, left, new, block = [], [], [], 0
         self.decodes = []
         for seat, (prompt, output) in enumerate(lengths):
@@ -88,7 +85,7 @@ class Batch:
 
 def decode_ms(batch: Batch, rows: int, context: int, steps: int) -> float:
     """Median milliseconds of a step in which ``rows`` sequences of about ``context`` tokens each gain a token."""
-    prefills = -(-rows * context // (batch.config.max_num_batched_tokens - rows))  # steps until all decode
+    prefills = -(-rows * context // (batch.engine.config.max_num_batched_tokens - rows))  # steps until all decode
     batch.run([(context, 1 + prefills + steps)] * rows)
     return statistics.median(batch.decodes) * 1e3
 
@@ -163,8 +160,9 @@ def main() -> None:
         )
     )
     capacity = engine.load(lambda stage, fraction: None)
-    params = SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=1 << 20)
-    batch = Batch(engine, params, engine.config, engine.backend.model.config.get_text_config().vocab_size)
+    batch = Batch(engine, SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=1 << 20))
+    rng = random.Random(1)
+    w2 = [(rng.randint(32, 256), rng.randint(16, 256)) for _ in range(64)]
     settle([os.getpid()])
     batch.run([(16, 4)])  # warm
     found: dict[str, Any] = {"device": capacity.device, "dtype": capacity.dtype, "threads": torch.get_num_threads()}
@@ -180,10 +178,10 @@ def main() -> None:
             found[f"floor_ms_{rows}"] = round(floor_ms(weights, rows, read, product), 2)
         found[f"sampler_ms_{rows}"] = round(sampler_ms(engine, rows), 2)
     if not args.steps_only:
-        w1_s, w1_first = batch.run(W1)
-        w2_s, _ = batch.run(W2)
+        w1_s, w1_first = batch.run([(128, 128)])
+        w2_s, _ = batch.run(w2)
         found["w1_tokens_s"], found["w1_first_ms"] = round(128 / w1_s, 1), round(w1_first * 1e3)
-        found["w2_tokens_s"] = round(sum(output for _, output in W2) / w2_s, 1)
+        found["w2_tokens_s"] = round(sum(output for _, output in w2) / w2_s, 1)
     print(json.dumps(found) if args.json else "\n".join(f"{name:14} {value}" for name, value in found.items()))
 
 

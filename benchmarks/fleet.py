@@ -8,7 +8,6 @@ headrace/ray/rule.py, which is KEDA's and Kubernetes' as deploy/kubernetes sets 
 only keep time, and a step stands for a hundred tokens of a stream. The load of each shard fills four workers at noon
 and a tenth of that at midnight; six times a day it is half as much again for five minutes, without notice. A worker
 serves 90 s after it was asked for, the rule looks every 15 s. A request takes half a minute on a full worker.
-benchmarks/fleet_live.py is the same in small with real services.
 
 Ideal: as many whole workers at each moment as the load of that moment fills, known beforehand and there at once.
 A deadline is twice the time that the request takes on a full worker, and 10 s. A flap is a change of the number that
