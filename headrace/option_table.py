@@ -149,14 +149,14 @@ OPTIONS: tuple[Option, ...] = (
         "--quantization",
         "serve worker",
         "what weights of linear layers are rounded to as they are loaded, which is not lossless: int8, one scale per "
-        "output; on a GPU, where the head stays as it is, also fp8, or int4 with a scale and a zero for 128 inputs",
+        "output; int4, a scale and a zero for 128 inputs, the head as it is; fp8 on a GPU, where the head stays too",
         choices=("fp8", "int8", "int4"),
     ),
     Option(
         "--dequantize",
         "serve worker",
-        "weights of a quantized checkpoint are widened to --dtype as they are loaded, on a GPU too; on a CPU they are "
-        "in any case",
+        "weights of a quantized checkpoint are widened to --dtype as they are loaded; on a CPU those in FP8 are in any "
+        "case",
         boolean,
         False,
     ),

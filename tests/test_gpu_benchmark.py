@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from benchmarks import gpu, gpu_rows, gpu_wheels
 from benchmarks.gpu_parity import tells_a_wait
 
-NOT_HERE = {"fp8", "int4", "memcheck"}  # what the engine does not serve, and a program that CI does not have
+NOT_HERE = {"fp8", "memcheck"}  # what the engine does not serve, and a program that CI does not have
 
 
 @pytest.mark.timeout(600)
@@ -38,8 +38,8 @@ def test_all_parts_run_with_tiny_shapes(tmp_path: Path) -> None:
     }
     assert {part for part, _ in whys} <= NOT_HERE, whys
     states = [gpu_rows.verdict(row, results)[0] for row in gpu_rows.ROWS]
-    assert "not reached" not in states[:-2], (tmp_path / "gpu.txt").read_text()
-    assert states[-2:] == ["not reached"] * 2, "FP8 and int4"
+    reached = [state != "not reached" for state in states]
+    assert reached == [row.parts[0][0] != "fp8" for row in gpu_rows.ROWS], (tmp_path / "gpu.txt").read_text()
     assert gpu.compare(results), "ours over transformers'"
 
 

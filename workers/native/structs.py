@@ -18,7 +18,9 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class Linear(ctypes.Structure):
-    _fields_ = [("weight", _P), ("scale", _P), ("bias", _P), ("N", _I), ("K", _I), ("kind", _I)]
+    _fields_ = [
+        ("weight", _P), ("scale", _P), ("bias", _P), ("N", _I), ("K", _I), ("kind", _I), ("shift", _P), ("group", _I),
+    ]  # fmt: skip
 
 
 class Step(ctypes.Structure):

@@ -12,7 +12,7 @@ class EngineConfig:
     model: str
     served_name: str = ""  # the name clients use; default: the model's own
     dtype: str = "auto"  # auto, float32, bfloat16, float16
-    quantization: str | None = None  # what weights of linear layers are rounded to: fp8 (GPU), int8, int4 (GPU)
+    quantization: str | None = None  # what weights of linear layers are rounded to: fp8 (GPU), int8, int4
     dequantize: bool = False  # widen the weights of a quantized checkpoint as they are loaded
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     max_model_len: int | None = None  # most tokens of one sequence, prompt and output together

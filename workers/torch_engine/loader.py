@@ -217,7 +217,7 @@ def keeps(config: EngineConfig, device: torch.device) -> frozenset[str]:
         )
     if config.dequantize:
         return frozenset()
-    return frozenset({"int8"} if device.type == "cpu" else MAKERS)
+    return frozenset({"int8", "int4"} if device.type == "cpu" else MAKERS)
 
 
 def growth(config: EngineConfig, model_config: Any) -> float:

@@ -30,9 +30,7 @@ def make_engine(config: EngineConfig, place: Place = ALONE) -> TorchEngine:
     if config.kv_cache_dtype == "fp8":
         _check_fp8_pool(device)
     if config.quantization == "fp8" and device.type == "cpu":
-        raise StartError("--quantization fp8 is served on a GPU: on a CPU say int8, or leave it out")
-    if config.quantization == "int4" and device.type == "cpu":
-        raise StartError("--quantization int4 is served on a GPU: on a CPU say int8, or leave it out")
+        raise StartError("--quantization fp8 is served on a GPU: on a CPU say int8 or int4, or leave it out")
     if place.stages > 1:
         config = dataclasses.replace(config, graphs=False)  # hidden states are sent between launches
     backends = _on_cpu(config, device) if device.type == "cpu" else _on_gpu(config, device)
@@ -40,15 +38,15 @@ def make_engine(config: EngineConfig, place: Place = ALONE) -> TorchEngine:
 
 
 def _on_cpu(config: EngineConfig, device: torch.device) -> list[Backend[Any]]:
-    int8 = config.quantization is not None
+    rounded = config.quantization is not None
     try:
         native = NativeBackend(config, device, load_kernels())
     except KernelsUnavailable as reason:
-        if int8:
-            raise StartError(f"--quantization int8 needs the native CPU kernels: {reason}") from reason
+        if rounded:
+            raise StartError(f"--quantization {config.quantization} needs the native CPU kernels: {reason}") from reason
         log.warning("native CPU kernels %s; torch serves alone, more slowly", reason)
         return [torch_alone(config, device)]
-    return [native] if int8 else [native, torch_alone(config, device)]
+    return [native] if rounded else [native, torch_alone(config, device)]
 
 
 def _on_gpu(config: EngineConfig, device: torch.device) -> list[Backend[Any]]:

@@ -112,6 +112,40 @@ def test_int8_is_the_rounded_weight(kernels: Kernels) -> None:
         torch.testing.assert_close(out, expected[:rows], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group"), [(16, 32, 32), (37, 128, 64), (5, 512, 128), (130, 768, 256), (48, 48, 16)]
+)
+def test_int4_is_code_times_scale_plus_shift(kernels: Kernels, outputs: int, inputs: int, group: int) -> None:
+    draw = torch.Generator().manual_seed(inputs)
+    codes = torch.randint(0, 16, (outputs, inputs // group, 2, group // 2), generator=draw, dtype=torch.uint8)
+    scale, shift = (torch.randn(outputs, inputs // group, generator=draw) for _ in range(2))
+    bias, x = torch.randn(outputs, generator=draw), torch.randn(200, inputs + 3, generator=draw)[:, :inputs]
+    pairs = (codes[:, :, 0] | codes[:, :, 1] << 4).flatten(1)
+    wide = (codes.flatten(2).double() * scale.double()[..., None] + shift.double()[..., None]).flatten(1)
+    packed = Packed.of_int4(pairs, scale, shift, group, bias)
+    torch.testing.assert_close(packed.unpacked().double(), wide, rtol=1e-5, atol=1e-5)
+    expected = (x.double() @ wide.T + bias).float()
+    whole = kernels.linear(x, packed, torch.empty(200, outputs))
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-3)
+    for rows in (1, 2, 7, 13):
+        some = kernels.linear(x[:rows], packed, torch.empty(rows, outputs))
+        assert torch.equal(some, whole[:rows]), "a row's sums do not depend on the rows beside it"
+
+
+def test_int4_weights_are_joined_where_their_groups_are_the_same(kernels: Kernels) -> None:
+    draw = torch.Generator().manual_seed(1)
+    parts = []
+    for outputs, group in ((32, 32), (16, 32), (16, 64)):
+        codes = torch.randint(0, 256, (outputs, 64), generator=draw, dtype=torch.uint8)
+        scale, shift = (torch.randn(outputs, 128 // group, generator=draw) for _ in range(2))
+        parts.append(Packed.of_int4(codes, scale, shift, group, None))
+    assert Packed.concat(parts) is None
+    joined, x = Packed.concat(parts[:2]), torch.randn(3, 128, generator=draw)
+    assert joined is not None
+    each = torch.cat([kernels.linear(x, part, torch.empty(3, part.outputs)) for part in parts[:2]], 1)
+    assert torch.equal(kernels.linear(x, joined, torch.empty(3, 48)), each)
+
+
 def _reference_attention(q, k, v, base, scale, softcap, window, sinks):  # type: ignore[no-untyped-def]
     """One sequence: q [n, H, dk] at positions base.., keys and values [c, KVH, d]."""
     group = q.shape[1] // k.shape[1]

@@ -24,6 +24,7 @@ from tests.workers.torch_engine.parity import (
 )
 from workers.native.library import KernelsUnavailable
 from workers.torch_engine import loader, make
+from workers.torch_engine.quantized.weights import int4_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,6 +118,27 @@ def test_int8_serves_the_model_of_the_rounded_weights(tmp_path_factory, name):
         for weight in weights:
             scale = (weight.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-12)
             weight.copy_((weight / scale).round() * scale)
+    wrong = [text for text in (first_difference(reference, request) for request in requests) if text]
+    assert not wrong, "\n".join(wrong)
+    unrounded = reference_of(path)
+    assert any(first_difference(unrounded, request) for request in requests)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_int4_serves_the_model_of_the_rounded_weights(tmp_path_factory, name):
+    """Linear layers but the head, whose inputs groups of 32 divide; what they take is what their codes do."""
+    path = tiny_model(tmp_path_factory, name)
+    engine = make_engine(path, quantization="int4")
+    assert engine.capacity.dtype == "int4"
+    assert engine.backend.report.fused["linear (int4)"] > 0
+    assert engine.backend.whole_pass is not None, "the layers are native as others are"
+    requests = make_requests(4, 60)[:12]
+    CoreDriver(engine, engine.capacity, 40, budget=24).run(requests)
+    reference = reference_of(path)
+    with torch.no_grad():
+        for module in reference.model.modules():
+            if isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0:
+                module.weight.copy_(int4_of(module.weight).dequantized())
     wrong = [text for text in (first_difference(reference, request) for request in requests) if text]
     assert not wrong, "\n".join(wrong)
     unrounded = reference_of(path)

@@ -48,7 +48,7 @@ class NativeBackend(TorchBackend):
         return NativeAttention(self.kernels)
 
     def replace_modules(self) -> None:
-        fuse(self.model, self.kernels, self.report, int8=self.config.quantization is not None)
+        fuse(self.model, self.kernels, self.report, int8=self.config.quantization == "int8")
 
     def replace_layers(self, longest: int) -> None:
         text = torch.arange(verify.LENGTH)

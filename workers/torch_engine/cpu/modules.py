@@ -19,11 +19,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from workers.native.library import ACTIVATIONS, Kernels
-from workers.native.packed import Packed
+from workers.native.packed import GROUPS, Packed
 from workers.native.structs import PANEL
 from workers.torch_engine.cpu.experts import expert_candidates
 from workers.torch_engine.quantized.linear import QuantizedLinear
-from workers.torch_engine.quantized.weights import IntWeight
+from workers.torch_engine.quantized.weights import INT4_ZERO, IntWeight, QuantizedWeight
 from workers.torch_engine.replace import (
     QKV,
     Candidate,
@@ -126,7 +126,7 @@ def _linears(model: nn.Module, kernels: Kernels, sample: SeededInput, int8: bool
     packed_by_weight: dict[int, Packed] = {}  # a weight tied to several modules is packed once
     for owner, name, child in children_of(model):
         if isinstance(child, QuantizedLinear):
-            yield _int8_candidate(owner, name, child, kernels, sample)
+            yield _quantized_candidate(owner, name, child, kernels, sample)
             continue
         if type(child) is nn.Linear:
             weight, bias = child.weight, child.bias
@@ -149,16 +149,32 @@ def _linears(model: nn.Module, kernels: Kernels, sample: SeededInput, int8: bool
             yield Candidate("tied embedding", owner, (name,), [(embedding,)])
 
 
-def _int8_candidate(
+def _quantized_candidate(
     owner: nn.Module, name: str, child: QuantizedLinear, kernels: Kernels, sample: SeededInput
 ) -> Candidate:
-    """A weight that its checkpoint has in int8 stays so: nothing is rounded."""
-    weight = child.quantized
-    if not isinstance(weight, IntWeight) or not weight.is_int8_by_output:
-        return Candidate("linear", owner, (name,), ())
-    ours = PackedLinear(kernels, Packed.of_int8(weight.codes, weight.scale, child.bias))
+    """A weight that is in few bits already stays so where there is a product for it: nothing is rounded. Others are
+    widened once, as they would be in each product."""
+    weight, kind = child.quantized, "linear"
+    packed = _packed(weight, child.bias)
+    if packed is not None:
+        kind = f"linear ({weight.kind})"
+    else:
+        packed = Packed(weight.dequantized(child.weight.dtype), child.bias)
     x = sample(3, weight.inputs)
-    return Candidate("linear (int8)", owner, (name,), [(ours,)], (x,), (child(x),), left_as="linear")
+    return Candidate(kind, owner, (name,), [(PackedLinear(kernels, packed),)], (x,), (child(x),), left_as="linear")
+
+
+def _packed(weight: QuantizedWeight, bias: torch.Tensor | None) -> Packed | None:
+    """None: no product takes it as it is (inputs in another order, groups of another size, FP8)."""
+    if not isinstance(weight, IntWeight) or weight.order is not None:
+        return None
+    if weight.is_int8_by_output:
+        return Packed.of_int8(weight.codes, weight.scale, bias)
+    if weight.bits != 4 or weight.group not in GROUPS or weight.inputs % weight.group:
+        return None
+    zeros = INT4_ZERO if weight.zeros is None else weight.zeros.float()
+    scale = weight.scale.float()
+    return Packed.of_int4(weight.codes, scale, -zeros * scale, weight.group, bias)
 
 
 def _mlps(model: nn.Module, kernels: Kernels, sample: SeededInput) -> Iterator[Candidate]:
