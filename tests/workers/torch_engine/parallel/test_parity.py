@@ -1,5 +1,6 @@
 """Several ranks give what one process gives: generate's greedy tokens, through the real scheduler core with chunked
-prefill, prefix hits and preemption, and the same bits alone, in a batch and after a preemption."""
+prefill, prefix hits, copies to host memory and back, and preemption, and the same bits alone, in a batch and after a
+preemption."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def config_of(path, **fields):
 
 
 def loaded(path, parts, stages=1):
-    engine = RankedEngine("torch", config_of(path), parts, stages)
+    engine = RankedEngine("torch", config_of(path, kv_offload=8 << 20), parts, stages)
     try:
         engine.capacity = engine.load(lambda stage, fraction: None)
     except BaseException:
@@ -37,6 +38,7 @@ def check_parity(engine, path):
     counters = CoreDriver(engine, engine.capacity, 13 + 76 // BLOCK * 3, budget=24).run(requests)
     assert counters.preemptions > 0
     assert counters.prefix_hits > 0
+    assert counters.blocks_loaded > 0, "each rank has copied its own part"
     reference = reference_of(path)
     wrong = [text for text in (first_difference(reference, request) for request in requests) if text]
     assert not wrong, "\n".join(wrong)
