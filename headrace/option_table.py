@@ -58,8 +58,9 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "--run-dir",
-        "serve",
-        "where logs/ and processes.json go (default: ~/.local/state/headrace/run-PORT)",
+        "serve config",
+        "where logs/ and processes.json go; for `config check --diff` that of the serve to compare with "
+        "(default: ~/.local/state/headrace/run-PORT)",
         metavar="DIR",
     ),
     # how many

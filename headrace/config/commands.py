@@ -30,7 +30,8 @@ def check(args: argparse.Namespace) -> int:
     wanted = from_file(file, {})
     print(f"{file}: fine: {', '.join(wanted.models)}")
     if args.diff:
-        told = ask(_run_dir(wanted.values), {"do": "diff", "file": str(file.resolve())})["lines"]
+        place = {"run_dir": args.run_dir} if args.run_dir else {}  # a new port or run-dir in the file is not there yet
+        told = ask(_run_dir({**wanted.values, **place}), {"do": "diff", "file": str(file.resolve())})["lines"]
         print("\n".join(told or ["nothing differs from what runs"]))
     return 0
 

@@ -372,7 +372,7 @@ class Fleet:
                 {
                     "model": model.name,
                     "state": model.state,
-                    "workers": model.values["workers"],
+                    "workers": model.values["workers"] if _loaded(model) else 0,
                     "requests": unfinished,
                     "path": model.values["model"],
                     "reason": model.reason or model.waits,

@@ -7,6 +7,7 @@ of a few kilobytes that is written and deleted to time the disk. Exit code 1 if 
 from __future__ import annotations
 
 import asyncio
+import http.client
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -162,9 +164,21 @@ def check_ports(values: Mapping[str, Any]) -> Iterator[Finding]:
         try:
             probe.bind((host, port))
         except OSError as error:
-            yield Finding("warn", f"{host}:{port} cannot be bound: {error.strerror}", "something listens: --port")
+            if _is_ours(host, port):
+                yield Finding("ok", f"{host}:{port}: a gateway of Headrace answers")
+            else:
+                yield Finding("warn", f"{host}:{port} cannot be bound: {error.strerror}", "something listens: --port")
         else:
             yield Finding("ok", f"{host}:{port} is free")
+
+
+def _is_ours(host: str, port: int) -> bool:
+    """Whether a gateway answers there."""
+    try:
+        with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=2) as reply:
+            return bool(reply.headers.get("Server") == "headrace")
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
 
 
 def check_model_files(values: Mapping[str, Any]) -> Iterator[Finding]:

@@ -163,7 +163,8 @@ def rejection(
     frames = encode(Frame(None, "", "error", error))
     row = encode(Row("", 0, 0, frames, producer_id))
     result = encode(Terminal(rid="", id=producer_id, finish_reason="error", error=error))
-    dead = {"entry": entry_id, "hash": payload_hash, "code": str(error.get("code", "")), "id": id or ""}
+    texts = {name: str(error.get(name) or "") for name in ("code", "message")}
+    dead = {"entry": entry_id, "hash": payload_hash, **texts, "id": id or ""}
     args: list[Argument] = [tenant or "", id or unique, payload_hash, reply_to or "", row, results or "", result]
     return [*args, *(part for field in dead.items() for part in field)]
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -106,6 +107,7 @@ def test_dead_letters_are_listed_tried_again_and_dropped(
     killer = stored.xadd(key + "dead", {"rid": long_request, "code": "engine_failed", "message": "it killed workers"})
     (garbage, again) = [json.loads(line) for line in headrace("dead", "ls", *at, "--json").splitlines()]
     assert (garbage["rid"], again["rid"], again["code"]) == (None, long_request, "engine_failed")
+    assert garbage["message"]
     assert "kept no more" in headrace("dead", "retry", garbage["entry"], *at, expect=1)
     told = headrace("dead", "retry", killer.decode(), *at)
     new = told.split()[-1]
@@ -202,8 +204,7 @@ def test_doctor_finds_the_installation_well(stack: Stack, queue_url: str, model_
     assert any(what.startswith(f"{MODEL}: led in epoch") for what in told)
     assert any("an fsync" in what for what in told)
     assert told[f"{model_dir} can be served, as far as its files tell"] == "ok"
-    busy = next(what for what in told if what.startswith(f"127.0.0.1:{stack.port}"))
-    assert told[busy] == "warn"
+    assert told[f"127.0.0.1:{stack.port}: a gateway of Headrace answers"] == "ok"
 
 
 def test_doctor_says_what_to_mend(tmp_path: Path) -> None:
@@ -211,8 +212,11 @@ def test_doctor_says_what_to_mend(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir(mode=0o755)
     given = ("--redis-url", "redis://127.0.0.1:9/0", "--data-dir", str(data), "--model", str(tmp_path / "model"))
-    shown = headrace("doctor", *given, "--port", "0", expect=1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        shown = headrace("doctor", *given, "--port", str(port), expect=1)
     assert "fail  the server:" in shown
+    assert f"warn  127.0.0.1:{port} cannot be bound" in shown
     assert f"-> chmod 700 {data}" in shown
     assert "model" in shown
 

@@ -136,6 +136,13 @@ def test_a_reload_is_all_or_nothing(fleet: Stack, place: Path, model_dir: Path) 
     assert "nothing has changed" in fleet.output()
     assert fleet.processes() == before
 
+    place.write_text(text_of(model_dir, alpha="", beta="") + "[gateway]\nport = 1\n")
+    asked = [sys.executable, "-m", "headrace", "config", "check", "--diff", "--config", str(place)]
+    compared = subprocess.run(
+        [*asked, "--run-dir", str(fleet.run_dir / "run")], capture_output=True, text=True, timeout=START_S
+    )
+    assert (compared.returncode, "port" in compared.stdout.splitlines()[-1]) == (0, True), compared
+
     rules = "[[routes.auto.rules]]\nwords = ['SQL']\nmodels = ['beta']\n[[routes.auto.rules]]\nmodels = ['delta']\n"
     place.write_text(text_of(model_dir, alpha="workers = 2", delta="", beta="max-num-seqs = 8") + rules)
     told = headrace(fleet, "models", "reload").stdout.splitlines()
@@ -174,6 +181,8 @@ def test_an_idle_model_gives_its_memory_back_and_is_loaded_again_when_asked(flee
     until(lambda: "worker-nap-0" not in fleet.pids("worker"), fleet)
     assert "scheduler-nap-0" in fleet.pids("scheduler")
     until(lambda: {*metric(fleet, "headrace_ready_workers")} == {"alpha", "beta", "delta"}, fleet)  # no alarm for it
+    (row,) = [row.split() for row in headrace(fleet, "models", "list").stdout.splitlines() if row.startswith("nap")]
+    assert row[:3] == ["nap", "asleep", "0"]
     asked = [sys.executable, "-m", "headrace", "doctor", "--data-dir", str(fleet.run_dir / "data"), "--port", "0"]
     found = subprocess.run(asked, capture_output=True, text=True, timeout=START_S).stdout
     assert re.search(r"^ok +nap: led in epoch 1, asleep until it is asked$", found, re.M), found
