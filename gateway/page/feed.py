@@ -96,7 +96,7 @@ async def _inside(model: Model, depth: dict[str, float]) -> dict[str, Any]:
         "waiting": depth.get("requests", 0.0),
         "waiting_tokens": depth.get("tokens", 0.0),
         "running": depth.get("running", 0.0),
-        "rate": depth.get("rate", 0.0),
+        "rate": depth.get("rate", 0.0) if depth.get("running") else 0.0,  # an idle leader keeps the last one
         "tenants": {tenant: _waiting(depth, tenant) for tenant in tenants},
         "leader": {
             "name": leader.owner,

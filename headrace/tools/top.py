@@ -93,7 +93,7 @@ class Watch:
             waiting=int(depth.get("requests", 0)),
             waiting_tokens=int(depth.get("tokens", 0)),
             live=live,
-            tokens_per_s=round(depth.get("rate", 0.0), 1),
+            tokens_per_s=round(depth.get("rate", 0.0), 1) if depth.get("running") else 0.0,  # else it is the last one
         )
         for worker in await bus.list_workers():
             offered = worker.capacity
