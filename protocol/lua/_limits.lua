@@ -106,7 +106,7 @@ local function end_hold(tenant, rid)
   if not slot then return nil end
   redis.call('HDEL', run, rid)
   redis.call('ZREM', P .. 'holds:' .. slot, tenant .. ' ' .. rid)
-  redis.call('HINCRBY', P .. 'held:' .. tenant, slot, -tonumber(tokens))
+  redis.call('HINCRBY', P .. 'held:' .. tenant, slot, string.format('%d', -tonumber(tokens))) -- Redis 7 refuses '-0'
   if redis.call('EXISTS', run) == 0 then redis.call('DEL', P .. 'held:' .. tenant) end
   return tonumber(tokens)
 end
