@@ -283,11 +283,11 @@ async def _until(stop: asyncio.Event, life: Coroutine[None, None, None]) -> None
     """Run ``life`` until ``stop`` is set, then cancel it and wait for its end. Its own fault is raised."""
     living = asyncio.ensure_future(life)
     stopping = asyncio.ensure_future(stop.wait())
-    await asyncio.wait({living, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    living.cancel()
     try:
-        await living
-    except asyncio.CancelledError:
-        if not stop.is_set():
-            raise
+        await asyncio.wait({living, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:  # also where this is cancelled: what ``life`` uses is closed next
+        stopping.cancel()
+        living.cancel()
+        (ended,) = await asyncio.gather(living, return_exceptions=True)
+    if isinstance(ended, BaseException) and not (isinstance(ended, asyncio.CancelledError) and stop.is_set()):
+        raise ended

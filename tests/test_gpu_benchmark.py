@@ -79,8 +79,12 @@ def test_the_carried_wheels_are_all_that_the_code_imports() -> None:
 
 
 def _imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    found, text = set(), path.read_text()
+    try:
+        tree = ast.parse(text)
+    except SystemError:  # of Python before 3.11.8, where another thread parses at the same time
+        tree = ast.parse(text)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -154,13 +154,16 @@ class Backend:
         job = record.job
         if self.refuse is not None:
             code, message, param = self.refuse
-            await self._refuse(entry_id, record, {"code": code, "message": message, "param": param})
+            await self._end_early(entry_id, record, "error", {"code": code, "message": message, "param": param})
             return record.rid
         texts = job.prompts() or ["".join(m["content"] for m in job.messages or [])]
         prompts = [pack_ids(list(t.encode()) if isinstance(t, str) else t) for t in texts]
         verdict, _ = await self.bus.admit(self.epoch, entry_id, rid=record.rid, prompts=prompts, seed=7,
             thinking=job.thinking(unpack_ids(prompts[0])),
         )  # fmt: skip
+        if verdict == "cancelled":  # meanwhile
+            await self._end_early(entry_id, record, "abort")
+            return record.rid
         assert verdict == "new", verdict
         self.steps += 1
         new, begun = [], []
@@ -174,9 +177,11 @@ class Backend:
         self.arrived.set()
         return record.rid
 
-    async def _refuse(self, entry_id: str, record: RequestRecord, error: dict[str, object]) -> None:
-        raw = encode(Frame(None, "", "error", error))
-        rows = [CommitRow(record.rid, c, 0, 0, raw, "error") for c in range(record.job.choices)]
+    async def _end_early(
+        self, entry_id: str, record: RequestRecord, reason: str, error: dict[str, object] | None = None
+    ) -> None:
+        raw = encode(Frame(None, "", reason, error))
+        rows = [CommitRow(record.rid, c, 0, 0, raw, reason) for c in range(record.job.choices)]
         await self.bus.finish(self.epoch, rows, entry_id=entry_id)
 
     async def _events(self) -> None:
