@@ -49,7 +49,7 @@ test: $(DEV) $(KERNELS) ## run the tests (ARGS='tests/headrace -k cli')
 
 long: export HEADRACE_REQUIRE_KERNELS := 1
 long: $(DEV) $(KERNELS) ## the tests of more than 20 s (tests/long.py), which CI runs too
-	$(PYTEST) -m "long and $(DAILY)" -n 3 --dist loadfile $(ARGS)
+	$(PYTEST) -m "long and $(DAILY)" -n 3 --dist loadfile $(ARGS) $$($(BIN)/python -m tests.long)
 
 check: lint test ## everything that a change must pass: format, lint, types, import rules, tests
 

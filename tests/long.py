@@ -37,3 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.partition("[")[0] in LONG:
             item.add_marker("long")
+
+
+if __name__ == "__main__":  # the files to collect
+    print(*sorted({name.partition("::")[0] for name in LONG}))
