@@ -51,7 +51,7 @@ long: export HEADRACE_REQUIRE_KERNELS := 1
 long: $(DEV) $(KERNELS) ## the tests of more than 20 s (tests/long.py), which CI runs too
 	$(PYTEST) -m "long and $(DAILY)" -n 3 --dist loadfile $(ARGS) $$($(BIN)/python -m tests.long)
 
-check: lint test ## everything that a change must pass: format, lint, types, import rules, tests
+check: lint test ## what a change must pass before it is sent: format, lint, types, import rules, tests (CI adds make long)
 
 lint: $(DEV) ## format check, ruff, mypy, import rules, documents
 	$(BIN)/ruff format --check .
