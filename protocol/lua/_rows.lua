@@ -136,14 +136,14 @@ local function land(i)
   local rid, choice, placement, cursor = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
   local finish, frames = ARGV[i + 4], ARGV[i + 7]
   local record, journal = P .. 'r:' .. rid, P .. 'j:' .. rid .. ':' .. choice
-  local v = redis.call('HMGET', record, 'open', 'p' .. choice, 'e' .. choice, 'reaches')
-  local ours = (v[2] or '0') == placement
-  if not v[1] then return 'c' end
-  if v[3] then return (ours and holds(journal, cursor, frames)) and 'l' or 'c' end
+  local v = redis.call('HMGET', record, 'p' .. choice, 'e' .. choice, 'reaches')
+  if not v[1] and redis.call('HEXISTS', record, 'open') == 0 then return 'c' end
+  local ours = (v[1] or '0') == placement
+  if v[2] then return (ours and holds(journal, cursor, frames)) and 'l' or 'c' end
   if not ours then return 's' end
   if redis.call('STRLEN', journal) ~= cursor then return holds(journal, cursor, frames) and 'l' or 's' end
   redis.call('APPEND', journal, frames)
-  local tenant = v[4] and reach_others(i, record) or ''
+  local tenant = v[3] and reach_others(i, record) or ''
   if finish ~= '' then end_choice(rid, record, choice, finish, ARGV[i + 5]) end
   return 'l', tenant
 end

@@ -154,7 +154,7 @@ def test_a_reload_is_all_or_nothing(fleet: Stack, place: Path, model_dir: Path) 
     kept = {p["name"]: p["pid"] for p in before}
     assert fleet.pids("worker")["worker-alpha-0"] == kept["worker-alpha-0"]
     assert fleet.pids("worker")["worker-beta-0"] != kept["worker-beta-0"]
-    until(lambda: "auto" in fleet.models(), fleet)
+    until(lambda: {"auto", "beta", "delta"} <= set(fleet.models()), fleet)
     for prompt, model in (("go on", "delta"), ("some SQL", "beta")):
         with ask(fleet, "auto", 2, prompt=prompt) as reply:
             assert json.loads(reply.read())["model"] == model
