@@ -150,12 +150,17 @@ def test_a_prompt_that_returns_is_copied_in_by_the_plan_that_starts_it():
     made.check_integrity()
 
 
-def test_it_has_rows_once_its_blocks_are_there_and_nobody_waits_for_them():
-    """Copies take 5 x 1 ms, steps 1 ms (hint)."""
-    made, prompt = evicted(copy_us=1000.0)
+def begin_decode(made):
+    """A request that has rows in all plans from now on."""
     made.apply(arrive("decode", BLOCK, max_tokens=40), 0.0)
     for plan in plans(made.plan(0.0)):
         made.apply(hint(plan), 0.0)
+
+
+def test_it_has_rows_once_its_blocks_are_there_and_nobody_waits_for_them():
+    """Copies take 5 x 1 ms, steps 1 ms (hint)."""
+    made, prompt = evicted(copy_us=1000.0)
+    begin_decode(made)
     made.apply(arrive("again", prompt, max_tokens=1), 0.0)
     made.apply(arrive("twin", prompt, max_tokens=1), 0.0)
     sent = []
@@ -183,9 +188,7 @@ def test_alone_it_waits_for_nothing():
 
 def test_what_leaves_before_its_blocks_are_there_leaves_them_behind():
     made, prompt = evicted(copy_us=1e6)
-    made.apply(arrive("decode", BLOCK, max_tokens=40), 0.0)
-    for plan in plans(made.plan(0.0)):
-        made.apply(hint(plan), 0.0)
+    begin_decode(made)
     made.apply(arrive("again", prompt, max_tokens=1), 0.0)
     sent = plans(made.plan(0.0))
     assert sent[0].new
